@@ -1,0 +1,315 @@
+"""Image sets as uint8 tensors that live on the training device, and what turns them into batches there.
+
+A batch is an index, a cast and a normalisation: no worker processes, no PIL in the loop. CIFAR-10 takes 184 MB.
+"""
+
+import hashlib
+
+import math
+import os
+import socket
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, UnidentifiedImageError
+from torchvision import datasets
+
+DATASETS = ("cifar10", "cifar100", "folder", "shapes")
+NATIVE_SIZE = {"cifar10": 32, "cifar100": 32}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".webp", ".tif", ".tiff"}
+
+
+class ImageSet(NamedTuple):
+    images: torch.Tensor  # (N, 3, H, W) uint8
+    labels: torch.Tensor  # (N,) int64
+    classes: list  # names, by label
+
+    def to(self, device):
+        return self._replace(images=self.images.to(device), labels=self.labels.to(device))
+
+
+def load_dataset(name, data_dir, img_size, train_images=None):
+    """The training and the test set, images of img_size x img_size.
+
+    Args:
+        name: one of DATASETS. cifar10 and cifar100 are downloaded into data_dir where missing.
+        data_dir: for folder, the directory that holds train/<class>/* and test/<class>/*.
+        train_images: keep this many training images, the first ones of each class, equally many of each; None: all.
+
+    Raises:
+        ValueError: unknown name, missing or unreadable files, more images asked for than there are.
+    """
+    if name in ("cifar10", "cifar100"):
+        train, test = (cifar(name, data_dir, img_size, train=part) for part in (True, False))
+    elif name == "folder":
+        train, test = folder(data_dir, img_size)
+    elif name == "shapes":
+        train, test = shapes(5000, img_size, seed=0), shapes(1000, img_size, seed=1)
+    else:
+        raise ValueError(f"--dataset {name!r} is unknown; choose from {', '.join(DATASETS)}.")
+    if train_images is not None:
+        train = first_of_each_class(train, train_images)
+    return train, test
+
+
+def first_of_each_class(images, count):
+    """The first count / classes images of each class, in file order, so that a smaller set is part of a larger one."""
+    per_class, rest = divmod(count, len(images.classes))
+    smallest = int(images.labels.bincount(minlength=len(images.classes)).min())
+    if rest or not 0 < per_class <= smallest:
+        raise ValueError(
+            f"--train_images {count} is not {len(images.classes)} classes times 1 to {smallest} images; "
+            f"try {len(images.classes) * min(max(per_class, 1), smallest)}."
+        )
+    one_hot = F.one_hot(images.labels, len(images.classes))
+    rank = (one_hot.cumsum(0) * one_hot).sum(1)  # (N,), from 1: the how-manieth of its class
+    keep = rank <= per_class
+    return images._replace(images=images.images[keep], labels=images.labels[keep])
+
+
+# --- CIFAR ---
+
+
+def cifar(name, data_dir, img_size, train):
+    """CIFAR-10 or CIFAR-100 (Krizhevsky 2009) through torchvision, which checks it; downloaded where missing."""
+    kind, folder_name = {
+        "cifar10": (datasets.CIFAR10, "cifar-10-batches-py"),
+        "cifar100": (datasets.CIFAR100, "cifar-100-python"),
+    }[name]
+    try:
+        files = kind(data_dir, train=train)
+    except RuntimeError:  # missing, or damaged
+        timeout = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(20)  # seconds without a byte; urllib would wait for ever
+        try:
+            files = kind(data_dir, train=train, download=True)
+        except (OSError, RuntimeError) as error:
+            raise ValueError(
+                f"No {name} in {data_dir}: {Path(data_dir) / folder_name} is missing or damaged, and {kind.url} cannot "
+                f"be downloaded ({error}). Put {kind.filename} into {data_dir} and run again, point --data_dir at the "
+                f"folder that holds {folder_name}, or use --dataset shapes, which needs no files."
+            ) from error
+        finally:
+            socket.setdefaulttimeout(timeout)
+    images = torch.from_numpy(files.data).permute(0, 3, 1, 2).contiguous()
+    return ImageSet(resize(images, img_size), torch.tensor(files.targets), list(files.classes))
+
+
+def resize(images, img_size):
+    """uint8 images (N, 3, H, W) to img_size x img_size, bilinear with antialiasing; unchanged where they fit."""
+    if images.shape[-2:] == (img_size, img_size):
+        return images
+    parts = [F.interpolate(part, (img_size, img_size), mode="bilinear", antialias=True) for part in images.split(1000)]
+    return torch.cat(parts)
+
+
+# --- folder ---
+
+
+def folder(data_dir, img_size):
+    """Any train/<class>/* and test/<class>/* tree of images, decoded once.
+
+    The decoded pixels are kept in data_dir/.cache-<size>-<key>.npz, keyed by the path, size and modification time of
+    every image; NumPy checks a cache's CRC-32 as it reads, and a damaged one is built again.
+    """
+    root = Path(data_dir)
+    parts = {part: list_images(root / part) for part in ("train", "test")}
+    classes = sorted({path.parent.name for path in parts["train"]})
+    if others := set(classes) ^ {path.parent.name for path in parts["test"]}:
+        raise ValueError(f"{root}: train and test do not have the same classes; only one has {', '.join(sorted(others))}.")
+    cache = root / f".cache-{img_size}-{folder_key(root, parts)}.npz"
+    try:
+        with np.load(cache) as stored:
+            arrays = {part: stored[part] for part in parts}
+    except Exception:  # missing or damaged in any of many ways: building it again mends them all
+        arrays = {part: decode(paths, img_size) for part, paths in parts.items()}
+        store_cache(cache, arrays)
+    index = {name: label for label, name in enumerate(classes)}
+    return tuple(
+        ImageSet(torch.from_numpy(arrays[part]), torch.tensor([index[path.parent.name] for path in paths]), classes)
+        for part, paths in parts.items()
+    )
+
+
+def list_images(directory):
+    """Every <class>/<image> below a directory, sorted."""
+    paths = sorted(path for path in directory.glob("*/*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not paths:
+        state = "holds no images" if directory.is_dir() else "is missing"
+        raise ValueError(
+            f"{directory} {state}. --data_dir must hold train/<class>/* and test/<class>/*, images ending in "
+            f"{' '.join(sorted(IMAGE_SUFFIXES))}."
+        )
+    return paths
+
+
+def folder_key(root, parts):
+    digest = hashlib.blake2b(digest_size=8)
+    for path in (path for paths in parts.values() for path in paths):
+        stat = path.stat()
+        digest.update(f"{path.relative_to(root)}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+    return digest.hexdigest()
+
+
+def decode(paths, img_size):
+    """Decode images to one uint8 array (N, 3, H, W), RGB whatever they were; other sizes are resized, said once."""
+    pixels = np.empty((len(paths), 3, img_size, img_size), np.uint8)
+    resized = 0
+    for i, path in enumerate(paths):
+        try:
+            with Image.open(path) as image:
+                rgb = to_rgb(image)
+        except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            raise ValueError(f"Cannot read {path} as an image: {error}. Mend or remove it.") from error
+        if rgb.size != (img_size, img_size):
+            resized += 1
+            rgb = rgb.resize((img_size, img_size), Image.Resampling.BILINEAR)
+        pixels[i] = np.asarray(rgb).transpose(2, 0, 1)
+    if resized:
+        print(f"Resized {resized} of {len(paths)} images in {paths[0].parents[1]} to {img_size} x {img_size}.")
+    return pixels
+
+
+def to_rgb(image):
+    """A PIL image as RGB: 16-bit greyscale scaled to 8 (PIL would clip it), transparency laid over black."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "black"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def store_cache(path, arrays):
+    """Write the cache whole or not at all, in place of older ones; a folder that cannot be written goes without."""
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        for old in path.parent.glob(path.name.rsplit("-", 1)[0] + "-*.npz"):
+            old.unlink(missing_ok=True)
+        with open(temporary, "wb") as file:
+            np.savez(file, **arrays)
+        os.replace(temporary, path)
+    except OSError as error:
+        warnings.warn(f"No cache of decoded images in {path.parent} ({error}): they are decoded again each time.")
+        temporary.unlink(missing_ok=True) if path.parent.exists() else None
+
+
+# --- shapes ---
+
+SHAPES = ("bar", "circle", "crescent", "cross", "ell", "half disc", "ring", "square", "star", "triangle")
+
+
+def shapes(count, img_size, seed):
+    """Ten shapes drawn from a seed, any colour, place, size and angle, on a textured ground with clutter and noise.
+
+    Small enough for a laptop and hard enough that a vision transformer trained on 5,000 labels from scratch does
+    visibly worse than a pretrained one.
+
+    Returns:
+        ImageSet of count images (count, 3, img_size, img_size), equally many of each class, shuffled.
+    """
+    draw = torch.Generator().manual_seed(seed)
+
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(shape, generator=draw)
+
+    labels = (torch.arange(count) % len(SHAPES))[torch.randperm(count, generator=draw)]
+    grid = (torch.arange(img_size) + 0.5) / img_size * 2 - 1
+    x, y = grid.expand(count, img_size, img_size), grid[:, None].expand(count, img_size, img_size)
+
+    def place(scale, reach):  # image coordinates to those of an object at a random place and angle
+        angle = uniform(0, 2 * math.pi, count, 1, 1)
+        dx, dy = x - uniform(-reach, reach, count, 1, 1), y - uniform(-reach, reach, count, 1, 1)
+        return (angle.cos() * dx + angle.sin() * dy) / scale, (angle.cos() * dy - angle.sin() * dx) / scale
+
+    def paint(canvas, distance, scale, colour):  # over the canvas, its edge one pixel wide
+        cover = (0.5 - distance * scale * img_size / 2).clamp(0, 1)[:, None]
+        return canvas * (1 - cover) + colour * cover
+
+    def texture(contrast):  # stripes of random direction, wavelength and phase
+        u, _ = place(1, 1)
+        return contrast * (u * uniform(4, 16, count, 1, 1) + uniform(0, 6.3, count, 1, 1)).sin()[:, None]
+
+    ground, colour = uniform(0.1, 0.9, count, 3, 1, 1), uniform(0.1, 0.9, count, 3, 1, 1)
+    canvas = ground + texture(uniform(0, 0.2, count, 1, 1, 1))
+    for _ in range(3):  # clutter in the ground's and other colours
+        scale = uniform(0.06, 0.16, count, 1, 1)
+        u, v = place(scale, 1.0)
+        canvas = paint(canvas, torch.hypot(u, v) - 1, scale, uniform(0, 1, count, 3, 1, 1))
+    away = (colour - ground).sign() * (0.25 - (colour - ground).abs().mean(1, keepdim=True)).clamp(min=0)
+    scale = uniform(0.35, 0.6, count, 1, 1)
+    u, v = place(scale, 0.35)
+    distance = torch.empty_like(u)
+    for label, name in enumerate(SHAPES):
+        distance[labels == label] = distance_to(name, u[labels == label], v[labels == label])
+    canvas = paint(canvas, distance, scale, colour + away + texture(uniform(0, 0.15, count, 1, 1, 1)))
+    canvas = canvas + 0.04 * torch.randn(canvas.shape, generator=draw)
+    return ImageSet((canvas.clamp(0, 1) * 255).round().byte(), labels, list(SHAPES))
+
+
+def distance_to(name, x, y):
+    """How far points lie outside a shape of about unit radius; negative inside, near enough to a distance for edges."""
+    radius, angle = torch.hypot(x, y), torch.atan2(y, x)
+
+    def box(half_width, half_height, cx=0.0, cy=0.0):
+        return torch.maximum((x - cx).abs() - half_width, (y - cy).abs() - half_height)
+
+    def spokes(n):  # angle to the nearest of n spokes, 0 to pi / n
+        return (angle.remainder(2 * math.pi / n) - math.pi / n).abs()
+
+    match name:
+        case "bar":
+            return box(1.0, 0.3)
+        case "circle":
+            return radius - 0.85
+        case "crescent":
+            return torch.maximum(radius - 0.95, 0.8 - torch.hypot(x - 0.5, y))
+        case "cross":
+            return torch.minimum(box(0.95, 0.28), box(0.28, 0.95))
+        case "ell":
+            return torch.minimum(box(0.25, 0.9, cx=-0.5), box(0.75, 0.25, cy=0.65))
+        case "half disc":
+            return torch.maximum(radius - 1.0, y - 0.1)
+        case "ring":
+            return (radius - 0.68).abs() - 0.24
+        case "square":
+            return box(0.75, 0.75)
+        case "star":
+            return radius * (1 + 0.9 * (math.pi / 5 - spokes(5))) - 1.1 + 0.75 * (math.pi / 5 - spokes(5))
+        case "triangle":
+            return radius * spokes(3).cos() - 0.5
+
+
+# --- batches ---
+
+
+def normalize(images):
+    """uint8 pixels to the model's range: x / 255, then (x - 0.5) / 0.5, in [-1, 1] float32."""
+    return images.float() / 127.5 - 1
+
+
+def to_pixels(images):
+    """The model's range back to uint8 pixels, clipped. The inverse of `normalize`."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).byte()
+
+
+def flip_and_crop(images, generator, padding=4):
+    """Mirror half of the images (B, 3, H, W) and shift each by up to `padding` pixels, on their device, any dtype.
+
+    What a shift uncovers repeats the edge. The customary CIFAR augmentation (He et al. 2015, arXiv:1512.03385, 4.2).
+    """
+    batch_size, _, height, width = images.shape
+
+    def steps(size):  # (B, size) source index of each row or column
+        shift = torch.randint(-padding, padding + 1, (batch_size, 1), generator=generator, device=images.device)
+        return (torch.arange(size, device=images.device) + shift).clamp(0, size - 1)
+
+    rows, columns = steps(height), steps(width)
+    mirror = torch.rand(batch_size, 1, generator=generator, device=images.device) < 0.5
+    columns = torch.where(mirror, columns.flip(1), columns)
+    images = images.gather(2, rows[:, None, :, None].expand_as(images))
+    return images.gather(3, columns[:, None, None, :].expand_as(images))

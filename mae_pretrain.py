@@ -1,0 +1,173 @@
+"""Pretrain a masked autoencoder. The defaults are the full CIFAR-10 experiment:
+
+    python mae_pretrain.py
+    python mae_pretrain.py --decoder_depth 8 --mask_strategy block
+    torchrun --nproc_per_node=4 mae_pretrain.py
+
+Recipe: He et al. 2021 (arXiv:2111.06377), appendix A.1, at CIFAR size.
+"""
+
+import functools
+import inspect
+import tempfile
+import time
+
+import torch
+from torchvision.utils import make_grid
+
+import data
+import utils
+from model import MASK_STRATEGIES, MAE_ViT, mae_loss
+from runs import Run, load_file, mae_run_name
+
+MODEL_DEFAULTS = {name: p.default for name, p in inspect.signature(MAE_ViT).parameters.items()}
+IMAGE_LOGS = 50  # reconstructions shown in TensorBoard over a run
+
+
+def parse_args(argv=None):
+    parser = utils.Parser(description=__doc__.split("\n")[0])
+    utils.add_data_arguments(parser, data.DATASETS)
+    group = parser.add_argument_group("model")
+    group.add_argument("--img_size", type=utils.positive_int, help="pixels along an image's edge")
+    group.add_argument("--patch_size", type=utils.positive_int, help="pixels along a patch's edge")
+    group.add_argument("--embed_dim", type=utils.positive_int, help="width of encoder and decoder")
+    group.add_argument("--encoder_depth", type=utils.positive_int, help="transformer blocks")
+    group.add_argument("--decoder_depth", type=utils.positive_int, help="transformer blocks")
+    group.add_argument("--num_heads", type=utils.positive_int, help="attention heads, of encoder and decoder")
+    group = parser.add_argument_group("masking")
+    group.add_argument("--mask_ratio", type=float, help="fraction of patches hidden, in (0, 1)")
+    group.add_argument("--mask_strategy", choices=MASK_STRATEGIES, help="which patches are hidden")
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--total_epoch", type=utils.positive_int, default=2000, help="epochs")
+    group.add_argument("--warmup_epoch", type=float, help="epochs of linear warm-up; left out: a tenth of all")
+    group.add_argument("--batch_size", type=utils.positive_int, default=4096, help="images an update, over all devices")
+    group.add_argument(
+        "--max_device_batch_size", type=utils.positive_int, default=512, help="images at once on a device; accumulated"
+    )
+    group.add_argument(
+        "--base_learning_rate", type=utils.positive_float, default=1.5e-4, help="peak rate at batch 256; scaled linearly"
+    )
+    group.add_argument("--weight_decay", type=float, default=0.05, help="AdamW's, on every parameter")
+    utils.add_run_arguments(parser, log_dir="logs/pretrain")
+    parser.add_argument_group("output").add_argument("--model_path", help="copy the finished model.pt to here")
+    parser.set_defaults(**MODEL_DEFAULTS)
+    return parser.parse_args(argv)
+
+
+def train_step(model, optimizer, slices, precision, images, masks, lr):
+    """One update on the global batch, micro-batch by micro-batch; the mean loss over this process's share of it.
+
+    Args:
+        slices: this process's parts; images: (B, 3, H, W) uint8; masks: (B, N) int64, the patches in shuffled order.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    loss_sum = 0
+    for part in slices:
+        x = data.normalize(images[part])
+        with utils.autocast(precision, x.device):
+            pred, mask = model(x, masks[part])
+        loss = mae_loss(pred, x, mask) / len(slices)  # parts of one size, each with equally many hidden patches
+        loss.backward()
+        loss_sum += loss.detach()
+    utils.average_gradients(model)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss_sum
+
+
+def train_one_epoch(step, shuffle, images, plan, args, progress, tick):
+    """The rest of the epoch that progress stands in; returns its metrics.
+
+    Every draw follows from (seed, epoch, step) and is made for the global batch: neither a stop in between nor the
+    number of processes changes which images are seen, and under which masks.
+
+    Args:
+        step: (images, masks, lr) -> mean loss; images: (N, 3, H, W) uint8; tick: called after each step.
+    """
+    device, epoch, started = images.device, progress["epoch"], time.monotonic()
+    order = torch.randperm(len(images), generator=utils.generator("cpu", args.seed, epoch, "order")).to(device)
+    for i in range(progress["step"], plan.steps_per_epoch):
+        batch = images[order[i * args.batch_size : (i + 1) * args.batch_size]]
+        if args.augment:
+            batch = data.flip_and_crop(batch, utils.generator(device, args.seed, epoch, i, "augment"))
+        masks = shuffle(args.batch_size, utils.generator(device, args.seed, epoch, i, "masks"), device)
+        lr = plan.lr(epoch * plan.steps_per_epoch + i)
+        progress["loss_sum"] = progress["loss_sum"] + step(batch, masks, lr)
+        progress["step"] = i + 1
+        progress["seconds"], started = progress["seconds"] + time.monotonic() - started, time.monotonic()
+        tick(progress)
+    loss = utils.mean_over_ranks(progress["loss_sum"] / plan.steps_per_epoch)  # waits for the device
+    seconds = progress["seconds"] + time.monotonic() - started
+    speed = plan.steps_per_epoch * args.batch_size / seconds
+    return {"train/loss": loss, "lr": lr, "speed/images_per_sec": speed, "seconds": seconds}
+
+
+def reconstruction_grid(model, images, masks):
+    """Masked input, reconstruction and original, a row each: (3, H, W) uint8."""
+    rows = torch.cat([*model.reconstruct(images, masks), images])
+    return make_grid(data.to_pixels(rows), nrow=len(images))
+
+
+def pretrain(args):
+    """Train one run to its end, on from where it stopped; returns its directory."""
+    with utils.exit_on_bad_input():
+        rank, world_size, device = utils.start_process_group(args.device)
+        run = Run(args.log_dir, mae_run_name(vars(args)), vars(args), args.overwrite, writer=rank == 0)
+        if run.finished:
+            print(f"Finished already: {run.directory}")
+            run.export(args.model_path)
+            return run.directory
+
+        torch.manual_seed(args.seed)
+        model_args = {name: getattr(args, name) for name in MODEL_DEFAULTS}
+        model = MAE_ViT(**model_args).to(device)
+        precision = utils.pick_precision(args.precision, device, args.embed_dim)
+        with utils.rank_zero_first():
+            train, test = data.load_dataset(args.dataset, args.data_dir, args.img_size, args.train_images)
+        images = train.images.to(device)
+        plan = utils.plan_training(args, len(images), default_warmup=0.1, rank=rank, world_size=world_size)
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=plan.peak_lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
+        )
+        run.open(utils.facts(args, model, plan, device, precision, world_size))
+        utils.barrier()
+        progress = run.restore(model, optimizer)
+
+    compiled = torch.compile(model) if utils.pick_compile(args.compile, device) else model
+    step = functools.partial(train_step, compiled, optimizer, plan.slices, precision)
+    tick = functools.partial(run.tick, may_save=world_size == 1)
+    shown = torch.randperm(len(test.images), generator=utils.generator("cpu", "shown"))[:16]
+    shown = data.normalize(test.images[shown].to(device))
+    shown_masks = model.shuffle(len(shown), utils.generator(device, "shown"), device)
+
+    with run:
+        run.start_bar(plan.steps_per_epoch * args.batch_size, args.batch_size, args.total_epoch, progress)
+        for epoch in range(progress["epoch"], args.total_epoch):
+            metrics = train_one_epoch(step, model.shuffle, images, plan, args, progress, tick)
+            run.check_finite(metrics["train/loss"], epoch, plan.steps_per_epoch)
+            last = epoch + 1 == args.total_epoch
+            if last or epoch % max(1, args.total_epoch // IMAGE_LOGS) == 0:
+                run.log_image(epoch + 1, "reconstruction", reconstruction_grid(model, shown, shown_masks))
+            run.stop_signal = utils.any_rank(run.stop_signal)
+            progress = {"epoch": epoch + 1, "step": 0, "loss_sum": 0.0, "seconds": 0.0}
+            run.end_epoch(progress, metrics, last)
+        trained_on = {"dataset": args.dataset, "data_dir": args.data_dir}
+        run.finish({"kind": "MAE_ViT", "model_args": model_args, "model": model.state_dict(), **trained_on})
+        run.export(args.model_path)
+    return run.directory
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if not args.dry_run:
+        print(f"Pretrained: {pretrain(args) / 'model.pt'}")
+        return
+    with tempfile.TemporaryDirectory() as log_dir:
+        content = load_file(pretrain(utils.dry(args, log_dir)), "MAE_ViT")
+        MAE_ViT(**content["model_args"]).load_state_dict(content["model"])
+        print("Dry run: trained, logged, saved and reloaded.")
+
+
+if __name__ == "__main__":
+    main()

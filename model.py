@@ -1,0 +1,313 @@
+"""Masked autoencoder for small images, its masks, and the classifier that reuses its encoder.
+
+He et al. 2021, "Masked Autoencoders Are Scalable Vision Learners" (arXiv:2111.06377), at CIFAR size:
+an encoder that sees only the visible patches, a light decoder that sees them all, a loss on the hidden pixels.
+
+Axes in the comments: B images, N patches, V visible patches, D width, P = 3 * patch_size**2 numbers in a patch.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from timm.layers import trunc_normal_
+from timm.models.vision_transformer import Block
+from torch import nn
+
+# --- patches ---
+
+
+def patchify(images, patch_size):
+    """Cut images (B, 3, H, W) into patches (B, N, P): raster order, a patch's numbers as (channel, row, column)."""
+    return rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=patch_size, q=patch_size)
+
+
+def unpatchify(patches, patch_size):
+    """Put patches (B, N, P) of square images back together: (B, 3, H, W). The inverse of `patchify`."""
+    grid_size = math.isqrt(patches.shape[1])
+    return rearrange(patches, "b (h w) (c p q) -> b c (h p) (w q)", h=grid_size, p=patch_size, q=patch_size)
+
+
+def take(tokens, ids):
+    """Row b of the result holds tokens[b, ids[b]]: (B, N, D) and (B, V) give (B, V, D)."""
+    return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+# --- mask strategies: score(batch_size, grid_size, num_visible, generator, device) -> (B, N) float ---
+#
+# A strategy scores the patches of a grid_size x grid_size grid in raster order; the num_visible lowest of each
+# image stay visible (`PatchShuffle`). To add one: write such a function and name it in MASK_STRATEGIES.
+
+
+def random_scores(batch_size, grid_size, num_visible, generator, device):
+    """Every patch equally likely, independently of its neighbours (MAE paper, section 3, "Masking")."""
+    return torch.rand(batch_size, grid_size**2, generator=generator, device=device)
+
+
+def block_scores(batch_size, grid_size, num_visible, generator, device):
+    """One contiguous square of visible patches at a uniformly drawn place; all else is hidden.
+
+    Where num_visible is no square number the square's last rows are not full. Not the paper's "block": see
+    `blockwise_scores`.
+    """
+    width = math.isqrt(num_visible - 1) + 1  # the smallest square that holds num_visible
+    height = -(-num_visible // width)
+    grid = torch.arange(grid_size, device=device)
+    top = torch.randint(grid_size - height + 1, (batch_size, 1), generator=generator, device=device)
+    left = torch.randint(grid_size - width + 1, (batch_size, 1), generator=generator, device=device)
+    row, column = (grid - top)[:, :, None], (grid - left)[:, None, :]  # (B, g, 1), (B, 1, g), inside the square from 0
+    inside = (row >= 0) & (column >= 0) & (column < width)
+    scores = torch.where(inside, row * width + column, grid_size**2)
+    return scores.flatten(1).float()
+
+
+def bayer_matrix(min_size, device):
+    """Ranks of an ordered dither (Bayer 1973), (S, S) for S the power of two from min_size on.
+
+    Its k lowest ranks are spread evenly for every k: a quarter of them is one of each 2 x 2, half a checkerboard.
+    """
+    ranks = torch.zeros(1, 1, device=device)
+    while ranks.shape[0] < min_size:
+        top, bottom = torch.cat([4 * ranks, 4 * ranks + 2], 1), torch.cat([4 * ranks + 3, 4 * ranks + 1], 1)
+        ranks = torch.cat([top, bottom])
+    return ranks
+
+
+def grid_scores(batch_size, grid_size, num_visible, generator, device):
+    """A regular lattice, the same for every image: 1 of each 2 x 2 visible at mask ratio 0.75."""
+    ranks = bayer_matrix(grid_size, device)[:grid_size, :grid_size]
+    return ranks.flatten().expand(batch_size, -1)
+
+
+def shifted_grid_scores(batch_size, grid_size, num_visible, generator, device):
+    """The lattice of `grid_scores` at a place drawn per image, so that every patch position is visible at times."""
+    ranks = bayer_matrix(grid_size, device)
+    size = ranks.shape[0]
+    shift = torch.randint(size, (2, batch_size, 1), generator=generator, device=device)
+    rows, columns = (torch.arange(grid_size, device=device) + shift) % size  # (B, g) each
+    return ranks[rows[:, :, None], columns[:, None, :]].flatten(1)
+
+
+def blockwise_scores(batch_size, grid_size, num_visible, generator, device, num_blocks=24):
+    """Several large blocks are hidden, one after another, until the count is reached (the paper's "block").
+
+    BEiT's block-wise masking (Bao et al. 2021, arXiv:2106.08254, algorithm 1): areas from 8 % of the image to all
+    that is to be hidden, aspect ratios from 0.3 to 1 / 0.3. BEiT stops at "enough"; here the last block is cut along
+    a line in a random direction, so that the count is exact.
+    """
+    num_patches = grid_size**2
+
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(batch_size, *shape, generator=generator, device=device)
+
+    grid = torch.arange(grid_size, device=device)
+    smallest = 16 / 196 * num_patches
+    area = uniform(smallest, max(smallest, num_patches - num_visible), num_blocks)
+    aspect = uniform(math.log(0.3), -math.log(0.3), num_blocks).exp()
+
+    def spans(length):  # (B, K) lengths -> (B, K, g) bool, one span of that length at a uniform place
+        length = length.round().clamp(1, grid_size)
+        start = (uniform(0, 1, num_blocks) * (grid_size - length + 1)).floor()
+        return (grid >= start[..., None]) & (grid < (start + length)[..., None])
+
+    rows, columns = spans((area * aspect).sqrt()), spans((area / aspect).sqrt())
+    scores = torch.zeros(batch_size, grid_size, grid_size, device=device)  # num_blocks - k: block k was first to cover
+    for k in reversed(range(num_blocks)):
+        scores.masked_fill_(rows[:, k, :, None] & columns[:, k, None, :], num_blocks - k)
+    down, right = uniform(-0.5, 0.5, 1, 1), uniform(-0.5, 0.5, 1, 1)
+    ramp = (down * grid[:, None] + right * grid) / grid_size  # (B, g, g) within (-1, 1) / 2 of its middle
+    return (scores + 0.9 * ramp).flatten(1)
+
+
+MASK_STRATEGIES = {
+    "random": random_scores,
+    "block": block_scores,
+    "grid": grid_scores,
+    "shifted_grid": shifted_grid_scores,
+    "blockwise": blockwise_scores,
+}
+
+
+class PatchShuffle(nn.Module):
+    """Orders each image's patches, visible ones first, by a mask strategy.
+
+    The strategy only scores; the split is made here, so every strategy hides equally many patches and the encoder
+    sees a full rectangle of tokens (MAE paper, section 3, "Simple implementation").
+
+    Raises:
+        ValueError: the strategy is unknown, or mask_ratio leaves nothing visible or nothing hidden.
+    """
+
+    def __init__(self, grid_size, mask_ratio, mask_strategy):
+        super().__init__()
+        if mask_strategy not in MASK_STRATEGIES:
+            raise ValueError(f"mask_strategy {mask_strategy!r} is unknown; choose from {', '.join(MASK_STRATEGIES)}.")
+        num_patches = grid_size**2
+        self.num_visible = int(num_patches * (1 - mask_ratio)) if 0 < mask_ratio < 1 else 0
+        if not 0 < self.num_visible < num_patches:
+            raise ValueError(
+                f"mask_ratio {mask_ratio} does not split {num_patches} patches: at least one must stay visible and one "
+                f"be hidden; use {1 / num_patches:.3g} to {1 - 1 / num_patches:.3g}."
+            )
+        self.grid_size, self.mask_ratio, self.mask_strategy = grid_size, mask_ratio, mask_strategy
+
+    def forward(self, batch_size, generator=None, device=None):
+        """Draw masks: ids_shuffle (B, N) int64, a permutation of the patches, its first num_visible columns visible."""
+        score = MASK_STRATEGIES[self.mask_strategy]
+        scores = score(batch_size, self.grid_size, self.num_visible, generator, device)
+        return scores.argsort(dim=1, stable=True)  # (B, N)
+
+
+# --- model ---
+
+
+def transformer(embed_dim, depth, num_heads):
+    """Pre-norm blocks (Dosovitskiy et al. 2020) as the reference has them: LayerNorm eps 1e-5, qkv without bias."""
+    if embed_dim % num_heads:
+        divisors = ", ".join(str(n) for n in range(1, min(embed_dim, 32) + 1) if embed_dim % n == 0)
+        raise ValueError(f"num_heads {num_heads} does not divide embed_dim {embed_dim}; these do: {divisors}.")
+    return nn.Sequential(*(Block(embed_dim, num_heads, norm_layer=nn.LayerNorm) for _ in range(depth)))
+
+
+def init_token(*shape):
+    return nn.Parameter(trunc_normal_(torch.empty(shape), std=0.02))
+
+
+class MAE_Encoder(nn.Module):
+    """ViT without head; given ids_keep, it computes the visible patches only."""
+
+    def __init__(self, img_size, patch_size, embed_dim, encoder_depth, num_heads):
+        super().__init__()
+        if img_size % patch_size:
+            raise ValueError(f"patch_size {patch_size} does not divide img_size {img_size}.")
+        self.patch_size = patch_size
+        self.cls_token = init_token(1, 1, embed_dim)
+        self.pos_embedding = init_token((img_size // patch_size) ** 2, 1, embed_dim)
+        self.patchify = nn.Conv2d(3, embed_dim, kernel_size=patch_size, stride=patch_size)
+        self.transformer = transformer(embed_dim, encoder_depth, num_heads)
+        self.layer_norm = nn.LayerNorm(embed_dim)
+
+    def forward(self, images, ids_keep=None):
+        """Encode images (B, 3, H, W) to features (B, 1 + V, D), cls first; all N patches where ids_keep is None."""
+        patches = patchify(images, self.patch_size)  # (B, N, P)
+        position = self.pos_embedding.transpose(0, 1).expand(len(images), -1, -1)  # (B, N, D)
+        if ids_keep is not None:  # before the embedding, so that hidden patches cost nothing
+            patches, position = take(patches, ids_keep), take(position, ids_keep)  # (B, V, ...)
+        tokens = F.linear(patches, self.patchify.weight.flatten(1), self.patchify.bias) + position  # the convolution
+        tokens = torch.cat([self.cls_token.expand(len(images), -1, -1), tokens], dim=1)  # (B, 1 + V, D)
+        return self.layer_norm(self.transformer(tokens))
+
+
+class MAE_Decoder(nn.Module):
+    """Predicts every patch's pixels from the visible patches' features."""
+
+    def __init__(self, img_size, patch_size, embed_dim, decoder_depth, num_heads):
+        super().__init__()
+        num_patches = (img_size // patch_size) ** 2
+        self.mask_token = init_token(1, 1, embed_dim)
+        self.pos_embedding = init_token(num_patches + 1, 1, embed_dim)
+        self.transformer = transformer(embed_dim, decoder_depth, num_heads)
+        self.head = nn.Linear(embed_dim, 3 * patch_size**2)
+
+    def forward(self, features, ids_restore):
+        """Features (B, 1 + V, D) and each patch's place among [visible, hidden] (B, N) to pixels (B, N, P)."""
+        batch_size, num_visible = len(features), features.shape[1] - 1
+        hidden = self.mask_token.expand(batch_size, ids_restore.shape[1] - num_visible, -1).to(features.dtype)
+        tokens = torch.cat([features[:, 1:], hidden], dim=1)  # (B, N, D), visible ones first
+        tokens = torch.cat([features[:, :1], take(tokens, ids_restore)], dim=1)  # (B, 1 + N, D), in image order
+        tokens = self.transformer(tokens + self.pos_embedding.transpose(0, 1))
+        return self.head(tokens[:, 1:])  # (B, N, P)
+
+
+class MAE_ViT(nn.Module):
+    """Masked autoencoder; attributes keep the reference's names, so weights move both ways.
+
+    Args:
+        img_size, patch_size: pixels along an edge; images are square with 3 channels.
+        embed_dim, num_heads: of encoder and decoder alike.
+        encoder_depth, decoder_depth: transformer blocks.
+        mask_ratio: fraction of patches hidden, in (0, 1); int(N * (1 - mask_ratio)) stay visible.
+        mask_strategy: a key of MASK_STRATEGIES.
+
+    Raises:
+        ValueError: the sizes do not fit each other, or the mask leaves nothing to see or to predict.
+    """
+
+    def __init__(
+        self,
+        img_size=32,
+        patch_size=2,
+        embed_dim=192,
+        encoder_depth=12,
+        num_heads=3,
+        decoder_depth=4,
+        mask_ratio=0.75,
+        mask_strategy="random",
+    ):
+        super().__init__()
+        self.patch_size = patch_size
+        self.encoder = MAE_Encoder(img_size, patch_size, embed_dim, encoder_depth, num_heads)
+        self.shuffle = PatchShuffle(img_size // patch_size, mask_ratio, mask_strategy)
+        self.decoder = MAE_Decoder(img_size, patch_size, embed_dim, decoder_depth, num_heads)
+
+    def forward(self, images, ids_shuffle=None):
+        """Hide patches and predict them.
+
+        Args:
+            images: (B, 3, H, W) in [-1, 1].
+            ids_shuffle: (B, N) int64 from `self.shuffle`, the same masks twice for the same ids; None draws new ones.
+
+        Returns:
+            pred: (B, N, P), every patch's predicted pixels in the images' range, visible ones too.
+            mask: (B, N) bool, True where the patch was hidden.
+        """
+        if ids_shuffle is None:
+            ids_shuffle = self.shuffle(len(images), device=images.device)
+        features = self.encoder(images, ids_shuffle[:, : self.shuffle.num_visible])  # (B, 1 + V, D)
+        ids_restore = ids_shuffle.argsort(dim=1)  # (B, N), the inverse permutation
+        pred = self.decoder(features, ids_restore)  # (B, N, P)
+        return pred, ids_restore >= self.shuffle.num_visible
+
+    @torch.no_grad()
+    def reconstruct(self, images, ids_shuffle):
+        """What the model was shown and what it makes of it.
+
+        Returns:
+            masked: (B, 3, H, W), the images with hidden patches grey (0); reconstructed: the same, hidden patches
+            predicted, visible ones as they were (the loss leaves predictions of visible patches untrained).
+        """
+        pred, mask = self(images, ids_shuffle)
+        patches, mask = patchify(images, self.patch_size), mask[..., None]
+        masked, reconstructed = patches.masked_fill(mask, 0), torch.where(mask, pred.float(), patches)
+        return unpatchify(masked, self.patch_size), unpatchify(reconstructed, self.patch_size)
+
+
+def mae_loss(pred, images, mask):
+    """Mean squared error over hidden pixels only, in float32 (MAE paper, section 3, "Reconstruction target").
+
+    Args:
+        pred: (B, N, P) predicted patches; images: (B, 3, H, W); mask: (B, N) bool, True where hidden.
+    """
+    patch_size = math.isqrt(pred.shape[-1] // 3)
+    error = (pred.float() - patchify(images, patch_size)).square().mean(dim=-1)  # (B, N)
+    return (error * mask).sum() / mask.sum()
+
+
+class ViT_Classifier(MAE_Encoder):
+    """The MAE's encoder, without masking, and a linear layer on the cls token after the final LayerNorm."""
+
+    def __init__(self, img_size=32, patch_size=2, embed_dim=192, encoder_depth=12, num_heads=3, num_classes=10):
+        super().__init__(img_size, patch_size, embed_dim, encoder_depth, num_heads)
+        self.head = nn.Linear(embed_dim, num_classes)
+
+    def load_encoder(self, mae_state):
+        """Take the encoder's weights out of a MAE_ViT state dict; the head keeps its initialisation."""
+        prefix = "encoder."
+        encoder = {key.removeprefix(prefix): value for key, value in mae_state.items() if key.startswith(prefix)}
+        missing, unexpected = self.load_state_dict(encoder, strict=False)
+        assert set(missing) == {"head.weight", "head.bias"} and not unexpected, (missing, unexpected)
+
+    def forward(self, images):
+        """Classify images (B, 3, H, W) in [-1, 1]: logits (B, num_classes)."""
+        return self.head(super().forward(images)[:, 0])

@@ -1,0 +1,400 @@
+"""One run on disk: its name, config, metrics, TensorBoard events and checkpoints; continuing it; reading it back.
+
+A run is a directory `<log_dir>/<name>/` with config.json, metrics.csv, events.out.tfevents.*, checkpoint.pt and, at
+the end, model.pt. The name says what sets the run apart, so the same command again finds its run and continues it.
+"""
+
+import contextlib
+import csv
+import fcntl
+import io
+import json
+import math
+import os
+import pickle
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+# May differ when a run is continued: where things are and how they are computed, not what.
+FREE_ARGUMENTS = {
+    "compile",
+    "data_dir",
+    "device",
+    "log_dir",
+    "max_device_batch_size",
+    "model_path",
+    "output_model_path",
+    "overwrite",
+    "pretrained_model_path",
+}
+
+# --- names ---
+
+
+def dataset_name(args):
+    """The data set as part of a run's name; a folder goes by its own name."""
+    name = Path(args["data_dir"]).resolve().name if args["dataset"] == "folder" else args["dataset"]
+    return name if args["train_images"] is None else f"{name}-{args['train_images']}"
+
+
+def mae_run_name(args):
+    """For example mae_cifar10_i32_p2_w192_e12_h3_d4_random_r0.75_ep2000_b4096_s42."""
+    size = "i{img_size}_p{patch_size}_w{embed_dim}_e{encoder_depth}_h{num_heads}_d{decoder_depth}".format(**args)
+    rest = "{mask_strategy}_r{mask_ratio}_ep{total_epoch}_b{batch_size}_s{seed}".format(**args)
+    return f"mae_{dataset_name(args)}_{size}_{rest}" + ("_aug" if args["augment"] else "")
+
+
+def classifier_run_name(args, encoder_name):
+    """For example cls_cifar10_ep100_b128_s42_from_mae_..., or ..._scratch_i32_p2_w192_e12_h3.
+
+    Args:
+        encoder_name: the run the encoder comes from; None: from scratch.
+    """
+    size = "scratch_i{img_size}_p{patch_size}_w{embed_dim}_e{encoder_depth}_h{num_heads}".format(**args)
+    encoder = f"from_{encoder_name}" if encoder_name else size
+    name = "cls_{}_ep{total_epoch}_b{batch_size}_s{seed}".format(dataset_name(args), **args)
+    return f"{name}{'_aug' if args['augment'] else ''}_{encoder}"
+
+
+# --- .pt files: dictionaries of tensors and plain values ---
+
+
+def save_file(path, content):
+    """Write a .pt file whole or not at all: temporary name, sync, rename."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        torch.save(content, file)
+
+
+def load_file(path, kind=None):
+    """Read a .pt file onto the CPU without unpickling objects.
+
+    torch.load checks no checksum, so a flipped bit would load as a wrong weight; the zip archive that torch.save
+    writes has a CRC-32 for each of its records, which zipfile checks.
+
+    Args:
+        path: the file, or a run directory, which stands for its model.pt.
+        kind: what content["kind"] must be; None: any of ours.
+
+    Raises:
+        ValueError: no such file, damaged, or not the kind asked for.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "model.pt"
+    if not path.exists():
+        hint = " The run is not finished; give its command again." if (path.parent / "config.json").exists() else ""
+        raise ValueError(f"No file {path}.{hint}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"checksum of {damaged} is wrong")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = "it holds pickled objects" if isinstance(error, pickle.UnpicklingError) else error
+        raise ValueError(
+            f"Cannot read {path}: {reason}. Copy the file anew, or make it again with --overwrite."
+        ) from error
+    found = content.get("kind") if isinstance(content, dict) else None
+    if found is None or kind not in (None, found):
+        raise ValueError(f"{path} holds {found or 'no model of this program'}; {kind or 'a model'} is needed here.")
+    return content
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Open a file for writing bytes; path has the new content after the block, or is as it was if anything fails."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    os.fsync(directory)  # the new name, too
+    os.close(directory)
+
+
+# --- reading back ---
+
+
+def read_config(directory):
+    """config.json of a run directory: a dictionary with name, arguments, results of planning, and starts."""
+    return json.loads((Path(directory) / "config.json").read_text())
+
+
+def read_metrics(directory):
+    """metrics.csv of a run directory: a list of one dictionary of floats an epoch; epoch is an int, from 1.
+
+    A last line that a crash has torn is left out.
+    """
+    path = Path(directory) / "metrics.csv"
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        lines = [line for line in file if line.endswith("\n")]
+    return [{key: int(v) if key == "epoch" else float(v) for key, v in row.items()} for row in csv.DictReader(lines)]
+
+
+# --- the run itself ---
+
+
+class Run:
+    """A run's directory while its script is at work.
+
+    Args:
+        log_dir, name: the run lives in log_dir/name.
+        arguments: the run's settings, plain values by name.
+        overwrite: start anew, dropping what an earlier run of this name left.
+        writer: False on all processes but one; they read what it wrote and write nothing.
+
+    Raises:
+        ValueError: the directory holds a run with other arguments.
+    """
+
+    def __init__(self, log_dir, name, arguments, overwrite=False, writer=True):
+        self.directory = Path(log_dir) / name
+        self.name, self.arguments, self.overwrite, self.writer = name, arguments, overwrite, writer
+        self.config = None if overwrite or not (self.directory / "config.json").exists() else read_config(self.directory)
+        if self.config:
+            self._check_same_arguments()
+        self.finished = self.config is not None and (self.directory / "model.pt").exists()
+        self.stop_signal = 0
+        self.saved_at, self.save_seconds = time.monotonic(), 0.2
+        self.lock = self.board = self.bar = None
+
+    def _check_same_arguments(self):
+        stored = self.config["arguments"]
+        for key in sorted(set(stored) & set(self.arguments) - FREE_ARGUMENTS):
+            if stored[key] != self.arguments[key]:
+                raise ValueError(
+                    f"{self.directory} is a run with {key} {stored[key]}, and now {key} is {self.arguments[key]}. Give "
+                    f"the stored value to continue it, --overwrite to start it anew, or another --log_dir."
+                )
+
+    def open(self, facts):
+        """Take the directory for this process and write config.json; facts: what the arguments do not tell.
+
+        Raises:
+            ValueError: another process is at work on this run.
+        """
+        if self.writer:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.directory / ".lock", "w")  # the kernel drops the lock when the process ends, however
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"Another process is at work on {self.directory}; wait for it or stop it.") from None
+            if self.overwrite:
+                for pattern in ("config.json", "metrics.csv", "*.pt", "events.out.tfevents.*"):
+                    for path in self.directory.glob(pattern):
+                        path.unlink()
+            starts = self.config["starts"] if self.config else []
+            config = {"name": self.name, "arguments": self.arguments, **facts, "starts": [*starts, environment()]}
+            with replacing(self.directory / "config.json") as file:
+                file.write(json.dumps(config, indent=1).encode())
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number, frame):
+        self.stop_signal = number
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+        print(f"\n{signal.Signals(number).name}: finishing this step, then saving.", file=sys.stderr)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        for resource in (self.bar, self.board, self.lock):
+            if resource is not None:
+                resource.close()
+
+    def restore(self, model, optimizer):
+        """Load what was saved last into model and optimizer, which from now on are what is saved.
+
+        Metrics of later epochs are dropped: they will come again.
+
+        Returns:
+            progress: epoch (complete ones), step (complete ones of the epoch under way), loss_sum (over them) and
+            seconds (spent on them); all 0 for a new run.
+
+        Raises:
+            ValueError: the checkpoint is damaged.
+        """
+        self.model, self.optimizer = model, optimizer
+        path = self.directory / "checkpoint.pt"
+        progress = {"epoch": 0, "step": 0, "loss_sum": 0.0, "seconds": 0.0}
+        if path.exists():
+            state = load_file(path, "checkpoint")
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            progress = state["progress"]
+        self.first_epoch = progress["epoch"]
+        if self.writer and (self.directory / "metrics.csv").exists():
+            rows = [row for row in read_metrics(self.directory) if row["epoch"] <= self.first_epoch]
+            with replacing(self.directory / "metrics.csv") as file:
+                file.write(csv_text(rows, header=True).encode())
+        return progress
+
+    def start_bar(self, images_per_epoch, batch_size, total_epochs, progress):
+        """Show loss, images/s and the time left of the whole run, on a terminal."""
+        self.batch_size = batch_size
+        self.bar = tqdm(
+            total=images_per_epoch * total_epochs,
+            initial=images_per_epoch * progress["epoch"] + batch_size * progress["step"],
+            desc=self.name.split("_")[0],
+            unit="img",
+            unit_scale=True,
+            disable=None if self.writer else True,
+        )
+
+    def tick(self, progress, may_save=True):
+        """One step is done: move the bar, and where a save is due, save; leave if a signal asked for it.
+
+        Args:
+            may_save: False where other processes are at work on the same step, which a save would not include.
+        """
+        self.bar.update(self.batch_size)
+        if may_save and self.save_due():
+            self.save(progress)
+            self.exit_if_stopped()
+
+    def end_epoch(self, progress, metrics, last=False):
+        """Log an epoch's metrics; save where due or where it was the last; leave if a signal asked for it."""
+        self.bar.set_postfix_str(f"epoch {progress['epoch']}, loss {metrics['train/loss']:.4f}")
+        self.log(progress["epoch"], metrics)
+        if last or self.save_due():
+            self.save(progress)
+        self.exit_if_stopped()
+
+    def save_due(self):
+        """Whether to save now: asked to stop, or 50 times as long as a save takes has passed (so under 2 %)."""
+        return bool(self.stop_signal) or time.monotonic() - self.saved_at >= 50 * self.save_seconds
+
+    def save(self, progress):
+        """Write checkpoint.pt with the model, the optimizer and progress.
+
+        Raises:
+            SystemExit: the loss is not finite; the checkpoint there stays.
+        """
+        if progress["step"]:
+            loss = float(progress["loss_sum"]) / progress["step"]
+            self.check_finite(loss, progress["epoch"], progress["step"])
+            self.bar.set_postfix_str(f"epoch {progress['epoch'] + 1}, loss {loss:.4f}")
+        if self.writer:
+            started = time.monotonic()
+            content = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "progress": progress}
+            save_file(self.directory / "checkpoint.pt", {"kind": "checkpoint", **content})
+            self.saved_at = time.monotonic()
+            self.save_seconds = self.saved_at - started
+
+    def check_finite(self, loss, epoch, step):
+        if not math.isfinite(loss):
+            lr = self.optimizer.param_groups[0]["lr"]
+            sys.exit(
+                f"train/loss is {loss} at epoch {epoch + 1}, by step {step} (lr {lr:.2e}). {self.directory} keeps its "
+                f"last good checkpoint; a lower --base_learning_rate or --precision float32 may help."
+            )
+
+    def exit_if_stopped(self):
+        """Leave with the shell's code for the signal that asked for it (130 for Ctrl-C), if one did."""
+        if self.stop_signal:
+            print(f"Stopped. The same command continues {self.directory}", file=sys.stderr)
+            sys.exit(128 + self.stop_signal)
+
+    def log(self, epoch, metrics):
+        """Append one epoch's numbers (epoch from 1) to metrics.csv and TensorBoard."""
+        if not self.writer:
+            return
+        path = self.directory / "metrics.csv"
+        text = csv_text([{"epoch": epoch, **metrics}], header=not path.exists() or not path.stat().st_size)
+        with open(path, "a", newline="") as file:
+            file.write(text)
+        for key, value in metrics.items():
+            self._board().add_scalar(key, value, epoch)
+
+    def log_image(self, epoch, tag, image):
+        """Show an image (3, H, W) uint8 in TensorBoard."""
+        if self.writer:
+            self._board().add_image(tag, image, epoch)
+
+    def finish(self, content):
+        """Write model.pt, the mark of a finished run, and its settings and last metrics as hyper-parameters."""
+        if not self.writer:
+            return
+        plain = {key: value for key, value in self.arguments.items() if isinstance(value, (bool, int, float, str))}
+        last = {f"final/{key}": value for key, value in read_metrics(self.directory)[-1].items() if key != "epoch"}
+        self._board().add_hparams(plain, last, run_name=".")
+        save_file(self.directory / "model.pt", {"run_name": self.name, **content})
+        self.finished = True
+
+    def export(self, path):
+        """Copy the finished model.pt to a path of the user's, if one was given."""
+        if path and self.writer:
+            path = Path(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as file:
+                file.write((self.directory / "model.pt").read_bytes())
+
+    def _board(self):
+        if self.board is None:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed to read runs
+
+            self.board = SummaryWriter(self.directory, purge_step=self.first_epoch + 1)
+        return self.board
+
+
+def csv_text(rows, header):
+    text = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+        if header:
+            writer.writeheader()
+        writer.writerows(rows)
+    return text.getvalue()
+
+
+def environment():
+    """Where and from what a run was started: command, time, commit, versions, machine."""
+    source = Path(__file__).parent
+
+    def git(*command):
+        result = subprocess.run(["git", "-C", source, *command], capture_output=True, text=True)
+        return result.stdout.strip() if result.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    cuda = torch.cuda.is_available()
+    return {
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "commit": commit,
+        "clean": git("status", "--porcelain") == "" if commit else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": metadata.version("timm"),
+        "cuda": torch.version.cuda if cuda else None,
+        "processor": torch.cuda.get_device_name() if cuda else cpu_name(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def cpu_name():
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} cores" if names else platform.processor() or platform.machine()
