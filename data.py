@@ -3,8 +3,8 @@
 A batch is an index, a cast and a normalisation: no worker processes, no PIL in the loop. CIFAR-10 takes 184 MB.
 """
 
+import contextlib
 import hashlib
-
 import math
 import os
 import socket
@@ -36,7 +36,8 @@ def load_dataset(name, data_dir, img_size, train_images=None):
     """The training and the test set, images of img_size x img_size.
 
     Args:
-        name: one of DATASETS. cifar10 and cifar100 are downloaded into data_dir where missing.
+        name: one of DATASETS, or fake (a few images, for dry runs). cifar10 and cifar100 are downloaded into
+            data_dir where missing.
         data_dir: for folder, the directory that holds train/<class>/* and test/<class>/*.
         train_images: keep this many training images, the first ones of each class, equally many of each; None: all.
 
@@ -47,6 +48,8 @@ def load_dataset(name, data_dir, img_size, train_images=None):
         train, test = (cifar(name, data_dir, img_size, train=part) for part in (True, False))
     elif name == "folder":
         train, test = folder(data_dir, img_size)
+    elif name == "fake":
+        train, test = shapes(20, img_size, seed=0), shapes(20, img_size, seed=1)
     elif name == "shapes":
         train, test = shapes(5000, img_size, seed=0), shapes(1000, img_size, seed=1)
     else:
@@ -120,7 +123,9 @@ def folder(data_dir, img_size):
     parts = {part: list_images(root / part) for part in ("train", "test")}
     classes = sorted({path.parent.name for path in parts["train"]})
     if others := set(classes) ^ {path.parent.name for path in parts["test"]}:
-        raise ValueError(f"{root}: train and test do not have the same classes; only one has {', '.join(sorted(others))}.")
+        raise ValueError(
+            f"{root}: train and test do not have the same classes; only one has {', '.join(sorted(others))}."
+        )
     cache = root / f".cache-{img_size}-{folder_key(root, parts)}.npz"
     try:
         with np.load(cache) as stored:
@@ -194,8 +199,10 @@ def store_cache(path, arrays):
             np.savez(file, **arrays)
         os.replace(temporary, path)
     except OSError as error:
-        warnings.warn(f"No cache of decoded images in {path.parent} ({error}): they are decoded again each time.")
-        temporary.unlink(missing_ok=True) if path.parent.exists() else None
+        message = f"No cache of decoded images in {path.parent} ({error}): they are decoded again each time."
+        warnings.warn(message, stacklevel=2)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 # --- shapes ---

@@ -21,6 +21,7 @@ from model import MASK_STRATEGIES, MAE_ViT, mae_loss
 from runs import Run, load_file, mae_run_name
 
 MODEL_DEFAULTS = {name: p.default for name, p in inspect.signature(MAE_ViT).parameters.items()}
+SIZE = ("img_size", "patch_size", "embed_dim", "encoder_depth", "num_heads", "decoder_depth")
 IMAGE_LOGS = 50  # reconstructions shown in TensorBoard over a run
 
 
@@ -28,26 +29,18 @@ def parse_args(argv=None):
     parser = utils.Parser(description=__doc__.split("\n")[0])
     utils.add_data_arguments(parser, data.DATASETS)
     group = parser.add_argument_group("model")
-    group.add_argument("--img_size", type=utils.positive_int, help="pixels along an image's edge")
-    group.add_argument("--patch_size", type=utils.positive_int, help="pixels along a patch's edge")
-    group.add_argument("--embed_dim", type=utils.positive_int, help="width of encoder and decoder")
-    group.add_argument("--encoder_depth", type=utils.positive_int, help="transformer blocks")
-    group.add_argument("--decoder_depth", type=utils.positive_int, help="transformer blocks")
-    group.add_argument("--num_heads", type=utils.positive_int, help="attention heads, of encoder and decoder")
+    utils.add_size_arguments(group, SIZE)
     group = parser.add_argument_group("masking")
     group.add_argument("--mask_ratio", type=float, help="fraction of patches hidden, in (0, 1)")
     group.add_argument("--mask_strategy", choices=MASK_STRATEGIES, help="which patches are hidden")
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--total_epoch", type=utils.positive_int, default=2000, help="epochs")
-    group.add_argument("--warmup_epoch", type=float, help="epochs of linear warm-up; left out: a tenth of all")
-    group.add_argument("--batch_size", type=utils.positive_int, default=4096, help="images an update, over all devices")
-    group.add_argument(
-        "--max_device_batch_size", type=utils.positive_int, default=512, help="images at once on a device; accumulated"
+    utils.add_optimisation_arguments(
+        parser,
+        total_epoch=2000,
+        warmup="a tenth",
+        batch_size=4096,
+        max_device_batch_size=512,
+        base_learning_rate=1.5e-4,
     )
-    group.add_argument(
-        "--base_learning_rate", type=utils.positive_float, default=1.5e-4, help="peak rate at batch 256; scaled linearly"
-    )
-    group.add_argument("--weight_decay", type=float, default=0.05, help="AdamW's, on every parameter")
     utils.add_run_arguments(parser, log_dir="logs/pretrain")
     parser.add_argument_group("output").add_argument("--model_path", help="copy the finished model.pt to here")
     parser.set_defaults(**MODEL_DEFAULTS)
@@ -100,6 +93,7 @@ def train_one_epoch(step, shuffle, images, plan, args, progress, tick):
     loss = utils.mean_over_ranks(progress["loss_sum"] / plan.steps_per_epoch)  # waits for the device
     seconds = progress["seconds"] + time.monotonic() - started
     speed = plan.steps_per_epoch * args.batch_size / seconds
+    lr = plan.lr((epoch + 1) * plan.steps_per_epoch - 1)
     return {"train/loss": loss, "lr": lr, "speed/images_per_sec": speed, "seconds": seconds}
 
 

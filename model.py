@@ -306,7 +306,8 @@ class ViT_Classifier(MAE_Encoder):
         prefix = "encoder."
         encoder = {key.removeprefix(prefix): value for key, value in mae_state.items() if key.startswith(prefix)}
         missing, unexpected = self.load_state_dict(encoder, strict=False)
-        assert set(missing) == {"head.weight", "head.bias"} and not unexpected, (missing, unexpected)
+        assert set(missing) == {"head.weight", "head.bias"}, missing
+        assert not unexpected, unexpected
 
     def forward(self, images):
         """Classify images (B, 3, H, W) in [-1, 1]: logits (B, num_classes)."""

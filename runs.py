@@ -7,6 +7,7 @@ the end, model.pt. The name says what sets the run apart, so the same command ag
 import contextlib
 import csv
 import fcntl
+import hashlib
 import io
 import json
 import math
@@ -101,15 +102,23 @@ def load_file(path, kind=None):
             if damaged := archive.testzip():
                 raise zipfile.BadZipFile(f"checksum of {damaged} is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # damage shows in many ways, and all of them mean the same
         reason = "it holds pickled objects" if isinstance(error, pickle.UnpicklingError) else error
         raise ValueError(
-            f"Cannot read {path}: {reason}. Copy the file anew, or make it again with --overwrite."
+            f"Cannot read {path}: {reason}. Copy the file anew, or make it again (--overwrite)."
         ) from error
     found = content.get("kind") if isinstance(content, dict) else None
     if found is None or kind not in (None, found):
         raise ValueError(f"{path} holds {found or 'no model of this program'}; {kind or 'a model'} is needed here.")
     return content
+
+
+def digest(state_dict):
+    """16 hex digits that change with any weight."""
+    result = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(state_dict.items()):
+        result.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return result.hexdigest()
 
 
 @contextlib.contextmanager
@@ -170,13 +179,16 @@ class Run:
     def __init__(self, log_dir, name, arguments, overwrite=False, writer=True):
         self.directory = Path(log_dir) / name
         self.name, self.arguments, self.overwrite, self.writer = name, arguments, overwrite, writer
-        self.config = None if overwrite or not (self.directory / "config.json").exists() else read_config(self.directory)
+        self.config = (
+            None if overwrite or not (self.directory / "config.json").exists() else read_config(self.directory)
+        )
         if self.config:
             self._check_same_arguments()
         self.finished = self.config is not None and (self.directory / "model.pt").exists()
         self.stop_signal = 0
         self.saved_at, self.save_seconds = time.monotonic(), 0.2
         self.lock = self.board = self.bar = None
+        self.handlers = {}
 
     def _check_same_arguments(self):
         stored = self.config["arguments"]
@@ -195,7 +207,8 @@ class Run:
         """
         if self.writer:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.directory / ".lock", "w")  # the kernel drops the lock when the process ends, however
+            # the kernel drops the lock when the process ends, however it ends
+            self.lock = open(self.directory / ".lock", "w")  # noqa: SIM115
             try:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -208,8 +221,7 @@ class Run:
             config = {"name": self.name, "arguments": self.arguments, **facts, "starts": [*starts, environment()]}
             with replacing(self.directory / "config.json") as file:
                 file.write(json.dumps(config, indent=1).encode())
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
+        self.handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def _on_signal(self, number, frame):
         self.stop_signal = number
@@ -220,6 +232,8 @@ class Run:
         return self
 
     def __exit__(self, *error):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
         for resource in (self.bar, self.board, self.lock):
             if resource is not None:
                 resource.close()

@@ -4,6 +4,7 @@ precision, the learning-rate schedule, batches cut by rank, the process group.""
 import argparse
 import contextlib
 import hashlib
+import inspect
 import math
 import os
 import sys
@@ -16,15 +17,18 @@ import torch.distributed as dist
 # --- command line ---
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but for those that mean "left out"."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """Shows defaults in --help and answers a bad argument with one line and exit code 2."""
 
     def __init__(self, **kwargs):
-        super().__init__(
-            formatter_class=lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, max_help_position=32),
-            allow_abbrev=False,
-            **kwargs,
-        )
+        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -58,12 +62,62 @@ def positive_float(text):
     return value
 
 
+def non_negative_float(text):
+    """An argparse type: a finite number from 0 on."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on")
+    return value
+
+
 def add_data_arguments(parser, datasets):
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", choices=datasets, default="cifar10", help="what to train and test on")
     group.add_argument("--data_dir", default="data", help="where the files are, or are downloaded to")
     group.add_argument("--train_images", type=positive_int, help="train on so many images, equally many of each class")
     group.add_argument("--augment", action="store_true", help="random shifts by up to 4 pixels and mirroring")
+
+
+SIZE_HELP = {
+    "img_size": "pixels along an image's edge",
+    "patch_size": "pixels along a patch's edge",
+    "embed_dim": "width of the tokens, encoder and decoder alike",
+    "encoder_depth": "transformer blocks of the encoder",
+    "num_heads": "attention heads, encoder and decoder alike",
+    "decoder_depth": "transformer blocks of the decoder",
+}
+
+
+def add_size_arguments(group, names, note=""):
+    for name in names:
+        group.add_argument(f"--{name}", type=positive_int, help=SIZE_HELP[name] + note)
+
+
+def add_optimisation_arguments(parser, warmup, **defaults):
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--total_epoch", type=positive_int, help="epochs")
+    group.add_argument("--warmup_epoch", type=float, help=f"epochs of linear warm-up; left out: {warmup} of all")
+    group.add_argument("--batch_size", type=positive_int, help="images an update, over all devices")
+    group.add_argument(
+        "--max_device_batch_size", type=positive_int, help="images at once on a device; more are accumulated"
+    )
+    group.add_argument("--base_learning_rate", type=positive_float, help="peak rate for a batch of 256; scaled with it")
+    group.add_argument("--weight_decay", type=non_negative_float, default=0.05, help="AdamW's, on every parameter")
+    parser.set_defaults(**defaults)
+
+
+def fill_in(args, values):
+    """The arguments with those of `values` that were left out."""
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    return argparse.Namespace(**{**vars(args), **values, **given})
+
+
+def default(function, name):
+    """A parameter's default, so that it is written in one place."""
+    return inspect.signature(function).parameters[name].default
 
 
 def add_run_arguments(parser, log_dir):
@@ -175,8 +229,6 @@ def plan_training(args, num_images, default_warmup, rank=0, world_size=1):
         ValueError: the batch cannot be cut evenly or is larger than the data, or the warm-up is longer than the run.
     """
     batch_size = args.batch_size
-    if batch_size > num_images:
-        raise ValueError(f"--batch_size {batch_size} is more than the {num_images} training images; use at most that.")
     if batch_size % world_size:
         raise ValueError(f"--batch_size {batch_size} is not a multiple of the {world_size} processes.")
     share = batch_size // world_size
@@ -187,6 +239,8 @@ def plan_training(args, num_images, default_warmup, rank=0, world_size=1):
             f"--batch_size {batch_size} is not a multiple of --max_device_batch_size {args.max_device_batch_size}"
             f"{f' times {world_size} processes' if world_size > 1 else ''}; try --max_device_batch_size {fits}."
         )
+    if batch_size > num_images:
+        raise ValueError(f"--batch_size {batch_size} is more than the {num_images} training images; use at most that.")
     warmup_epochs = default_warmup * args.total_epoch if args.warmup_epoch is None else args.warmup_epoch
     if not 0 <= warmup_epochs <= args.total_epoch:
         raise ValueError(f"--warmup_epoch {warmup_epochs:g} is not within 0 to --total_epoch {args.total_epoch}.")
@@ -215,8 +269,8 @@ def facts(args, model, plan, device, precision, world_size):
 
 
 def dry(args, log_dir):
-    """The same arguments, shrunk to two epochs of one step of two micro-batches on ten images."""
-    small = {"dataset": "shapes", "train_images": 10, "batch_size": 8, "max_device_batch_size": 4, "total_epoch": 2}
+    """The same arguments, shrunk to two epochs of one step of two micro-batches on a few drawn images."""
+    small = {"dataset": "fake", "train_images": None, "batch_size": 16, "max_device_batch_size": 8, "total_epoch": 2}
     return argparse.Namespace(**{**vars(args), **small, "warmup_epoch": None, "log_dir": log_dir})
 
 

@@ -1,0 +1,65 @@
+"""Draw metrics of finished or running runs by epoch, a line for each run, from their metrics.csv alone.
+
+python -m scripts.plot_curves logs/classifier/* --metric train/loss test/acc --output curves.png
+"""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+import utils
+from runs import read_metrics
+
+NAMES = {
+    "train/loss": "training loss",
+    "test/loss": "test loss",
+    "test/acc": "test accuracy",
+    "lr": "learning rate",
+    "speed/images_per_sec": "images/s",
+}
+STYLES = [("#0072b2", "-"), ("#d55e00", "--"), ("#009e73", "-."), ("#cc79a7", ":"), ("#000000", "-")]  # Okabe and Ito
+
+
+def parse_args(argv=None):
+    parser = utils.Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("runs", nargs="+", type=Path, help="run directories")
+    parser.add_argument("--metric", nargs="+", default=["train/loss", "test/acc"], help="columns of metrics.csv")
+    parser.add_argument("--label", nargs="+", help="a legend entry for each run; left out: its directory's name")
+    parser.add_argument("--output", type=Path, default=Path("curves.png"), help="PNG to write")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    labels = args.label or [run.name for run in args.runs]
+    with utils.exit_on_bad_input():
+        if len(labels) != len(args.runs):
+            raise ValueError(f"--label has {len(labels)} entries for {len(args.runs)} runs; give one for each.")
+        tables = [read_metrics(run) for run in args.runs]
+        for run, table in zip(args.runs, tables, strict=True):
+            if not table:
+                raise ValueError(f"{run} has no metrics.csv with a complete epoch; name run directories.")
+            if missing := set(args.metric) - set(table[0]):
+                raise ValueError(f"{run} has no {', '.join(sorted(missing))}; it has {', '.join(table[0])}.")
+    figure, axes = plt.subplots(1, len(args.metric), figsize=(5.5 * len(args.metric), 4), squeeze=False)
+    for place, metric in zip(axes.flat, args.metric, strict=True):
+        for i, (label, table) in enumerate(zip(labels, tables, strict=True)):
+            colour, line = STYLES[i % len(STYLES)]
+            epochs, values = [row["epoch"] for row in table], [row[metric] for row in table]
+            place.plot(epochs, values, line, color=colour, label=label, marker="o" if len(table) < 20 else None)
+        place.set(xlabel="epoch", ylabel=NAMES.get(metric, metric))
+        place.grid(alpha=0.3)
+        place.legend()
+        if metric.endswith("/acc"):
+            place.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
+    figure.tight_layout()
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.output, dpi=150)
+    print(args.output)
+
+
+if __name__ == "__main__":
+    main()

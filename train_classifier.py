@@ -1,0 +1,196 @@
+"""Train the encoder as a classifier, from a pretrained MAE or from scratch.
+
+    python train_classifier.py --pretrained_model_path logs/pretrain/<run>
+    python train_classifier.py
+
+End-to-end fine-tuning on the cls token (He et al. 2021, arXiv:2111.06377, section 4), at CIFAR size.
+"""
+
+import functools
+import tempfile
+import time
+
+import torch
+import torch.nn.functional as F
+
+import data
+import utils
+from model import ViT_Classifier
+from runs import Run, classifier_run_name, digest, load_file, read_metrics
+
+SIZE = ("img_size", "patch_size", "embed_dim", "encoder_depth", "num_heads")
+EVAL_BATCH = 500  # test images at once
+REPORT_BATCH = 128  # the source report averages the accuracies of batches of so many
+
+
+def parse_args(argv=None):
+    parser = utils.Parser(description=__doc__.split("\n")[0])
+    utils.add_data_arguments(parser, data.DATASETS)
+    group = parser.add_argument_group("model")
+    group.add_argument("--pretrained_model_path", help="model.pt or run directory of a MAE; left out: from scratch")
+    utils.add_size_arguments(group, SIZE, "; left out: the pretrained model's, from scratch the reference's")
+    utils.add_optimisation_arguments(
+        parser,
+        total_epoch=100,
+        warmup="a twentieth",
+        batch_size=128,
+        max_device_batch_size=256,
+        base_learning_rate=1e-3,
+    )
+    utils.add_run_arguments(parser, log_dir="logs/classifier")
+    parser.add_argument_group("output").add_argument("--output_model_path", help="copy the finished model.pt to here")
+    return parser.parse_args(argv)
+
+
+def train_step(model, optimizer, slices, precision, images, labels, lr):
+    """One update on the global batch, micro-batch by micro-batch; the mean loss over this process's share of it.
+
+    Args:
+        slices: this process's parts; images: (B, 3, H, W) uint8; labels: (B,) int64.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    loss_sum = 0
+    for part in slices:
+        with utils.autocast(precision, images.device):
+            logits = model(data.normalize(images[part]))
+        loss = F.cross_entropy(logits.float(), labels[part]) / len(slices)  # parts of one size: a mean of means
+        loss.backward()
+        loss_sum += loss.detach()
+    utils.average_gradients(model)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss_sum
+
+
+def train_one_epoch(step, train, plan, args, progress, tick):
+    """The rest of the epoch that progress stands in; returns its metrics. Draws follow from (seed, epoch, step) only.
+
+    Args:
+        step: (images, labels, lr) -> mean loss; tick: called after each step.
+    """
+    device, epoch, started = train.images.device, progress["epoch"], time.monotonic()
+    order = torch.randperm(len(train.images), generator=utils.generator("cpu", args.seed, epoch, "order")).to(device)
+    for i in range(progress["step"], plan.steps_per_epoch):
+        ids = order[i * args.batch_size : (i + 1) * args.batch_size]
+        batch = train.images[ids]
+        if args.augment:
+            batch = data.flip_and_crop(batch, utils.generator(device, args.seed, epoch, i, "augment"))
+        lr = plan.lr(epoch * plan.steps_per_epoch + i)
+        progress["loss_sum"] = progress["loss_sum"] + step(batch, train.labels[ids], lr)
+        progress["step"] = i + 1
+        progress["seconds"], started = progress["seconds"] + time.monotonic() - started, time.monotonic()
+        tick(progress)
+    loss = utils.mean_over_ranks(progress["loss_sum"] / plan.steps_per_epoch)  # waits for the device
+    seconds = progress["seconds"] + time.monotonic() - started
+    speed = plan.steps_per_epoch * args.batch_size / seconds
+    lr = plan.lr((epoch + 1) * plan.steps_per_epoch - 1)
+    return {"train/loss": loss, "lr": lr, "speed/images_per_sec": speed, "seconds": seconds}
+
+
+@torch.no_grad()
+def evaluate(model, test, precision, rank, world_size):
+    """Loss and accuracy over all test images, each counted once, whatever the batches and processes.
+
+    test/acc_mean_of_batches is the source report's figure: the mean of the accuracies of batches of 128, in which a
+    short last batch counts as much as a full one. For comparison with it only.
+    """
+    device = test.images.device
+    loss, correct = torch.zeros((), device=device), torch.zeros(len(test.images), device=device)
+    for start in range(rank * EVAL_BATCH, len(test.images), world_size * EVAL_BATCH):
+        part = slice(start, start + EVAL_BATCH)
+        with utils.autocast(precision, device):
+            logits = model(data.normalize(test.images[part])).float()
+        correct[part] = (logits.argmax(dim=1) == test.labels[part]).float()
+        loss += F.cross_entropy(logits, test.labels[part], reduction="sum")
+    correct, loss = utils.sum_over_ranks(correct), utils.sum_over_ranks(loss)
+    batches = torch.stack([part.mean() for part in correct.split(REPORT_BATCH)])
+    return {
+        "test/loss": loss.item() / len(correct),
+        "test/acc": correct.mean(dtype=torch.float64).item(),
+        "test/acc_mean_of_batches": batches.mean(dtype=torch.float64).item(),
+    }
+
+
+def load_pretrained(args):
+    """The MAE file named on the command line and the arguments completed by its sizes; (None, ...) from scratch.
+
+    Raises:
+        ValueError: no such file, not a MAE, or a size flag that contradicts it.
+    """
+    if not args.pretrained_model_path:
+        return None, utils.fill_in(args, {name: utils.default(ViT_Classifier, name) for name in SIZE})
+    pretrained = load_file(args.pretrained_model_path, "MAE_ViT")
+    sizes = {name: pretrained["model_args"][name] for name in SIZE}
+    for name, stored in sizes.items():
+        if getattr(args, name) not in (None, stored):
+            raise ValueError(
+                f"{args.pretrained_model_path} has {name}={stored} but --{name} is {getattr(args, name)}. Leave the "
+                f"flag out to use the stored value."
+            )
+    return pretrained, utils.fill_in(args, {**sizes, "encoder_digest": digest(pretrained["model"])})
+
+
+def train_classifier(args):
+    """Train one run to its end, on from where it stopped; returns its directory."""
+    with utils.exit_on_bad_input():
+        rank, world_size, device = utils.start_process_group(args.device)
+        pretrained, args = load_pretrained(args)
+        name = classifier_run_name(vars(args), pretrained and pretrained["run_name"])
+        run = Run(args.log_dir, name, vars(args), args.overwrite, writer=rank == 0)
+        if run.finished:
+            print(f"Finished already: {run.directory}")
+            run.export(args.output_model_path)
+            return run.directory
+
+        ViT_Classifier(**{name: getattr(args, name) for name in SIZE})  # bad sizes end here, before the data is read
+        with utils.rank_zero_first():
+            train, test = data.load_dataset(args.dataset, args.data_dir, args.img_size, args.train_images)
+        train, test = train.to(device), test.to(device)
+        torch.manual_seed(args.seed)
+        model_args = {**{name: getattr(args, name) for name in SIZE}, "num_classes": len(train.classes)}
+        model = ViT_Classifier(**model_args)
+        if pretrained:
+            model.load_encoder(pretrained["model"])
+        model = model.to(device)
+        precision = utils.pick_precision(args.precision, device, args.embed_dim)
+        plan = utils.plan_training(args, len(train.images), default_warmup=0.05, rank=rank, world_size=world_size)
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=plan.peak_lr, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True
+        )
+        run.open(utils.facts(args, model, plan, device, precision, world_size))
+        utils.barrier()
+        progress = run.restore(model, optimizer)
+
+    compiled = torch.compile(model) if utils.pick_compile(args.compile, device) else model
+    step = functools.partial(train_step, compiled, optimizer, plan.slices, precision)
+    tick = functools.partial(run.tick, may_save=world_size == 1)
+    with run:
+        run.start_bar(plan.steps_per_epoch * args.batch_size, args.batch_size, args.total_epoch, progress)
+        for epoch in range(progress["epoch"], args.total_epoch):
+            metrics = train_one_epoch(step, train, plan, args, progress, tick)
+            run.check_finite(metrics["train/loss"], epoch, plan.steps_per_epoch)
+            metrics = {**evaluate(model, test, precision, rank, world_size), **metrics}
+            run.stop_signal = utils.any_rank(run.stop_signal)
+            progress = {"epoch": epoch + 1, "step": 0, "loss_sum": 0.0, "seconds": 0.0}
+            run.end_epoch(progress, metrics, last=epoch + 1 == args.total_epoch)
+        trained_on = {"dataset": args.dataset, "data_dir": args.data_dir, "classes": train.classes}
+        run.finish({"kind": "ViT_Classifier", "model_args": model_args, "model": model.state_dict(), **trained_on})
+        run.export(args.output_model_path)
+    return run.directory
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if not args.dry_run:
+        directory = train_classifier(args)
+        print(f"Trained: {directory / 'model.pt'}, test accuracy {read_metrics(directory)[-1]['test/acc']:.2%}")
+        return
+    with tempfile.TemporaryDirectory() as log_dir:
+        content = load_file(train_classifier(utils.dry(args, log_dir)), "ViT_Classifier")
+        ViT_Classifier(**content["model_args"]).load_state_dict(content["model"])
+        print("Dry run: trained, evaluated, logged, saved and reloaded.")
+
+
+if __name__ == "__main__":
+    main()

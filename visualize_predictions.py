@@ -1,0 +1,171 @@
+"""See what a model does: a MAE's reconstructions, a classifier's predictions, or the masks themselves.
+
+python visualize_predictions.py --model_path logs/pretrain/<run>
+python visualize_predictions.py --model_path logs/pretrain/<run> --mask_strategy block
+python visualize_predictions.py --model_path logs/classifier/<run>
+python visualize_predictions.py --masks
+"""
+
+import math
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+
+import data
+import utils
+from model import MASK_STRATEGIES, MAE_ViT, PatchShuffle, ViT_Classifier, mae_loss
+from runs import load_file
+
+RIGHT, WRONG = "#0072b2", "#d55e00"  # blue and vermilion of Okabe and Ito's palette for all kinds of colour vision
+DRAWS = 1000  # masks behind a strategy's visibility map
+
+
+def parse_args(argv=None):
+    parser = utils.Parser(description=__doc__.split("\n")[0])
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model_path", help="model.pt or run directory, of a MAE or a classifier")
+    what.add_argument("--masks", action="store_true", help="draw a gallery of all mask strategies; needs no model")
+    group = parser.add_argument_group("masking")
+    group.add_argument("--mask_strategy", choices=MASK_STRATEGIES, help="left out: the one the MAE was trained with")
+    group.add_argument("--mask_ratio", type=float, help="left out: the MAE's; for --masks 0.75")
+    group.add_argument("--grid_size", type=utils.positive_int, default=16, help="patches along an edge, for --masks")
+    group = parser.add_argument_group("images")
+    group.add_argument("--num_images", type=utils.positive_int, help="left out: 8 reconstructions, 32 predictions")
+    group.add_argument("--seed", type=int, default=42, help="which test images and masks are drawn")
+    group.add_argument("--dataset", choices=data.DATASETS, help="left out: the one the model was trained on")
+    group.add_argument("--data_dir", help="left out: where that was")
+    parser.add_argument("--output", help="PNG to write; left out: beside the model, or masks.png")
+    return parser.parse_args(argv)
+
+
+def show(axes, image):
+    """Draw one image, (3, H, W) in the model's range or (H, W) in [0, 1], without axes."""
+    if image.ndim == 3:
+        image = data.to_pixels(image).permute(1, 2, 0)
+    axes.imshow(image.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def draw_reconstructions(content, images, args):
+    """Masked input, reconstruction and original of each image, a row each."""
+    model = MAE_ViT(**content["model_args"])
+    model.load_state_dict(content["model"])
+    strategy = args.mask_strategy or content["model_args"]["mask_strategy"]
+    ratio = content["model_args"]["mask_ratio"] if args.mask_ratio is None else args.mask_ratio
+    model.shuffle = PatchShuffle(model.shuffle.grid_size, ratio, strategy)
+    masks = model.shuffle(len(images), utils.generator("cpu", args.seed, "masks"))
+    rows = {"masked input": None, "reconstruction": None, "original": images}
+    rows["masked input"], rows["reconstruction"] = model.reconstruct(images, masks)
+    with torch.no_grad():
+        pred, mask = model(images, masks)
+    figure, axes = plt.subplots(3, len(images), figsize=(1.3 * len(images) + 1, 4.5), squeeze=False)
+    for row, (name, pictures) in enumerate(rows.items()):
+        axes[row, 0].set_ylabel(name, fontsize=11)
+        for column, picture in enumerate(pictures):
+            show(axes[row, column], picture)
+    trained = content["model_args"]["mask_strategy"]
+    figure.suptitle(
+        f"{strategy} masks, {mask.float().mean():.0%} hidden (trained with {trained}); "
+        f"mean squared error of hidden pixels {mae_loss(pred, images, mask):.4f}, seed {args.seed}",
+        fontsize=11,
+    )
+    return figure
+
+
+def draw_predictions(content, images, labels, args):
+    """Each image with ground truth, prediction and confidence; right and wrong differ in colour, sign and frame."""
+    model = ViT_Classifier(**content["model_args"])
+    model.load_state_dict(content["model"])
+    with torch.no_grad():
+        confidence, predicted = model(images).softmax(dim=1).max(dim=1)
+    columns = min(8, len(images))
+    rows = math.ceil(len(images) / columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(1.6 * columns, 2.1 * rows + 0.6), squeeze=False)
+    for place in axes.flat[len(images) :]:
+        place.axis("off")
+    names = content["classes"]
+    for place, image, label, guess, sure in zip(axes.flat, images, labels, predicted, confidence, strict=False):
+        right = bool(label == guess)
+        show(place, image)
+        for spine in place.spines.values():
+            spine.set(color=RIGHT if right else WRONG, linewidth=2 if right else 4)
+        place.set_title(f"{names[label]}", fontsize=9, pad=3)
+        place.set_xlabel(
+            f"{'✓' if right else '✗'} {names[guess]} {sure:.0%}", fontsize=9, color=RIGHT if right else WRONG
+        )
+    figure.suptitle(
+        f"Above: ground truth. Below: prediction and confidence. {int((predicted == labels).sum())} of "
+        f"{len(images)} right, seed {args.seed}",
+        fontsize=11,
+    )
+    return figure
+
+
+def draw_masks(args, columns=6):
+    """A row for each strategy: some masks, and how often each place is visible over many."""
+    ratio = 0.75 if args.mask_ratio is None else args.mask_ratio
+    strategies = [args.mask_strategy] if args.mask_strategy else list(MASK_STRATEGIES)
+    figure, axes = plt.subplots(
+        len(strategies), columns + 1, figsize=(1.5 * columns + 2.2, 1.55 * len(strategies) + 0.8), squeeze=False
+    )
+    for row, strategy in enumerate(strategies):
+        shuffle = PatchShuffle(args.grid_size, ratio, strategy)
+        visible = shuffle(DRAWS, utils.generator("cpu", args.seed, strategy)).argsort(1) < shuffle.num_visible
+        visible = visible.view(DRAWS, args.grid_size, args.grid_size).float()
+        for column in range(columns):
+            show(axes[row, column], visible[column])
+        share = axes[row, -1].imshow(visible.mean(0).numpy(), cmap="viridis", vmin=0, vmax=1)
+        axes[row, -1].set_xticks([])
+        axes[row, -1].set_yticks([])
+        figure.colorbar(share, ax=axes[row, -1], fraction=0.046)
+        axes[row, 0].set_ylabel(strategy, fontsize=11)
+    axes[0, -1].set_title(f"visible, share of {DRAWS:,}", fontsize=9)
+    figure.suptitle(
+        f"White: the {shuffle.num_visible} of {args.grid_size**2} patches left visible at mask ratio {ratio}; "
+        f"seed {args.seed}",
+        fontsize=11,
+    )
+    return figure
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    with utils.exit_on_bad_input():
+        if args.masks:
+            figure, output = draw_masks(args), Path("masks.png")
+        else:
+            content = load_file(args.model_path)
+            if content["kind"] not in ("MAE_ViT", "ViT_Classifier"):
+                raise ValueError(f"{args.model_path} is a {content['kind']}; give the finished run's model.pt.")
+            dataset, data_dir = args.dataset or content["dataset"], args.data_dir or content["data_dir"]
+            _, test = data.load_dataset(dataset, data_dir, content["model_args"]["img_size"])
+            is_mae = content["kind"] == "MAE_ViT"
+            chosen = torch.randperm(len(test.images), generator=utils.generator("cpu", args.seed, "images"))
+            chosen = chosen[: args.num_images or (8 if is_mae else 32)]
+            images, labels = data.normalize(test.images[chosen]), test.labels[chosen]
+            if is_mae:
+                figure, name = draw_reconstructions(content, images, args), "reconstructions"
+                if args.mask_strategy:
+                    name += f"_{args.mask_strategy}"
+            else:
+                if test.classes != content["classes"]:
+                    raise ValueError(
+                        f"{args.model_path} tells {content['classes']} apart, {dataset} has {test.classes}."
+                    )
+                figure, name = draw_predictions(content, images, labels, args), "predictions"
+            place = Path(args.model_path)
+            output = (place if place.is_dir() else place.parent) / f"{name}.png"
+    output = Path(args.output or output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
+    figure.savefig(output, dpi=150)
+    print(output)
+
+
+if __name__ == "__main__":
+    main()
