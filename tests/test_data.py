@@ -1,0 +1,216 @@
+import hashlib
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import datasets
+
+import data
+import utils
+
+
+def test_shapes_are_balanced_and_follow_from_the_seed():
+    first, again, other = data.shapes(40, 16, seed=3), data.shapes(40, 16, seed=3), data.shapes(40, 16, seed=4)
+    assert first.images.shape == (40, 3, 16, 16)
+    assert first.images.dtype == torch.uint8
+    assert (first.labels.bincount() == 4).all()
+    assert torch.equal(first.images, again.images)
+    assert not torch.equal(first.images, other.images)
+
+
+def test_shapes_data_set_has_5000_and_1000_images_that_differ():
+    train, test = data.load_dataset("shapes", "data", 8)
+    assert len(train.images) == 5000
+    assert len(test.images) == 1000
+    assert len(torch.cat([train.images, test.images]).flatten(1).unique(dim=0)) == 6000
+
+
+def test_train_images_takes_the_first_ones_of_each_class():
+    everything = data.shapes(100, 8, seed=0)
+    some = data.first_of_each_class(everything, 30)
+    assert (some.labels.bincount() == 3).all()
+    for label in range(10):
+        expected = everything.images[everything.labels == label][:3]
+        assert torch.equal(some.images[some.labels == label], expected)
+
+
+@pytest.mark.parametrize("count", [25, 1010, 5])
+def test_train_images_that_do_not_fit_are_an_error_with_a_way_out(count):
+    with pytest.raises(ValueError, match=f"--train_images {count} is not 10 classes times 1 to 10 images; try "):
+        data.first_of_each_class(data.shapes(100, 8, seed=0), count)
+
+
+def test_normalize_spans_minus_1_to_1_and_comes_back():
+    pixels = torch.arange(256, dtype=torch.uint8)
+    images = data.normalize(pixels)
+    assert images[0] == -1
+    assert images[255] == 1
+    torch.testing.assert_close(images, (pixels / 255 - 0.5) / 0.5)
+    assert torch.equal(data.to_pixels(images), pixels)
+
+
+def test_flip_and_crop_only_moves_and_mirrors():
+    image = torch.arange(64).view(1, 1, 8, 8).expand(200, 3, -1, -1)  # each pixel tells where it was
+    moved = data.flip_and_crop(image, utils.generator("cpu", 0), padding=2)
+    mirrored = moved[:, 0, 4, 3] > moved[:, 0, 4, 4]
+    assert 60 < mirrored.sum() < 140
+    straight = torch.where(mirrored[:, None, None, None], moved.flip(3), moved)
+    shift = straight[:, 0, 4, 4] - 36
+    rows, columns = (shift + 2).div(8, rounding_mode="floor"), (shift + 2) % 8 - 2
+    assert set(rows.tolist()) == {-2, -1, 0, 1, 2}
+    assert set(columns.tolist()) <= {-2, -1, 0, 1, 2}
+    inner = straight[:, 0, 2:6, 2:6] - 8 * rows[:, None, None] - columns[:, None, None]
+    assert (inner == image[0, 0, 2:6, 2:6]).all()
+
+
+# --- CIFAR ---
+
+
+def write_cifar10(root, monkeypatch):
+    """Six images in the official archive's format, with torchvision's checksums to match."""
+    base = root / "cifar-10-batches-py"
+    base.mkdir(parents=True)
+
+    def write(name, content):
+        (base / name).write_bytes(pickle.dumps(content))
+        return [name, hashlib.md5((base / name).read_bytes()).hexdigest()]
+
+    pixels = np.arange(3 * 3072, dtype=np.uint32).reshape(3, 3072).astype(np.uint8)
+    batches = [write(name, {"data": pixels, "labels": [0, 1, 1]}) for name in ("data_batch_1", "test_batch")]
+    names = write("batches.meta", {"label_names": ["plane", "car"]})
+    monkeypatch.setattr(datasets.CIFAR10, "train_list", batches[:1])
+    monkeypatch.setattr(datasets.CIFAR10, "test_list", batches[1:])
+    meta = {"filename": names[0], "md5": names[1], "key": "label_names"}
+    monkeypatch.setattr(datasets.CIFAR10, "meta", meta)
+    return pixels
+
+
+def test_cifar10_is_read_as_torchvision_stores_it(tmp_path, monkeypatch):
+    pixels = write_cifar10(tmp_path, monkeypatch)
+    train, test = data.load_dataset("cifar10", str(tmp_path), 32)
+    assert torch.equal(train.images, torch.from_numpy(pixels).view(3, 3, 32, 32))
+    assert train.labels.tolist() == test.labels.tolist() == [0, 1, 1]
+    assert train.classes == ["plane", "car"]
+    assert data.load_dataset("cifar10", str(tmp_path), 16)[0].images.shape == (3, 3, 16, 16)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_cifar10_without_files_and_network_says_what_is_missing_and_how_to_get_it(tmp_path, monkeypatch, damaged):
+    if damaged:
+        write_cifar10(tmp_path, monkeypatch)
+        (tmp_path / "cifar-10-batches-py" / "data_batch_1").write_bytes(b"cut short")
+    monkeypatch.setattr(datasets.CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
+    with pytest.raises(ValueError, match="cannot be downloaded") as error:
+        data.load_dataset("cifar10", str(tmp_path), 32)
+    for part in (str(tmp_path / "cifar-10-batches-py"), "http://127.0.0.1:9", "--data_dir", "--dataset shapes"):
+        assert part in str(error.value)
+
+
+# --- folder ---
+
+
+def test_folder_reads_classes_in_order_and_pixels_exactly(image_folder):
+    train, test = data.load_dataset("folder", str(image_folder), 16)
+    assert train.classes == ["cat", "dog"]
+    assert train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert test.labels.tolist() == [0, 0, 1, 1]
+    assert train.images[4, :, 0, 0].tolist() == [100, 40, 200]
+
+
+def test_folder_is_decoded_once_and_again_when_it_changed(image_folder, monkeypatch):
+    calls = []
+    decode = data.decode
+    monkeypatch.setattr(data, "decode", lambda *args: calls.append(1) or decode(*args))
+    first = data.load_dataset("folder", str(image_folder), 16)
+    assert len(calls) == 2
+    again = data.load_dataset("folder", str(image_folder), 16)
+    assert len(calls) == 2
+    assert torch.equal(first[0].images, again[0].images)
+    Image.new("RGB", (16, 16), "red").save(image_folder / "train" / "cat" / "0.png")
+    changed, _ = data.load_dataset("folder", str(image_folder), 16)
+    assert changed.images[0, :, 0, 0].tolist() == [255, 0, 0]
+    assert len(list(image_folder.glob(".cache*"))) == 1  # the stale one is gone
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b[:300] + bytes([b[300] ^ 1]) + b[301:]])
+def test_a_damaged_cache_is_built_again(image_folder, damage):
+    first, _ = data.load_dataset("folder", str(image_folder), 16)
+    cache = next(image_folder.glob(".cache*"))
+    cache.write_bytes(damage(cache.read_bytes()))
+    again, _ = data.load_dataset("folder", str(image_folder), 16)
+    assert torch.equal(first.images, again.images)
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "expected"),
+    [
+        ("L", 80, [80, 80, 80]),
+        ("1", 1, [255, 255, 255]),
+        ("I;16", 80 * 257, [80, 80, 80]),
+        ("RGBA", (200, 100, 0, 255), [200, 100, 0]),
+        ("RGBA", (200, 100, 0, 0), [0, 0, 0]),
+        ("LA", (80, 255), [80, 80, 80]),
+        ("P", 1, [10, 20, 30]),
+        ("CMYK", (0, 255, 255, 0), [255, 0, 0]),
+    ],
+)
+def test_every_kind_of_image_becomes_rgb(image_folder, mode, colour, expected):
+    image = Image.new(mode, (16, 16), colour)
+    if mode == "P":
+        image.putpalette([0, 0, 0, 10, 20, 30])
+    image.save(image_folder / "train" / "cat" / f"0.{'tif' if mode == 'CMYK' else 'png'}")
+    (image_folder / "train" / "cat" / "0.png").unlink() if mode == "CMYK" else None
+    train, _ = data.load_dataset("folder", str(image_folder), 16)
+    assert train.images[0, :, 5, 5].tolist() == expected
+
+
+def test_other_sizes_are_resized_and_said_once(image_folder, capsys):
+    Image.new("RGB", (40, 20), "red").save(image_folder / "train" / "cat" / "0.png")
+    train, _ = data.load_dataset("folder", str(image_folder), 16)
+    assert train.images[0, :, 8, 8].tolist() == [255, 0, 0]
+    assert capsys.readouterr().out.count("Resized 1 of 6 images") == 1
+
+
+def test_a_folder_that_cannot_be_written_goes_without_a_cache(image_folder, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.warns(UserWarning, match="No space left"):
+        train, _ = data.load_dataset("folder", str(image_folder), 16)
+    assert len(train.images) == 6
+    assert not list(image_folder.glob(".cache*"))
+
+
+def damage_missing(root):
+    return root / "nowhere", "train is missing"
+
+
+def damage_empty(root):
+    (root / "empty" / "train").mkdir(parents=True)
+    return root / "empty", "holds no images"
+
+
+def damage_text(root):
+    (root / "test" / "dog" / "0.png").write_text("not a picture")
+    return root, "0.png as an image"
+
+
+def damage_cut(root):
+    path = root / "test" / "dog" / "0.png"
+    path.write_bytes(path.read_bytes()[:40])
+    return root, "0.png as an image"
+
+
+def damage_classes(root):
+    (root / "test" / "dog").rename(root / "test" / "wolf")
+    return root, "dog, wolf"
+
+
+@pytest.mark.parametrize("damage", [damage_missing, damage_empty, damage_text, damage_cut, damage_classes])
+def test_a_bad_folder_is_named(image_folder, damage):
+    root, message = damage(image_folder)
+    with pytest.raises(ValueError, match=message):
+        data.load_dataset("folder", str(root), 16)

@@ -1,0 +1,416 @@
+"""The scripts as a user starts them; mostly inside this process, where importing torch costs nothing."""
+
+import csv
+import os
+import re
+import runpy
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import mae_pretrain
+import train_classifier
+import utils
+import visualize_predictions
+from model import MAE_ViT
+from runs import Run, load_file, read_config, read_metrics
+from scripts import plot_curves
+
+ROOT = Path(__file__).parents[1]
+SIZE = shlex.split("--patch_size 8 --embed_dim 12 --encoder_depth 1 --num_heads 2 --device cpu")
+SET = shlex.split("--dataset shapes --train_images 40 --total_epoch 3 --batch_size 16 --max_device_batch_size 8")
+FULL_SHAPES = data.shapes
+TIMING = {"seconds", "speed/images_per_sec"}
+
+
+@pytest.fixture(autouse=True)
+def few_shapes(monkeypatch, tmp_path):
+    """Work in an empty directory; drawn test sets of 100 images and training sets of 50."""
+    draw = data.shapes
+    monkeypatch.setattr(data, "shapes", lambda count, img_size, seed: draw(min(count, 50 * (seed + 1)), img_size, seed))
+    monkeypatch.chdir(tmp_path)
+
+
+def pretrain(*more):
+    args = mae_pretrain.parse_args([*SIZE, "--decoder_depth", "1", *SET, "--base_learning_rate", "0.01", *more])
+    return mae_pretrain.pretrain(args)
+
+
+def classify(*more):
+    size = [] if "--pretrained_model_path" in more else SIZE
+    args = train_classifier.parse_args([*size, "--device", "cpu", *SET, "--base_learning_rate", "0.01", *more])
+    return train_classifier.train_classifier(args)
+
+
+def weights(directory):
+    return load_file(directory)["model"]
+
+
+def same_weights(one, other, tolerance=0.0):
+    one, other = weights(one), weights(other)
+    return all(torch.allclose(one[name], other[name], rtol=0, atol=tolerance) for name in one)
+
+
+def untimed_metrics(directory):
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in read_metrics(directory)]
+
+
+# --- a run from end to end ---
+
+
+def test_pretraining_leaves_a_complete_run_behind():
+    directory = pretrain("--model_path", "out/mae.pt")
+    assert directory == Path("logs/pretrain/mae_shapes-40_i32_p8_w12_e1_h2_d1_random_r0.75_ep3_b16_s42")
+    assert {path.name for path in directory.iterdir()} >= {"config.json", "metrics.csv", "checkpoint.pt", "model.pt"}
+    assert list(directory.glob("events.out.tfevents.*"))
+    with open(directory / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["epoch", "train/loss", "lr", "speed/images_per_sec", "seconds"]
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert float(rows[2]["train/loss"]) < float(rows[0]["train/loss"])
+    config = read_config(directory)
+    assert config["arguments"]["mask_strategy"] == "random"
+    assert config["effective_batch_size"] == 16
+    assert config["peak_learning_rate"] == pytest.approx(0.01 * 16 / 256)
+    content = load_file("out/mae.pt", "MAE_ViT")
+    MAE_ViT(**content["model_args"]).load_state_dict(content["model"])
+
+
+def test_a_classifier_starts_from_the_pretrained_encoder():
+    mae = pretrain()
+    start = weights(mae)["encoder.transformer.0.attn.qkv.weight"]
+    name = "transformer.0.attn.qkv.weight"
+    pretrained = classify("--pretrained_model_path", str(mae), "--base_learning_rate", "1e-7")
+    assert (weights(pretrained)[name] - start).abs().max() < 1e-5
+    scratch = classify("--base_learning_rate", "1e-7")
+    assert (weights(scratch)[name] - start).abs().max() > 1e-3  # the same draw, but not trained
+    assert pretrained.name.endswith(f"from_{mae.name}")
+    assert "scratch" in scratch.name
+    assert list(read_metrics(scratch)[0])[:4] == ["epoch", "test/loss", "test/acc", "test/acc_mean_of_batches"]
+
+
+def test_a_pretrained_file_and_its_run_directory_are_the_same():
+    mae = pretrain("--model_path", "mae.pt")
+    run = classify("--pretrained_model_path", "mae.pt")
+    before = (run / "model.pt").stat().st_mtime_ns
+    assert classify("--pretrained_model_path", str(mae)) == run
+    assert (run / "model.pt").stat().st_mtime_ns == before
+
+
+def test_a_classifier_of_another_encoder_under_the_same_name_is_refused(capsys):
+    mae = pretrain()
+    classify("--pretrained_model_path", str(mae))
+    pretrain("--overwrite", "--weight_decay", "0.1")
+    with pytest.raises(SystemExit):
+        classify("--pretrained_model_path", str(mae))
+    assert "encoder_digest" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("start", [pretrain, classify])
+def test_a_finished_run_says_so_and_is_not_trained_again(start, capsys):
+    first = start()
+    before = (first / "metrics.csv").read_text()
+    assert start() == first
+    assert "Finished already" in capsys.readouterr().out
+    assert (first / "metrics.csv").read_text() == before
+    start("--overwrite")
+    assert (first / "metrics.csv").read_text() != before  # the timing
+
+
+def test_accuracy_counts_every_image_once_and_the_reports_figure_beside_it(monkeypatch):
+    monkeypatch.setattr(train_classifier, "EVAL_BATCH", 48)
+
+    class Model(torch.nn.Module):  # says class 1, wrong for the last 16 images only
+        def forward(self, images):
+            return torch.eye(10)[torch.ones(len(images), dtype=torch.long)]
+
+    labels = torch.tensor([1] * 128 + [0] * 16)
+    test = data.ImageSet(torch.zeros(144, 3, 4, 4, dtype=torch.uint8), labels, [])
+    metrics = train_classifier.evaluate(Model(), test, "float32", 0, 1)
+    assert metrics["test/acc"] == pytest.approx(128 / 144)
+    assert metrics["test/acc_mean_of_batches"] == pytest.approx(0.5)
+    right, wrong = torch.eye(10)[1].log_softmax(0)[[1, 0]].neg().tolist()
+    assert metrics["test/loss"] == pytest.approx((128 * right + 16 * wrong) / 144, rel=1e-5)
+
+
+# --- equal results ---
+
+
+@pytest.mark.parametrize("start", [pretrain, classify])
+@pytest.mark.parametrize("augment", [[], ["--augment"]])
+def test_a_run_stopped_anywhere_ends_with_the_bits_of_one_that_was_not(start, augment, monkeypatch):
+    whole = start("--log_dir", "whole", *augment)
+    again = start("--log_dir", "again", *augment)
+    assert same_weights(whole, again)
+    tick, ticks = Run.tick, []
+
+    def stop_at_3_and_4(self, *args, **kwargs):  # of 2 + 2 + 2 steps: inside an epoch, and at the end of one
+        ticks.append(1)
+        if len(ticks) in (3, 4):
+            os.kill(os.getpid(), signal.SIGINT)
+        tick(self, *args, **kwargs)
+
+    monkeypatch.setattr(Run, "tick", stop_at_3_and_4)
+    for _ in range(2):
+        with pytest.raises(SystemExit) as leaving:
+            start("--log_dir", "parts", *augment)
+        assert leaving.value.code == 130
+    parts = start("--log_dir", "parts", *augment)
+    assert len(ticks) == 6
+    assert same_weights(whole, parts)
+    assert untimed_metrics(whole) == untimed_metrics(parts)
+
+
+@pytest.mark.parametrize("start", [pretrain, classify])
+def test_accumulated_micro_batches_step_like_one_batch(start):
+    whole, parts = start("--log_dir", "whole", "--max_device_batch_size", "16"), start("--log_dir", "parts")
+    assert same_weights(whole, parts, tolerance=1e-5)
+    assert not same_weights(whole, start("--log_dir", "other", "--seed", "1"), tolerance=1e-3)
+
+
+@pytest.mark.parametrize("script", ["mae_pretrain.py", "train_classifier.py"])
+def test_two_processes_train_like_one(script, tmp_path):
+    depth = ["--decoder_depth", "1"] if script == "mae_pretrain.py" else []
+    args = [str(ROOT / script), *SIZE, *depth, *SET, "--log_dir", "two"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *args]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    main = {"mae_pretrain.py": mae_pretrain, "train_classifier.py": train_classifier}[script].main
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "shapes", FULL_SHAPES)
+        main([*args[1:-1], "one"])
+    one, two = next(Path("one").iterdir()), next(Path("two").iterdir())
+    assert same_weights(one, two, tolerance=2e-5)
+    for mine, theirs in zip(untimed_metrics(one), untimed_metrics(two), strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-5)
+    assert read_config(two)["processes"] == 2
+
+
+def test_ctrl_c_in_a_real_process_and_the_same_command_again(tmp_path):
+    command = [sys.executable, str(ROOT / "mae_pretrain.py"), *SIZE, "--decoder_depth", "1", "--dataset", "shapes"]
+    command += shlex.split("--total_epoch 4 --batch_size 64 --train_images 1000")
+
+    command += ["--log_dir", "parts"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here: sums in another order have other bits
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not any(read_metrics(run) for run in tmp_path.glob("parts/*")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, error
+    assert "Traceback" not in error
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=60)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "shapes", FULL_SHAPES)
+        mae_pretrain.main([*command[2:-1], "whole"])
+    whole, parts = next(tmp_path.glob("whole/*")), next(tmp_path.glob("parts/*"))
+    assert len(read_config(parts)["starts"]) == 2
+    assert same_weights(whole, parts)
+    assert untimed_metrics(whole) == untimed_metrics(parts)
+
+
+# --- bad input ---
+
+
+def bad_files():
+    Path("text.pt").write_text("not a checkpoint")
+    torch.save({"state_dict": {}}, "foreign.pt")
+    Path("nothing/train").mkdir(parents=True)
+    Path("text/train/a").mkdir(parents=True)
+    Path("text/test/a").mkdir(parents=True)
+    for part in ("train", "test"):
+        Path(f"text/{part}/a/0.png").write_text("not an image")
+
+
+MAE, CLS, VIS = "mae_pretrain", "train_classifier", "visualize_predictions"
+BAD = [
+    (
+        MAE,
+        "--batch_size 96 --max_device_batch_size 36",
+        "--batch_size 96 is not a multiple of --max_device.* try .* 32",
+    ),
+    (MAE, "--batch_size 64 --max_device_batch_size 8 --train_images 40", "64 is more than the 40 training images"),
+    (MAE, "--patch_size 5", "patch_size 5 does not divide img_size 32"),
+    (MAE, "--mask_ratio 0", "mask_ratio 0.0 does not split 16 patches"),
+    (MAE, "--mask_ratio 0.99", "mask_ratio 0.99 does not split 16 patches"),
+    (MAE, "--mask_ratio 1", "mask_ratio 1.0 does not split"),
+    (MAE, "--mask_ratio most", "--mask_ratio: invalid float value: 'most'"),
+    (MAE, "--mask_strategy spiral", "--mask_strategy: invalid choice: 'spiral' .choose from .*random"),
+    (MAE, "--dataset mnist", "--dataset: invalid choice: 'mnist' .choose from .*cifar10"),
+    (MAE, "--dataset folder --data_dir nowhere", "nowhere/train is missing. --data_dir must hold"),
+    (MAE, "--dataset folder --data_dir nothing", "nothing/train holds no images"),
+    (MAE, "--dataset folder --data_dir text", "Cannot read text/train/a/0.png as an image"),
+    (MAE, "--num_heads 5", "num_heads 5 does not divide embed_dim 12; these do: 1, 2, 3"),
+    (MAE, "--total_epoch 0", "--total_epoch: '0' is not a whole number from 1 on"),
+    (MAE, "--total_epoch -3", "--total_epoch: '-3' is not a whole number"),
+    (MAE, "--total_epoch 2 --warmup_epoch 3", "--warmup_epoch 3 is not within 0 to --total_epoch 2"),
+    (MAE, "--base_learning_rate nan", "--base_learning_rate: 'nan' is not a number above 0"),
+    (MAE, "--weight_decay -1", "--weight_decay: '-1' is not a number from 0 on"),
+    (MAE, "--train_images 41", "--train_images 41 is not 10 classes times"),
+    (MAE, "--device cuda:7", "--device cuda:7 is not there; this machine has cpu"),
+    (MAE, "--device gpu", "--device gpu is not there"),
+    (MAE, "--precision fp8", "--precision: invalid choice"),
+    (MAE, "--decoder_dept 3", "unrecognized arguments: --decoder_dept 3"),
+    (CLS, "--num_heads 5", "num_heads 5 does not divide embed_dim 12"),
+    (CLS, "--total_epoch 0", "--total_epoch: '0'"),
+    (CLS, "--warmup_epoch 9", "--warmup_epoch 9 is not within"),
+    (CLS, "--pretrained_model_path nowhere.pt", "No file nowhere.pt"),
+    (CLS, "--pretrained_model_path text.pt", "Cannot read text.pt"),
+    (CLS, "--pretrained_model_path foreign.pt", "foreign.pt holds no model of this program; MAE_ViT is needed"),
+    (VIS, "", "one of the arguments --model_path --masks is required"),
+    (VIS, "--model_path nowhere.pt", "No file nowhere.pt"),
+    (VIS, "--model_path text.pt", "Cannot read text.pt"),
+    (VIS, "--masks --mask_ratio 0", "mask_ratio 0.0 does not split 256 patches"),
+    (VIS, "--masks --mask_strategy spiral", "invalid choice: 'spiral'"),
+]
+
+
+@pytest.mark.parametrize(("script", "arguments", "message"), BAD)
+def test_bad_input_gets_one_line_exit_code_2_and_no_run_directory(script, arguments, message, capsys, monkeypatch):
+    bad_files()
+    before = {
+        MAE: [*SIZE, "--decoder_depth", "1", *SET],
+        CLS: [*(SIZE if "pretrained" not in arguments else []), *SET],
+        VIS: [],
+    }[script]
+    module = {MAE: mae_pretrain, CLS: train_classifier, VIS: visualize_predictions}[script]
+    monkeypatch.setattr(sys, "argv", [f"{script}.py"])
+    with pytest.raises(SystemExit) as leaving:
+        module.main([*before, *shlex.split(arguments)])
+    assert leaving.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    assert error.startswith(f"{script}.py: error: ")
+    assert re.search(message, error), error
+    assert not Path("logs").exists()
+
+
+def test_checkpoints_that_do_not_fit_are_named(capsys):
+    mae, classifier = pretrain(), classify()
+    (mae / "cut.pt").write_bytes((mae / "model.pt").read_bytes()[:-2000])
+    for main, arguments, message in [
+        (train_classifier.main, ["--pretrained_model_path", classifier], "holds ViT_Classifier; MAE_ViT is needed"),
+        (
+            train_classifier.main,
+            ["--pretrained_model_path", mae, "--patch_size", "4"],
+            "has patch_size=8 but --patch_size",
+        ),
+        (train_classifier.main, ["--pretrained_model_path", mae / "cut.pt"], "Cannot read .*cut.pt"),
+        (
+            visualize_predictions.main,
+            ["--model_path", mae / "checkpoint.pt"],
+            "is a checkpoint; give the finished run's",
+        ),
+        (visualize_predictions.main, ["--model_path", mae / "cut.pt"], "Cannot read .*cut.pt"),
+    ]:
+        with pytest.raises(SystemExit) as leaving:
+            main([str(argument) for argument in arguments])
+        assert leaving.value.code == 2
+        assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_damaged_checkpoint_of_a_run_stops_it(capsys):
+    directory = pretrain()
+    (directory / "model.pt").unlink()
+    (directory / "checkpoint.pt").write_bytes((directory / "checkpoint.pt").read_bytes()[:500])
+    with pytest.raises(SystemExit) as leaving:
+        pretrain()
+    assert leaving.value.code == 2
+    assert "Cannot read" in capsys.readouterr().err
+
+
+def test_an_argument_that_contradicts_the_stored_run_is_named(capsys):
+    pretrain()
+    with pytest.raises(SystemExit) as leaving:
+        pretrain("--weight_decay", "0.3")
+    assert leaving.value.code == 2
+    assert "weight_decay 0.05, and now weight_decay is 0.3" in capsys.readouterr().err
+
+
+# --- pictures and help ---
+
+
+def picture_size(path):
+    return visualize_predictions.plt.imread(path).shape
+
+
+def test_pictures_of_a_mae_and_of_another_mask():
+    mae = pretrain()
+    visualize_predictions.main(["--model_path", str(mae), "--num_images", "3"])
+    visualize_predictions.main(["--model_path", str(mae / "model.pt"), "--mask_strategy", "block", "--num_images", "3"])
+    assert picture_size(mae / "reconstructions.png")[0] > 400
+    assert (mae / "reconstructions.png").read_bytes() != (mae / "reconstructions_block.png").read_bytes()
+
+
+def test_picture_of_a_classifier_and_curves():
+    run = classify()
+    visualize_predictions.main(["--model_path", str(run), "--num_images", "10", "--output", "deep/p.png"])
+    assert picture_size("deep/p.png")[1] > 400
+    plot_curves.main([str(run), str(run), "--label", "a", "b", "--output", "c.png"])
+    assert picture_size("c.png")[1] > 400
+
+
+def test_gallery_of_masks_needs_no_model():
+    visualize_predictions.main(["--masks"])
+    assert picture_size("masks.png")[0] > 400
+
+
+@pytest.mark.parametrize("script", [mae_pretrain, train_classifier])
+def test_dry_run_goes_through_every_line_and_leaves_nothing(script, capsys):
+    script.main(["--dry_run", *SIZE])
+    assert "saved and reloaded" in capsys.readouterr().out
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize("name", ["mae_pretrain", "train_classifier", "visualize_predictions", "scripts/plot_curves"])
+def test_help_shows_every_flag(name, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as leaving:
+        runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
+    assert leaving.value.code == 0
+    text = capsys.readouterr().out
+    assert "--" in text
+    assert "(default: None)" not in text
+
+
+def test_commands_in_the_readme_and_the_scripts_have_flags_that_exist():
+    commands = 0
+    parsers = {f"{module.__name__}.py": module for module in (mae_pretrain, train_classifier, visualize_predictions)}
+    for path in [ROOT / "README.md", *ROOT.glob("*.py")]:
+        for line in path.read_text().replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True) if re.match(r" *(python|torchrun) ", line) else []
+            for script in parsers.keys() & set(words):
+                parsers[script].parse_args(words[words.index(script) + 1 :])
+                commands += 1
+    assert commands > 8
+
+
+def test_generators_of_the_reports_arguments_have_their_defaults():
+    args = vars(mae_pretrain.parse_args([]))
+    expected = {
+        "img_size": 32,
+        "patch_size": 2,
+        "embed_dim": 192,
+        "encoder_depth": 12,
+        "num_heads": 3,
+        "decoder_depth": 4,
+    }
+    expected |= {"mask_ratio": 0.75, "mask_strategy": "random", "total_epoch": 2000, "batch_size": 4096, "seed": 42}
+    expected |= {"max_device_batch_size": 512, "base_learning_rate": 1.5e-4, "weight_decay": 0.05, "dataset": "cifar10"}
+    assert {key: args[key] for key in expected} == expected
+    args = vars(train_classifier.parse_args([]))
+    expected = {"total_epoch": 100, "batch_size": 128, "max_device_batch_size": 256, "base_learning_rate": 1e-3}
+    assert {key: args[key] for key in expected} == expected
+
+
+def test_utils_exit_turns_only_value_errors_into_a_line():
+    with pytest.raises(TypeError), utils.exit_on_bad_input():
+        raise TypeError("our own mistake")
