@@ -19,7 +19,6 @@ from PIL import Image, UnidentifiedImageError
 from torchvision import datasets
 
 DATASETS = ("cifar10", "cifar100", "folder", "shapes")
-NATIVE_SIZE = {"cifar10": 32, "cifar100": 32}
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".webp", ".tif", ".tiff"}
 
 

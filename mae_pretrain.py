@@ -8,7 +8,6 @@ Recipe: He et al. 2021 (arXiv:2111.06377), appendix A.1, at CIFAR size.
 """
 
 import functools
-import inspect
 import tempfile
 import time
 
@@ -20,7 +19,6 @@ import utils
 from model import MASK_STRATEGIES, MAE_ViT, mae_loss
 from runs import Run, load_file, mae_run_name
 
-MODEL_DEFAULTS = {name: p.default for name, p in inspect.signature(MAE_ViT).parameters.items()}
 SIZE = ("img_size", "patch_size", "embed_dim", "encoder_depth", "num_heads", "decoder_depth")
 IMAGE_LOGS = 50  # reconstructions shown in TensorBoard over a run
 
@@ -43,7 +41,7 @@ def parse_args(argv=None):
     )
     utils.add_run_arguments(parser, log_dir="logs/pretrain")
     parser.add_argument_group("output").add_argument("--model_path", help="copy the finished model.pt to here")
-    parser.set_defaults(**MODEL_DEFAULTS)
+    parser.set_defaults(**utils.defaults(MAE_ViT))
     return parser.parse_args(argv)
 
 
@@ -114,7 +112,7 @@ def pretrain(args):
             return run.directory
 
         torch.manual_seed(args.seed)
-        model_args = {name: getattr(args, name) for name in MODEL_DEFAULTS}
+        model_args = {name: getattr(args, name) for name in utils.defaults(MAE_ViT)}
         model = MAE_ViT(**model_args).to(device)
         precision = utils.pick_precision(args.precision, device, args.embed_dim)
         with utils.rank_zero_first():

@@ -119,7 +119,7 @@ def load_pretrained(args):
         ValueError: no such file, not a MAE, or a size flag that contradicts it.
     """
     if not args.pretrained_model_path:
-        return None, utils.fill_in(args, {name: utils.default(ViT_Classifier, name) for name in SIZE})
+        return None, utils.fill_in(args, {name: utils.defaults(ViT_Classifier)[name] for name in SIZE})
     pretrained = load_file(args.pretrained_model_path, "MAE_ViT")
     sizes = {name: pretrained["model_args"][name] for name in SIZE}
     for name, stored in sizes.items():

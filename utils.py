@@ -51,17 +51,6 @@ def positive_int(text):
     return int(text)
 
 
-def positive_float(text):
-    """An argparse type: a finite number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
-
-
 def non_negative_float(text):
     """An argparse type: a finite number from 0 on."""
     try:
@@ -99,12 +88,16 @@ def add_size_arguments(group, names, note=""):
 def add_optimisation_arguments(parser, warmup, **defaults):
     group = parser.add_argument_group("optimisation")
     group.add_argument("--total_epoch", type=positive_int, help="epochs")
-    group.add_argument("--warmup_epoch", type=float, help=f"epochs of linear warm-up; left out: {warmup} of all")
+    group.add_argument(
+        "--warmup_epoch", type=non_negative_float, help=f"epochs of linear warm-up; left out: {warmup} of all"
+    )
     group.add_argument("--batch_size", type=positive_int, help="images an update, over all devices")
     group.add_argument(
         "--max_device_batch_size", type=positive_int, help="images at once on a device; more are accumulated"
     )
-    group.add_argument("--base_learning_rate", type=positive_float, help="peak rate for a batch of 256; scaled with it")
+    group.add_argument(
+        "--base_learning_rate", type=non_negative_float, help="peak rate for a batch of 256; scaled with it"
+    )
     group.add_argument("--weight_decay", type=non_negative_float, default=0.05, help="AdamW's, on every parameter")
     parser.set_defaults(**defaults)
 
@@ -115,9 +108,9 @@ def fill_in(args, values):
     return argparse.Namespace(**{**vars(args), **values, **given})
 
 
-def default(function, name):
-    """A parameter's default, so that it is written in one place."""
-    return inspect.signature(function).parameters[name].default
+def defaults(constructor):
+    """The defaults of a model's constructor, so that they are written in one place."""
+    return {name: parameter.default for name, parameter in inspect.signature(constructor).parameters.items()}
 
 
 def add_run_arguments(parser, log_dir):

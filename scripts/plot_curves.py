@@ -44,6 +44,10 @@ def main(argv=None):
                 raise ValueError(f"{run} has no metrics.csv with a complete epoch; name run directories.")
             if missing := set(args.metric) - set(table[0]):
                 raise ValueError(f"{run} has no {', '.join(sorted(missing))}; it has {', '.join(table[0])}.")
+    width = max(len(label) for label in labels)
+    for label, table in zip(labels, tables, strict=True):
+        last = ", ".join(f"{NAMES.get(metric, metric)} {table[-1][metric]:.4f}" for metric in args.metric)
+        print(f"{label:{width}}  epoch {table[-1]['epoch']}: {last}")
     figure, axes = plt.subplots(1, len(args.metric), figsize=(5.5 * len(args.metric), 4), squeeze=False)
     for place, metric in zip(axes.flat, args.metric, strict=True):
         for i, (label, table) in enumerate(zip(labels, tables, strict=True)):

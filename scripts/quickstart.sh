@@ -1,23 +1,40 @@
 #!/usr/bin/env bash
 # From a fresh clone to pictures: pretrain a small MAE on drawn shapes, train a classifier from its encoder and from
-# scratch, look at both. About 4 minutes on 2 CPU cores after the set-up; no download but the packages.
-# The same again passes over what is finished. SEED=2 scripts/quickstart.sh gives another draw.
+# scratch, look at both. No download but the packages. The same again continues what was stopped and passes over what
+# is finished. SEED=2 scripts/quickstart.sh repeats it with other draws.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh
 SEED=${SEED:-42}
-out=logs/quickstart
-common="--dataset shapes --patch_size 4 --embed_dim 96 --encoder_depth 4 --seed $SEED"
+out=logs/quickstart/seed$SEED
+size="--patch_size 4 --embed_dim 96 --encoder_depth 4"
+finetune="--dataset shapes --total_epoch 6 --batch_size 64 --base_learning_rate 2e-3 --seed $SEED --log_dir $out/classifier"
 
-say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
-run() { echo "+ python $*"; .venv/bin/python "$@"; }
+say() { printf '\n%s\n' "$*"; }
+run() {
+  echo "+ python $*"
+  .venv/bin/python "$@"
+}
 
-say "1/4 Pretrain: hide 75 % of each image, predict it from the rest"
-run mae_pretrain.py $common --decoder_depth 1 --total_epoch 20 --batch_size 128 --base_learning_rate 2e-3 \
-  --log_dir $out/pretrain --model_path $out/mae_s$SEED.pt
-say "2/4 Train the classifier from the pretrained encoder"
-run train_classifier.py --dataset shapes --seed $SEED --total_epoch 6 --batch_size 64 --base_learning_rate 2e-3 \
-  --log_dir $out/classifier --pretrained_model_path $out/mae_s$SEED.pt --output_model_path $out/pretrained_s$SEED.pt
-say "3/4 The same from scratch"
-run train_classifier.py $common --total_epoch 6 --batch_size 64 --base_learning_rate 2e-3 \
-  --log_dir $out/classifier --output_model_path $out/scratch_s$SEED.pt
+say "1. Pretrain: hide 75 % of each image, predict it from the rest"
+run mae_pretrain.py --dataset shapes $size --decoder_depth 1 --total_epoch 20 --batch_size 128 \
+  --base_learning_rate 2e-3 --seed "$SEED" --log_dir $out/pretrain --model_path $out/mae.pt
+say "2. Train a classifier from the pretrained encoder"
+run train_classifier.py $finetune --pretrained_model_path $out/mae.pt --output_model_path $out/pretrained.pt
+say "3. The same from scratch"
+run train_classifier.py $finetune $size --output_model_path $out/scratch.pt
+say "4. Look"
+run visualize_predictions.py --masks --output $out/masks.png
+run visualize_predictions.py --model_path $out/mae.pt
+run visualize_predictions.py --model_path $out/pretrained.pt
+run -m scripts.plot_curves $out/classifier/*from_mae* $out/classifier/*scratch* \
+  --label "pretrained" "from scratch" --output $out/curves.png
+
+cat <<END
+
+Test accuracy is in the two lines above. Pictures: $out/*.png
+Next:
+  .venv/bin/python visualize_predictions.py --model_path $out/mae.pt --mask_strategy block
+  .venv/bin/tensorboard --logdir $out
+  .venv/bin/python mae_pretrain.py --help          the full CIFAR-10 experiment is its defaults
+END
