@@ -7,8 +7,9 @@ cd "$(dirname "$0")/.."
 scripts/setup.sh
 SEED=${SEED:-42}
 out=logs/quickstart/seed$SEED
-size="--patch_size 4 --embed_dim 96 --encoder_depth 4"
-finetune="--dataset shapes --total_epoch 6 --batch_size 64 --base_learning_rate 2e-3 --seed $SEED --log_dir $out/classifier"
+size="--patch_size 4 --embed_dim 64 --encoder_depth 4 --num_heads 4"
+finetune="--dataset shapes --train_images 2000 --total_epoch 12 --batch_size 50 --base_learning_rate 5e-3
+  --seed $SEED --log_dir $out/classifier"
 
 say() { printf '\n%s\n' "$*"; }
 run() {
@@ -17,8 +18,8 @@ run() {
 }
 
 say "1. Pretrain: hide 75 % of each image, predict it from the rest"
-run mae_pretrain.py --dataset shapes $size --decoder_depth 1 --total_epoch 20 --batch_size 128 \
-  --base_learning_rate 2e-3 --seed "$SEED" --log_dir $out/pretrain --model_path $out/mae.pt
+run mae_pretrain.py --dataset shapes $size --decoder_depth 1 --total_epoch 30 --batch_size 32 \
+  --base_learning_rate 8e-3 --seed "$SEED" --log_dir $out/pretrain --model_path $out/mae.pt
 say "2. Train a classifier from the pretrained encoder"
 run train_classifier.py $finetune --pretrained_model_path $out/mae.pt --output_model_path $out/pretrained.pt
 say "3. The same from scratch"
