@@ -17,7 +17,7 @@ from torchvision.utils import make_grid
 import data
 import utils
 from model import MASK_STRATEGIES, MAE_ViT, mae_loss
-from runs import Run, load_file, mae_run_name
+from runs import Run, load_model, mae_run_name
 
 SIZE = ("img_size", "patch_size", "embed_dim", "encoder_depth", "num_heads", "decoder_depth")
 IMAGE_LOGS = 50  # reconstructions shown in TensorBoard over a run
@@ -46,7 +46,7 @@ def parse_args(argv=None):
 
 
 def train_step(model, optimizer, slices, precision, images, masks, lr):
-    """One update on the global batch, micro-batch by micro-batch; the mean loss over this process's share of it.
+    """One update on the global batch, micro-batch by micro-batch; its mean loss.
 
     Args:
         slices: this process's parts; images: (B, 3, H, W) uint8; masks: (B, N) int64, the patches in shuffled order.
@@ -61,10 +61,10 @@ def train_step(model, optimizer, slices, precision, images, masks, lr):
         loss = mae_loss(pred, x, mask) / len(slices)  # parts of one size, each with equally many hidden patches
         loss.backward()
         loss_sum += loss.detach()
-    utils.average_gradients(model)
+    loss = utils.average_over_ranks(model, loss_sum)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return loss_sum
+    return loss
 
 
 def train_one_epoch(step, shuffle, images, plan, args, progress, tick):
@@ -88,7 +88,7 @@ def train_one_epoch(step, shuffle, images, plan, args, progress, tick):
         progress["step"] = i + 1
         progress["seconds"], started = progress["seconds"] + time.monotonic() - started, time.monotonic()
         tick(progress)
-    loss = utils.mean_over_ranks(progress["loss_sum"] / plan.steps_per_epoch)  # waits for the device
+    loss = float(progress["loss_sum"]) / plan.steps_per_epoch  # waits for the device
     seconds = progress["seconds"] + time.monotonic() - started
     speed = plan.steps_per_epoch * args.batch_size / seconds
     lr = plan.lr((epoch + 1) * plan.steps_per_epoch - 1)
@@ -128,7 +128,6 @@ def pretrain(args):
 
     compiled = torch.compile(model) if utils.pick_compile(args.compile, device) else model
     step = functools.partial(train_step, compiled, optimizer, plan.slices, precision)
-    tick = functools.partial(run.tick, may_save=world_size == 1)
     shown = torch.randperm(len(test.images), generator=utils.generator("cpu", "shown"))[:16]
     shown = data.normalize(test.images[shown].to(device))
     shown_masks = model.shuffle(len(shown), utils.generator(device, "shown"), device)
@@ -136,12 +135,11 @@ def pretrain(args):
     with run:
         run.start_bar(plan.steps_per_epoch * args.batch_size, args.batch_size, args.total_epoch, progress)
         for epoch in range(progress["epoch"], args.total_epoch):
-            metrics = train_one_epoch(step, model.shuffle, images, plan, args, progress, tick)
+            metrics = train_one_epoch(step, model.shuffle, images, plan, args, progress, run.tick)
             run.check_finite(metrics["train/loss"], epoch, plan.steps_per_epoch)
             last = epoch + 1 == args.total_epoch
             if last or epoch % max(1, args.total_epoch // IMAGE_LOGS) == 0:
                 run.log_image(epoch + 1, "reconstruction", reconstruction_grid(model, shown, shown_masks))
-            run.stop_signal = utils.any_rank(run.stop_signal)
             progress = {"epoch": epoch + 1, "step": 0, "loss_sum": 0.0, "seconds": 0.0}
             run.end_epoch(progress, metrics, last)
         trained_on = {"dataset": args.dataset, "data_dir": args.data_dir}
@@ -156,8 +154,7 @@ def main(argv=None):
         print(f"Pretrained: {pretrain(args) / 'model.pt'}")
         return
     with tempfile.TemporaryDirectory() as log_dir:
-        content = load_file(pretrain(utils.dry(args, log_dir)), "MAE_ViT")
-        MAE_ViT(**content["model_args"]).load_state_dict(content["model"])
+        load_model(pretrain(utils.dry(args, log_dir)), MAE_ViT)
         print("Dry run: trained, logged, saved and reloaded.")
 
 

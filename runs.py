@@ -24,6 +24,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 # May differ when a run is continued: where things are and how they are computed, not what.
@@ -38,6 +39,8 @@ FREE_ARGUMENTS = {
     "overwrite",
     "pretrained_model_path",
 }
+SAVE_INTERVAL = 50  # times as long as a save takes; so saving takes under 2 % of the time
+STEPS_BETWEEN_AGREEMENTS = 10  # of several processes on whether to save; each waits for their devices
 
 # --- names ---
 
@@ -74,11 +77,13 @@ def save_file(path, content):
     """Write a .pt file whole or not at all: temporary name, sync, rename."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
     with replacing(path) as file:
-        torch.save(content, file)
+        file.write(buffer.getbuffer())
 
 
-def load_file(path, kind=None):
+def load_file(path, *kinds):
     """Read a .pt file onto the CPU without unpickling objects.
 
     torch.load checks no checksum, so a flipped bit would load as a wrong weight; the zip archive that torch.save
@@ -86,7 +91,7 @@ def load_file(path, kind=None):
 
     Args:
         path: the file, or a run directory, which stands for its model.pt.
-        kind: what content["kind"] must be; None: any of ours.
+        kinds: what content["kind"] may be; none: any of ours.
 
     Raises:
         ValueError: no such file, damaged, or not the kind asked for.
@@ -108,9 +113,26 @@ def load_file(path, kind=None):
             f"Cannot read {path}: {reason}. Copy the file anew, or make it again (--overwrite)."
         ) from error
     found = content.get("kind") if isinstance(content, dict) else None
-    if found is None or kind not in (None, found):
-        raise ValueError(f"{path} holds {found or 'no model of this program'}; {kind or 'a model'} is needed here.")
+    if found is None or (kinds and found not in kinds):
+        needed = " or ".join(kinds) or "a model"
+        raise ValueError(f"{path} holds {found or 'no model of this program'}; {needed} is needed here.")
     return content
+
+
+def load_model(path, *constructors):
+    """Rebuild the model that a model.pt holds: (model, the whole content).
+
+    Raises:
+        ValueError: as `load_file`, or the weights do not fit any of the constructors.
+    """
+    content = load_file(path, *(constructor.__name__ for constructor in constructors))
+    constructor = next(constructor for constructor in constructors if constructor.__name__ == content["kind"])
+    try:
+        model = constructor(**content["model_args"])
+        model.load_state_dict(content["model"])
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no {content['kind']} of this version of the program: {error}") from error
+    return model, content
 
 
 def digest(state_dict):
@@ -185,8 +207,9 @@ class Run:
         if self.config:
             self._check_same_arguments()
         self.finished = self.config is not None and (self.directory / "model.pt").exists()
-        self.stop_signal = 0
-        self.saved_at, self.save_seconds = time.monotonic(), 0.2
+        self.stop_signal = 0  # what this process has got
+        self.stopping = 0  # what all processes will stop for, at the same step
+        self.saved_at, self.save_seconds, self.saved = time.monotonic(), 0.2, None
         self.lock = self.board = self.bar = None
         self.handlers = {}
 
@@ -213,6 +236,8 @@ class Run:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ValueError(f"Another process is at work on {self.directory}; wait for it or stop it.") from None
+        self.handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        if self.writer:
             if self.overwrite:
                 for pattern in ("config.json", "metrics.csv", "*.pt", "events.out.tfevents.*"):
                     for path in self.directory.glob(pattern):
@@ -221,7 +246,6 @@ class Run:
             config = {"name": self.name, "arguments": self.arguments, **facts, "starts": [*starts, environment()]}
             with replacing(self.directory / "config.json") as file:
                 file.write(json.dumps(config, indent=1).encode())
-        self.handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def _on_signal(self, number, frame):
         self.stop_signal = number
@@ -231,12 +255,25 @@ class Run:
     def __enter__(self):
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, kind, error, trace):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         for resource in (self.bar, self.board, self.lock):
-            if resource is not None:
-                resource.close()
+            try:
+                if resource is not None:
+                    resource.close()
+            except OSError as failure:  # what it still had to write
+                error = error or failure
+        if isinstance(error, OSError):
+            sys.exit(
+                f"Cannot write {self.directory}: {error}. {self._last_save()} With that mended, the same command "
+                f"continues."
+            )
+
+    def _last_save(self):
+        if self.saved is None:
+            return "There is no checkpoint yet."
+        return "The last good checkpoint has {epoch} epochs and {step} steps.".format(**self.saved)
 
     def restore(self, model, optimizer):
         """Load what was saved last into model and optimizer, which from now on are what is saved.
@@ -248,16 +285,20 @@ class Run:
             seconds (spent on them); all 0 for a new run.
 
         Raises:
-            ValueError: the checkpoint is damaged.
+            ValueError: the checkpoint is damaged or another run's.
         """
         self.model, self.optimizer = model, optimizer
         path = self.directory / "checkpoint.pt"
         progress = {"epoch": 0, "step": 0, "loss_sum": 0.0, "seconds": 0.0}
         if path.exists():
             state = load_file(path, "checkpoint")
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            progress = state["progress"]
+            try:
+                model.load_state_dict(state["model"])
+                optimizer.load_state_dict(state["optimizer"])
+                progress = state["progress"]
+            except (KeyError, RuntimeError, ValueError) as error:
+                raise ValueError(f"{path} is of another run; start anew with --overwrite. {error}") from error
+            self.saved = dict(progress)
         self.first_epoch = progress["epoch"]
         if self.writer and (self.directory / "metrics.csv").exists():
             rows = [row for row in read_metrics(self.directory) if row["epoch"] <= self.first_epoch]
@@ -277,14 +318,12 @@ class Run:
             disable=None if self.writer else True,
         )
 
-    def tick(self, progress, may_save=True):
-        """One step is done: move the bar, and where a save is due, save; leave if a signal asked for it.
-
-        Args:
-            may_save: False where other processes are at work on the same step, which a save would not include.
-        """
+    def tick(self, progress):
+        """One step is done: move the bar, and where a save is due, save; leave if a signal asked for it."""
         self.bar.update(self.batch_size)
-        if may_save and self.save_due():
+        if dist.is_initialized() and progress["step"] % STEPS_BETWEEN_AGREEMENTS:
+            return
+        if self.save_due():
             self.save(progress)
             self.exit_if_stopped()
 
@@ -292,19 +331,25 @@ class Run:
         """Log an epoch's metrics; save where due or where it was the last; leave if a signal asked for it."""
         self.bar.set_postfix_str(f"epoch {progress['epoch']}, loss {metrics['train/loss']:.4f}")
         self.log(progress["epoch"], metrics)
-        if last or self.save_due():
+        if self.save_due() or last:
             self.save(progress)
         self.exit_if_stopped()
 
     def save_due(self):
-        """Whether to save now: asked to stop, or 50 times as long as a save takes has passed (so under 2 %)."""
-        return bool(self.stop_signal) or time.monotonic() - self.saved_at >= 50 * self.save_seconds
+        """Whether to save now, because the interval has passed or a signal came; the same on all processes."""
+        due = self.writer and time.monotonic() - self.saved_at >= SAVE_INTERVAL * self.save_seconds
+        wanted = torch.tensor(self.stop_signal or int(due))  # SIGINT and SIGTERM are numbers from 2 on
+        if dist.is_initialized():
+            wanted = wanted.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+            dist.all_reduce(wanted, dist.ReduceOp.MAX)
+        self.stopping = int(wanted) if wanted > 1 else 0
+        return wanted > 0
 
     def save(self, progress):
         """Write checkpoint.pt with the model, the optimizer and progress.
 
         Raises:
-            SystemExit: the loss is not finite; the checkpoint there stays.
+            SystemExit: the loss or a weight is not finite; the checkpoint there stays.
         """
         if progress["step"]:
             loss = float(progress["loss_sum"]) / progress["step"]
@@ -314,22 +359,28 @@ class Run:
             started = time.monotonic()
             content = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "progress": progress}
             save_file(self.directory / "checkpoint.pt", {"kind": "checkpoint", **content})
-            self.saved_at = time.monotonic()
+            self.saved, self.saved_at = dict(progress), time.monotonic()
             self.save_seconds = self.saved_at - started
 
     def check_finite(self, loss, epoch, step):
+        """Leave where the mean loss so far or a weight is no number, with the checkpoint as it was."""
         if not math.isfinite(loss):
-            lr = self.optimizer.param_groups[0]["lr"]
-            sys.exit(
-                f"train/loss is {loss} at epoch {epoch + 1}, by step {step} (lr {lr:.2e}). {self.directory} keeps its "
-                f"last good checkpoint; a lower --base_learning_rate or --precision float32 may help."
-            )
+            what = f"train/loss is {loss}"
+        elif not math.isfinite(torch.nn.utils.get_total_norm(self.model.parameters())):
+            what = "A weight is infinite or nan"
+        else:
+            return
+        lr = self.optimizer.param_groups[0]["lr"]
+        sys.exit(
+            f"{what} at epoch {epoch + 1}, by step {step} (lr {lr:.2e}). {self._last_save()} A lower "
+            f"--base_learning_rate or --precision float32 may help; the directory is {self.directory}"
+        )
 
     def exit_if_stopped(self):
         """Leave with the shell's code for the signal that asked for it (130 for Ctrl-C), if one did."""
-        if self.stop_signal:
+        if self.stopping:
             print(f"Stopped. The same command continues {self.directory}", file=sys.stderr)
-            sys.exit(128 + self.stop_signal)
+            sys.exit(128 + self.stopping)
 
     def log(self, epoch, metrics):
         """Append one epoch's numbers (epoch from 1) to metrics.csv and TensorBoard."""

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 
 import data
 import utils
-from model import ViT_Classifier
-from runs import Run, classifier_run_name, digest, load_file, read_metrics
+from model import MAE_ViT, ViT_Classifier
+from runs import Run, classifier_run_name, digest, load_model, read_metrics
 
 SIZE = ("img_size", "patch_size", "embed_dim", "encoder_depth", "num_heads")
 EVAL_BATCH = 500  # test images at once
@@ -43,7 +43,7 @@ def parse_args(argv=None):
 
 
 def train_step(model, optimizer, slices, precision, images, labels, lr):
-    """One update on the global batch, micro-batch by micro-batch; the mean loss over this process's share of it.
+    """One update on the global batch, micro-batch by micro-batch; its mean loss.
 
     Args:
         slices: this process's parts; images: (B, 3, H, W) uint8; labels: (B,) int64.
@@ -57,10 +57,10 @@ def train_step(model, optimizer, slices, precision, images, labels, lr):
         loss = F.cross_entropy(logits.float(), labels[part]) / len(slices)  # parts of one size: a mean of means
         loss.backward()
         loss_sum += loss.detach()
-    utils.average_gradients(model)
+    loss = utils.average_over_ranks(model, loss_sum)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return loss_sum
+    return loss
 
 
 def train_one_epoch(step, train, plan, args, progress, tick):
@@ -81,7 +81,7 @@ def train_one_epoch(step, train, plan, args, progress, tick):
         progress["step"] = i + 1
         progress["seconds"], started = progress["seconds"] + time.monotonic() - started, time.monotonic()
         tick(progress)
-    loss = utils.mean_over_ranks(progress["loss_sum"] / plan.steps_per_epoch)  # waits for the device
+    loss = float(progress["loss_sum"]) / plan.steps_per_epoch  # waits for the device
     seconds = progress["seconds"] + time.monotonic() - started
     speed = plan.steps_per_epoch * args.batch_size / seconds
     lr = plan.lr((epoch + 1) * plan.steps_per_epoch - 1)
@@ -120,7 +120,7 @@ def load_pretrained(args):
     """
     if not args.pretrained_model_path:
         return None, utils.fill_in(args, {name: utils.defaults(ViT_Classifier)[name] for name in SIZE})
-    pretrained = load_file(args.pretrained_model_path, "MAE_ViT")
+    _, pretrained = load_model(args.pretrained_model_path, MAE_ViT)
     sizes = {name: pretrained["model_args"][name] for name in SIZE}
     for name, stored in sizes.items():
         if getattr(args, name) not in (None, stored):
@@ -164,14 +164,12 @@ def train_classifier(args):
 
     compiled = torch.compile(model) if utils.pick_compile(args.compile, device) else model
     step = functools.partial(train_step, compiled, optimizer, plan.slices, precision)
-    tick = functools.partial(run.tick, may_save=world_size == 1)
     with run:
         run.start_bar(plan.steps_per_epoch * args.batch_size, args.batch_size, args.total_epoch, progress)
         for epoch in range(progress["epoch"], args.total_epoch):
-            metrics = train_one_epoch(step, train, plan, args, progress, tick)
+            metrics = train_one_epoch(step, train, plan, args, progress, run.tick)
             run.check_finite(metrics["train/loss"], epoch, plan.steps_per_epoch)
             metrics = {**evaluate(model, test, precision, rank, world_size), **metrics}
-            run.stop_signal = utils.any_rank(run.stop_signal)
             progress = {"epoch": epoch + 1, "step": 0, "loss_sum": 0.0, "seconds": 0.0}
             run.end_epoch(progress, metrics, last=epoch + 1 == args.total_epoch)
         trained_on = {"dataset": args.dataset, "data_dir": args.data_dir, "classes": train.classes}
@@ -187,8 +185,7 @@ def main(argv=None):
         print(f"Trained: {directory / 'model.pt'}, test accuracy {read_metrics(directory)[-1]['test/acc']:.2%}")
         return
     with tempfile.TemporaryDirectory() as log_dir:
-        content = load_file(train_classifier(utils.dry(args, log_dir)), "ViT_Classifier")
-        ViT_Classifier(**content["model_args"]).load_state_dict(content["model"])
+        load_model(train_classifier(utils.dry(args, log_dir)), ViT_Classifier)
         print("Dry run: trained, evaluated, logged, saved and reloaded.")
 
 

@@ -36,10 +36,10 @@ class Parser(argparse.ArgumentParser):
 
 @contextlib.contextmanager
 def exit_on_bad_input():
-    """Turn a ValueError, which here means something the user can mend, into one line and exit code 2."""
+    """Turn what the user can mend, a ValueError or a file trouble, into one line and exit code 2."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 
@@ -292,27 +292,19 @@ def sum_over_ranks(tensor):
     return tensor
 
 
-def mean_over_ranks(tensor):
-    """A tensor of one number, averaged over all processes, as a float."""
-    return sum_over_ranks(tensor.clone()).item() / (dist.get_world_size() if dist.is_initialized() else 1)
+def average_over_ranks(model, loss):
+    """Give every process the mean gradient, in place: equal shards of a batch then step as the whole would.
 
-
-def any_rank(flag):
-    """Whether flag, a number, is not 0 on some process: the largest of them."""
-    if dist.is_initialized():
-        flag = torch.tensor(flag, device="cuda" if dist.get_backend() == "nccl" else "cpu")
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return int(flag)
-
-
-def average_gradients(model):
-    """Give every process the mean gradient: equal shards of the global batch then step as the whole batch would."""
+    Returns:
+        The mean of all processes' losses; with one process nothing happens.
+    """
     if not dist.is_initialized():
-        return
-    gradients = [parameter.grad for parameter in model.parameters()]
-    flat = sum_over_ranks(torch.cat([gradient.flatten() for gradient in gradients])) / dist.get_world_size()
-    for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient))
+        return loss
+    tensors = [*(parameter.grad for parameter in model.parameters()), loss]
+    flat = sum_over_ranks(torch.cat([tensor.flatten() for tensor in tensors])) / dist.get_world_size()
+    for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(mean.view_as(tensor))
+    return loss
 
 
 @contextlib.contextmanager

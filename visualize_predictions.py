@@ -18,7 +18,7 @@ import torch
 import data
 import utils
 from model import MASK_STRATEGIES, MAE_ViT, PatchShuffle, ViT_Classifier, mae_loss
-from runs import load_file
+from runs import load_model
 
 RIGHT, WRONG = "#0072b2", "#d55e00"  # blue and vermilion of Okabe and Ito's palette for all kinds of colour vision
 DRAWS = 1000  # masks behind a strategy's visibility map
@@ -51,13 +51,12 @@ def show(axes, image):
     axes.set_yticks([])
 
 
-def draw_reconstructions(content, images, args):
+def draw_reconstructions(model, images, args):
     """Masked input, reconstruction and original of each image, a row each."""
-    model = MAE_ViT(**content["model_args"])
-    model.load_state_dict(content["model"])
-    strategy = args.mask_strategy or content["model_args"]["mask_strategy"]
-    ratio = content["model_args"]["mask_ratio"] if args.mask_ratio is None else args.mask_ratio
-    model.shuffle = PatchShuffle(model.shuffle.grid_size, ratio, strategy)
+    trained = model.shuffle
+    strategy = args.mask_strategy or trained.mask_strategy
+    ratio = trained.mask_ratio if args.mask_ratio is None else args.mask_ratio
+    model.shuffle = PatchShuffle(trained.grid_size, ratio, strategy)
     masks = model.shuffle(len(images), utils.generator("cpu", args.seed, "masks"))
     rows = {"masked input": None, "reconstruction": None, "original": images}
     rows["masked input"], rows["reconstruction"] = model.reconstruct(images, masks)
@@ -68,19 +67,16 @@ def draw_reconstructions(content, images, args):
         axes[row, 0].set_ylabel(name, fontsize=11)
         for column, picture in enumerate(pictures):
             show(axes[row, column], picture)
-    trained = content["model_args"]["mask_strategy"]
     figure.suptitle(
-        f"{strategy} masks, {mask.float().mean():.0%} hidden (trained with {trained}); "
+        f"{strategy} masks, {mask.float().mean():.0%} hidden (trained with {trained.mask_strategy}); "
         f"mean squared error of hidden pixels {mae_loss(pred, images, mask):.4f}, seed {args.seed}",
         fontsize=11,
     )
     return figure
 
 
-def draw_predictions(content, images, labels, args):
+def draw_predictions(model, names, images, labels, args):
     """Each image with ground truth, prediction and confidence; right and wrong differ in colour, sign and frame."""
-    model = ViT_Classifier(**content["model_args"])
-    model.load_state_dict(content["model"])
     with torch.no_grad():
         confidence, predicted = model(images).softmax(dim=1).max(dim=1)
     columns = min(8, len(images))
@@ -88,7 +84,6 @@ def draw_predictions(content, images, labels, args):
     figure, axes = plt.subplots(rows, columns, figsize=(1.6 * columns, 2.1 * rows + 0.6), squeeze=False)
     for place in axes.flat[len(images) :]:
         place.axis("off")
-    names = content["classes"]
     for place, image, label, guess, sure in zip(axes.flat, images, labels, predicted, confidence, strict=False):
         right = bool(label == guess)
         show(place, image)
@@ -139,17 +134,15 @@ def main(argv=None):
         if args.masks:
             figure, output = draw_masks(args), Path("masks.png")
         else:
-            content = load_file(args.model_path)
-            if content["kind"] not in ("MAE_ViT", "ViT_Classifier"):
-                raise ValueError(f"{args.model_path} is a {content['kind']}; give the finished run's model.pt.")
+            model, content = load_model(args.model_path, MAE_ViT, ViT_Classifier)
             dataset, data_dir = args.dataset or content["dataset"], args.data_dir or content["data_dir"]
             _, test = data.load_dataset(dataset, data_dir, content["model_args"]["img_size"])
-            is_mae = content["kind"] == "MAE_ViT"
+            is_mae = isinstance(model, MAE_ViT)
             chosen = torch.randperm(len(test.images), generator=utils.generator("cpu", args.seed, "images"))
             chosen = chosen[: args.num_images or (8 if is_mae else 32)]
             images, labels = data.normalize(test.images[chosen]), test.labels[chosen]
             if is_mae:
-                figure, name = draw_reconstructions(content, images, args), "reconstructions"
+                figure, name = draw_reconstructions(model, images, args), "reconstructions"
                 if args.mask_strategy:
                     name += f"_{args.mask_strategy}"
             else:
@@ -157,7 +150,7 @@ def main(argv=None):
                     raise ValueError(
                         f"{args.model_path} tells {content['classes']} apart, {dataset} has {test.classes}."
                     )
-                figure, name = draw_predictions(content, images, labels, args), "predictions"
+                figure, name = draw_predictions(model, test.classes, images, labels, args), "predictions"
             place = Path(args.model_path)
             output = (place if place.is_dir() else place.parent) / f"{name}.png"
     output = Path(args.output or output)

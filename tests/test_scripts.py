@@ -175,25 +175,6 @@ def test_accumulated_micro_batches_step_like_one_batch(start):
     assert not same_weights(whole, start("--log_dir", "other", "--seed", "1"), tolerance=1e-3)
 
 
-@pytest.mark.parametrize("script", ["mae_pretrain.py", "train_classifier.py"])
-def test_two_processes_train_like_one(script, tmp_path):
-    depth = ["--decoder_depth", "1"] if script == "mae_pretrain.py" else []
-    args = [str(ROOT / script), *SIZE, *depth, *SET, "--log_dir", "two"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *args]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    main = {"mae_pretrain.py": mae_pretrain, "train_classifier.py": train_classifier}[script].main
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "shapes", FULL_SHAPES)
-        main([*args[1:-1], "one"])
-    one, two = next(Path("one").iterdir()), next(Path("two").iterdir())
-    assert same_weights(one, two, tolerance=2e-5)
-    for mine, theirs in zip(untimed_metrics(one), untimed_metrics(two), strict=True):
-        assert mine == pytest.approx(theirs, abs=1e-5)
-    assert read_config(two)["processes"] == 2
-
-
 def test_ctrl_c_in_a_real_process_and_the_same_command_again(tmp_path):
     command = [sys.executable, str(ROOT / "mae_pretrain.py"), *SIZE, "--decoder_depth", "1", "--dataset", "shapes"]
     command += shlex.split("--total_epoch 4 --batch_size 64 --train_images 1000")
@@ -260,16 +241,40 @@ BAD = [
     (MAE, "--device gpu", "--device gpu is not there"),
     (MAE, "--precision fp8", "--precision: invalid choice"),
     (MAE, "--decoder_dept 3", "unrecognized arguments: --decoder_dept 3"),
+    (MAE, "--mask_ratio nan", "mask_ratio nan does not split"),
+    (MAE, "--mask_ratio -0.5", "mask_ratio -0.5 does not split"),
+    (MAE, "--img_size 0", "--img_size: '0' is not a whole number"),
+    (MAE, "--embed_dim 1.5", "--embed_dim: '1.5' is not a whole number"),
+    (MAE, "--encoder_depth 0", "--encoder_depth: '0'"),
+    (MAE, "--decoder_depth deep", "--decoder_depth: 'deep'"),
+    (MAE, "--num_heads 0", "--num_heads: '0'"),
+    (MAE, "--batch_size 0", "--batch_size: '0'"),
+    (MAE, "--max_device_batch_size 0", "--max_device_batch_size: '0'"),
+    (MAE, "--seed x", "--seed: invalid int value: 'x'"),
+    (MAE, "--train_images 0", "--train_images: '0'"),
+    (MAE, "--base_learning_rate inf", "--base_learning_rate: 'inf'"),
+    (MAE, "--warmup_epoch soon", "--warmup_epoch: 'soon'"),
+    (MAE, "--device cpu:1", "--device cpu:1 is not there"),
+    (MAE, "extra", "unrecognized arguments: extra"),
+    (MAE, "--batch_size", "--batch_size: expected one argument"),
+    (MAE, "--log_dir text.pt", "Not a directory: 'text.pt"),
+    (MAE, "--dataset folder --data_dir text.pt", "text.pt/train is missing"),
     (CLS, "--num_heads 5", "num_heads 5 does not divide embed_dim 12"),
     (CLS, "--total_epoch 0", "--total_epoch: '0'"),
     (CLS, "--warmup_epoch 9", "--warmup_epoch 9 is not within"),
     (CLS, "--pretrained_model_path nowhere.pt", "No file nowhere.pt"),
     (CLS, "--pretrained_model_path text.pt", "Cannot read text.pt"),
     (CLS, "--pretrained_model_path foreign.pt", "foreign.pt holds no model of this program; MAE_ViT is needed"),
+    (CLS, "--pretrained_model_path nothing", "No file nothing/model.pt"),
+    (CLS, "--decoder_depth 2", "unrecognized arguments: --decoder_depth 2"),
+    (CLS, "--patch_size 5", "patch_size 5 does not divide img_size 32"),
     (VIS, "", "one of the arguments --model_path --masks is required"),
     (VIS, "--model_path nowhere.pt", "No file nowhere.pt"),
     (VIS, "--model_path text.pt", "Cannot read text.pt"),
     (VIS, "--masks --mask_ratio 0", "mask_ratio 0.0 does not split 256 patches"),
+    (VIS, "--masks --model_path a.pt", "--model_path: not allowed with argument --masks"),
+    (VIS, "--masks --grid_size 0", "--grid_size: '0'"),
+    (VIS, "--masks --num_images -1", "--num_images: '-1'"),
     (VIS, "--masks --mask_strategy spiral", "invalid choice: 'spiral'"),
 ]
 
@@ -308,7 +313,7 @@ def test_checkpoints_that_do_not_fit_are_named(capsys):
         (
             visualize_predictions.main,
             ["--model_path", mae / "checkpoint.pt"],
-            "is a checkpoint; give the finished run's",
+            "checkpoint.pt holds checkpoint; MAE_ViT or ViT_Classifier is needed",
         ),
         (visualize_predictions.main, ["--model_path", mae / "cut.pt"], "Cannot read .*cut.pt"),
     ]:
