@@ -1,0 +1,462 @@
+"""What a run survives: kills, a full disk, damage, a second writer, lost processes, foreign files, any arguments.
+
+Runs happen in real processes, forked from a server that has imported torch once.
+"""
+
+import importlib
+import multiprocessing
+import os
+import random
+import re
+import resource
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import data
+import mae_pretrain
+import runs
+import train_classifier
+import visualize_predictions
+from model import MASK_STRATEGIES, MAE_ViT, PatchShuffle, ViT_Classifier
+from runs import Run, load_file, load_model, read_config, read_metrics, save_file
+
+ROOT = Path(__file__).parents[1]
+MAE, CLS, VIS = "mae_pretrain", "train_classifier", "visualize_predictions"
+SIZE = "--patch_size 8 --embed_dim 12 --encoder_depth 1 --num_heads 2 --device cpu"
+SET = "--dataset shapes --train_images 80 --batch_size 8 --base_learning_rate 0.05"
+COMMAND = {MAE: f"{SIZE} --decoder_depth 1 {SET} --total_epoch 5", CLS: f"{SIZE} {SET} --total_epoch 5"}
+RUNS = [
+    (MAE, "--precision float32"),
+    (MAE, "--precision bf16 --max_device_batch_size 4"),
+    (MAE, "--mask_strategy blockwise --max_device_batch_size 2 --augment"),
+    (CLS, "--precision float32 --max_device_batch_size 4 --augment"),
+    (CLS, "--precision bf16"),
+]
+TIMING = {"seconds", "speed/images_per_sec"}
+
+
+@pytest.fixture(scope="module")
+def server():
+    """A context whose processes start with this module imported."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["test_faults"])
+        yield context
+
+
+def run_script(script, arguments, directory, save_every_step=True, environment=(), file_limit=None):
+    """The body of a process: the script with these arguments, few images, its output in directory/output."""
+    os.chdir(directory)
+    output = os.open("output", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    draw = data.shapes
+    data.shapes = lambda count, img_size, seed: draw(min(count, 80), img_size, seed)
+    if save_every_step:
+        runs.SAVE_INTERVAL = 0
+    if file_limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    sys.argv = [f"{script}.py"]
+    importlib.import_module(script).main(shlex.split(arguments))
+
+
+@pytest.fixture
+def start(server, tmp_path):
+    """Start a script; what still lives at the end of the test is killed."""
+    started = []
+
+    def start(*arguments, **options):
+        process = server.Process(target=run_script, args=(*arguments, tmp_path), kwargs=options)
+        process.start()
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.join()
+
+
+def ends(process, seconds=60):
+    """Its exit code."""
+    process.join(seconds)
+    assert process.exitcode is not None, "still running"
+    return process.exitcode
+
+
+def until(condition, seconds=60):
+    """Wait for a condition; its value."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.001)
+    return value
+
+
+def until_saved(directory, times):
+    """Wait until checkpoint.pt of the only run there has been replaced so many times; its path."""
+    versions = set()
+
+    def enough():
+        versions.update(path.stat().st_mtime_ns for path in directory.glob("*/checkpoint.pt"))
+        return len(versions) > times
+
+    until(enough)
+    return only_run(directory) / "checkpoint.pt"
+
+
+def only_run(directory):
+    return next(directory.glob("*/config.json")).parent
+
+
+def same(one, other, tolerance=0.0):
+    """Whether two finished runs have the same weights and the same metrics, but for the timing."""
+    weights, others = load_file(one)["model"], load_file(other)["model"]
+    rows, other_rows = (
+        [{key: value for key, value in row.items() if key not in TIMING} for row in read_metrics(run)]
+        for run in (one, other)
+    )
+    return (
+        all(torch.allclose(weights[name], others[name], rtol=0, atol=tolerance) for name in weights)
+        and len(rows) == len(other_rows)
+        and all(row == pytest.approx(other, rel=0, abs=tolerance) for row, other in zip(rows, other_rows, strict=True))
+    )
+
+
+# --- stops ---
+
+
+@pytest.mark.parametrize(("script", "options"), RUNS)
+def test_killed_six_times_a_run_ends_with_the_bits_of_one_that_was_not(script, options, start, tmp_path):
+    command, draw = f"{COMMAND[script]} {options}", random.Random(options)
+    whole = start(script, f"{command} --log_dir whole")
+    done = (0, 0)
+    for _ in range(6):
+        victim = start(script, f"{command} --log_dir killed")
+        checkpoint = until_saved(tmp_path / "killed", draw.randint(1, 4))
+        time.sleep(draw.uniform(0, 0.02))
+        victim.kill()
+        assert ends(victim) == -signal.SIGKILL
+        progress = load_file(checkpoint, "checkpoint")["progress"]
+        assert (progress["epoch"], progress["step"]) >= done  # nothing lost
+        done = progress["epoch"], progress["step"]
+    assert not (checkpoint.parent / "model.pt").exists()
+    assert ends(start(script, f"{command} --log_dir killed")) == 0
+    assert ends(whole) == 0
+    assert same(only_run(tmp_path / "whole"), only_run(tmp_path / "killed"))
+    assert len(read_config(checkpoint.parent)["starts"]) == 7
+
+
+def test_a_full_disk_ends_with_a_message_and_the_old_checkpoint_whole(start, tmp_path):
+    whole = start(CLS, f"{COMMAND[CLS]} --log_dir whole")
+    first = start(CLS, f"{COMMAND[CLS]} --log_dir full")
+    checkpoint = until(lambda: next(tmp_path.glob("full/*/checkpoint.pt"), None))
+    first.kill()
+    first.join()
+    before = checkpoint.read_bytes()
+    full = start(CLS, f"{COMMAND[CLS]} --log_dir full", file_limit=len(before) // 2)
+    assert ends(full) == 1
+    output = (tmp_path / "output").read_text()
+    assert re.search(r"Cannot write full/.*File too large.*last good checkpoint has \d+ epochs and \d+ steps", output)
+    assert "Traceback" not in output
+    assert checkpoint.read_bytes() == before
+    assert not list(checkpoint.parent.glob("*.tmp"))
+    assert ends(start(CLS, f"{COMMAND[CLS]} --log_dir full")) == 0
+    assert ends(whole) == 0
+    assert same(only_run(tmp_path / "whole"), only_run(tmp_path / "full"))
+
+
+def test_a_second_process_on_a_run_is_refused_while_the_first_lives(start, tmp_path):
+    command = f"{COMMAND[MAE]} --log_dir two"
+    first = start(MAE, f"{command} --total_epoch 500")
+    until(lambda: list(tmp_path.glob("two/*/checkpoint.pt")))
+    assert ends(start(MAE, f"{command} --total_epoch 500")) == 2
+    assert ends(start(MAE, f"{command} --total_epoch 500 --overwrite")) == 2
+    assert (tmp_path / "output").read_text().count("error: Another process is at work on two/") == 2
+    first.kill()
+    first.join()
+    heir = start(MAE, f"{command} --total_epoch 500")
+    until(lambda: len(read_config(only_run(tmp_path / "two"))["starts"]) == 2)
+    os.kill(heir.pid, signal.SIGTERM)
+    assert ends(heir) == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize("rate", ["1e30", "1e5"])
+def test_a_run_whose_weights_burst_keeps_only_finite_ones(rate, start, tmp_path):
+    command = f"{COMMAND[CLS]} --base_learning_rate {rate} --weight_decay 1e30 --warmup_epoch 0 --log_dir burst"
+    assert ends(start(CLS, command)) == 1
+    output = (tmp_path / "output").read_text()
+    assert re.search(r"(train/loss is (nan|inf)|A weight is infinite or nan) at epoch 1, by step \d+ \(lr ", output)
+    for checkpoint in tmp_path.glob("burst/*/checkpoint.pt"):
+        assert all(tensor.isfinite().all() for tensor in load_file(checkpoint)["model"].values())
+
+
+# --- damage ---
+
+
+def test_a_thousand_flipped_bytes_of_a_checkpoint_are_refused_or_harmless(start, tmp_path):
+    assert ends(start(MAE, f"{COMMAND[MAE]} --log_dir flips --total_epoch 1")) == 0
+    path = only_run(tmp_path / "flips") / "checkpoint.pt"
+    whole, content, draw, refused = path.read_bytes(), load_file(path), random.Random(0), 0
+    for position in draw.sample(range(len(whole)), 1000):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ draw.randint(1, 255)]) + whole[position + 1 :])
+        try:
+            found = load_file(path)
+        except ValueError:
+            refused += 1
+        else:
+            assert equal(content, found)
+    assert refused > 300
+
+
+def equal(one, other):
+    """Whether nested dictionaries and lists of tensors and plain values are the same."""
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return one == other
+
+
+class Payload:
+    def __reduce__(self):
+        return (os.system, ("touch was_run",))
+
+
+def bad_model_files(directory):
+    """Files that are no model of this program, in every way that came to mind, by name."""
+    model_args = {"img_size": 8, "patch_size": 4, "embed_dim": 12, "encoder_depth": 1, "num_heads": 2}
+    content = {"kind": "MAE_ViT", "model_args": {**model_args, "decoder_depth": 1}}
+    content |= {"run_name": "toy", "dataset": "shapes", "data_dir": "data"}
+    content["model"] = MAE_ViT(**content["model_args"]).state_dict()
+    save_file(directory / "whole.pt", content)
+    load_model(directory / "whole.pt", MAE_ViT, ViT_Classifier)
+    whole = (directory / "whole.pt").read_bytes()
+    middle = len(whole) // 2
+    raw = {
+        "empty": b"",
+        "text": b"not a model",
+        "zeros": bytes(5000),
+        "picture": b"\x89PNG\r\n\x1a\n" + bytes(100),
+        "cut_start": whole[1000:],
+        "cut_middle": whole[: middle - 100] + whole[middle + 100 :],
+        "cut_half": whole[:middle],
+        "cut_end": whole[:-1],
+        "hole": whole[: middle - 2000] + bytes(4000) + whole[middle + 2000 :],
+        "twice": whole[:middle] + whole,
+    }
+    for name, content_bytes in raw.items():
+        (directory / f"{name}.pt").write_bytes(content_bytes)
+    np.savez(directory / "numpy.npz", a=np.zeros(5))
+    (directory / "folder.pt").mkdir()
+    (directory / "dangling.pt").symlink_to(directory / "nowhere.pt")
+    names = [*(f"{name}.pt" for name in raw), "numpy.npz", "folder.pt", "dangling.pt", "absent.pt"]
+    weights = content["model"]
+    contents = {
+        "tensor": torch.zeros(3),
+        "list": [content],
+        "state_dict": weights,
+        "payload": {**content, "payload": Payload()},
+        "module": torch.nn.Linear(2, 2),
+        "other_kind": {**content, "kind": "Unet"},
+        "checkpoint": {**content, "kind": "checkpoint"},
+        "no_sizes": {key: value for key, value in content.items() if key != "model_args"},
+        "no_weights": {**content, "model": None},
+        "other_sizes": {**content, "model_args": {**content["model_args"], "embed_dim": 24}},
+        "bad_sizes": {**content, "model_args": {**content["model_args"], "num_heads": 5}},
+        "unknown_size": {**content, "model_args": {**content["model_args"], "experts": 5}},
+        "weight_missing": {**content, "model": {key: weights[key] for key in list(weights)[1:]}},
+        "weight_reshaped": {**content, "model": {**weights, "encoder.cls_token": torch.zeros(1, 1, 13)}},
+    }
+    for name, value in contents.items():
+        torch.save(value, directory / f"{name}.pt")
+    torch.save(content, directory / "old_format.pt", _use_new_zipfile_serialization=False)
+    return [*names, *(f"{name}.pt" for name in contents), "old_format.pt"]
+
+
+def test_bad_model_files_get_one_line_from_every_script_that_reads_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = bad_model_files(tmp_path)
+    assert len(names) >= 25
+    for name in names:
+        for module, flag in ((train_classifier, "--pretrained_model_path"), (visualize_predictions, "--model_path")):
+            with pytest.raises(SystemExit) as leaving:
+                module.main([flag, name])
+            error = capsys.readouterr().err
+            assert leaving.value.code == 2, error
+            assert error.count("\n") == 1, error
+            assert name in error
+    assert not (tmp_path / "was_run").exists()
+    assert not (tmp_path / "logs").exists()
+
+
+# --- several processes ---
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def group(start, count, script, arguments):
+    """Start `count` processes as torchrun does."""
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [
+        start(script, arguments, save_every_step=False, environment={**shared, "RANK": str(i), "LOCAL_RANK": str(i)})
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("script", [MAE, CLS])
+def test_one_two_and_four_processes_train_like_a_plain_one(script, start, tmp_path):
+    command = f"{COMMAND[script]} --augment --max_device_batch_size 2"
+    assert ends(start(script, f"{command} --log_dir plain")) == 0
+    for count in (1, 2, 4):
+        processes = group(start, count, script, f"{command} --log_dir {count}")
+        assert [ends(process) for process in processes] == [0] * count
+        run = only_run(tmp_path / str(count))
+        assert same(only_run(tmp_path / "plain"), run, tolerance=1e-4)
+        assert read_config(run)["processes"] == count
+    assert same(only_run(tmp_path / "plain"), only_run(tmp_path / "1"))
+
+
+def test_a_signal_to_one_process_of_four_stops_all_and_two_continue(start, tmp_path):
+    command = f"{COMMAND[MAE]} --batch_size 4 --total_epoch 12"
+    processes = group(start, 4, MAE, f"{command} --log_dir parts")
+    until(lambda: any(read_metrics(run) for run in tmp_path.glob("parts/*")))
+    os.kill(processes[2].pid, signal.SIGTERM)
+    assert [ends(process) for process in processes] == [128 + signal.SIGTERM] * 4
+    progress = load_file(only_run(tmp_path / "parts") / "checkpoint.pt")["progress"]
+    assert 0 < progress["epoch"] < 12
+    assert [ends(process) for process in group(start, 2, MAE, f"{command} --log_dir parts")] == [0, 0]
+    assert ends(start(MAE, f"{command} --log_dir whole")) == 0
+    assert same(only_run(tmp_path / "whole"), only_run(tmp_path / "parts"), tolerance=1e-3)
+
+
+def torchrun(options, arguments, directory):
+    command = [sys.executable, "-m", "torch.distributed.run", *shlex.split(options), str(ROOT / "mae_pretrain.py")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command += shlex.split(arguments)
+    return subprocess.Popen(command, cwd=directory, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def test_two_nodes_that_meet_at_a_rendezvous_train_like_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    endpoint = f"127.0.0.1:{free_port()}"
+    options = f"--nnodes 2 --nproc_per_node 1 --rdzv_backend c10d --rdzv_id 7 --rdzv_endpoint {endpoint}"
+    nodes = [torchrun(options, f"{COMMAND[MAE]} --log_dir two", tmp_path) for _ in range(2)]
+    for node in nodes:
+        error = node.communicate(timeout=100)[1]
+        assert node.returncode == 0, error
+    mae_pretrain.main(shlex.split(f"{COMMAND[MAE]} --log_dir one"))
+    assert same(only_run(tmp_path / "one"), only_run(tmp_path / "two"), tolerance=1e-4)
+    assert read_config(only_run(tmp_path / "two"))["processes"] == 2
+
+
+def test_a_killed_process_ends_the_job_and_the_run_continues_with_another_number(start, tmp_path):
+    command = f"{COMMAND[MAE]} --train_images 1000 --total_epoch 400 --log_dir killed"
+    job = torchrun("--standalone --nproc_per_node 2", command, tmp_path)
+    until(lambda: any(read_metrics(run) for run in tmp_path.glob("killed/*")))
+    workers = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
+    killed_at = time.monotonic()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    job.communicate(timeout=60)
+    assert job.returncode not in (0, None)
+    assert time.monotonic() - killed_at < 60
+    epochs = len(read_metrics(only_run(tmp_path / "killed")))
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "mae_pretrain.py"), *shlex.split(command)], cwd=tmp_path, stderr=subprocess.DEVNULL
+    )
+    try:
+        until(lambda: len(read_metrics(only_run(tmp_path / "killed"))) > epochs)
+    finally:
+        process.kill()
+        process.wait()
+
+
+# --- any arguments ---
+
+SETTINGS = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@SETTINGS
+@given(
+    st.sampled_from(sorted(MASK_STRATEGIES)),
+    st.integers(2, 24),
+    st.floats(0, 1),
+    st.integers(0, 2**60),
+    st.integers(1, 5),
+)
+def test_any_mask_is_exact_and_repeats_or_is_refused(strategy, grid_size, mask_ratio, seed, batch_size):
+    num_patches = grid_size**2
+    num_visible = int(num_patches * (1 - mask_ratio))
+    if not 0 < mask_ratio < 1 or not 0 < num_visible < num_patches:
+        with pytest.raises(ValueError, match="does not split"):
+            PatchShuffle(grid_size, mask_ratio, strategy)
+        return
+    shuffle = PatchShuffle(grid_size, mask_ratio, strategy)
+    assert shuffle.num_visible == num_visible
+    ids, again = (shuffle(batch_size, torch.Generator().manual_seed(seed)) for _ in range(2))
+    assert torch.equal(ids, again)
+    assert torch.equal(ids.sort(dim=1).values, torch.arange(num_patches).expand(batch_size, -1))
+
+
+class ReachedTheRun(Exception):
+    """Everything was accepted."""
+
+
+NUMBERS = st.one_of(
+    st.integers(-2, 40).map(str), st.floats().map(repr), st.sampled_from(["", "x", "1e3", "0x10", "\u0661"])
+)
+FLAGS = ["img_size", "patch_size", "embed_dim", "encoder_depth", "num_heads", "train_images", "total_epoch", "seed"]
+FLAGS += ["warmup_epoch", "batch_size", "max_device_batch_size", "base_learning_rate", "weight_decay"]
+ONLY_MAE = ["mask_ratio", "mask_strategy", "decoder_depth"]
+
+
+@SETTINGS
+@given(drawn=st.data(), script=st.sampled_from([MAE, CLS]))
+def test_any_command_line_is_accepted_or_gets_one_line(drawn, script, monkeypatch, capsys, tmp_path):
+    flags = drawn.draw(st.dictionaries(st.sampled_from(FLAGS + ONLY_MAE * (script == MAE)), NUMBERS, max_size=4))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py"])
+    monkeypatch.setattr(
+        data,
+        "shapes",
+        lambda count, size, seed: data.ImageSet(
+            torch.zeros(50, 3, size, size), torch.arange(50) % 10, list("abcdefghij")
+        ),
+    )
+
+    def reached(self, facts):
+        raise ReachedTheRun
+
+    monkeypatch.setattr(Run, "open", reached)
+    module = {MAE: mae_pretrain, CLS: train_classifier}[script]
+    size = f"--dataset shapes {SIZE} --batch_size 10".split()
+    with pytest.raises((ReachedTheRun, SystemExit)) as leaving:
+        module.main([*size, *(f"--{flag}={value}" for flag, value in flags.items())])
+    error = capsys.readouterr().err
+    if leaving.type is SystemExit:
+        assert leaving.value.code == 2, flags
+        assert error.count("\n") == 1, error
+        assert error.startswith(f"{script}.py: error: "), error
+    assert not list(tmp_path.iterdir())
