@@ -285,7 +285,7 @@ class Run:
             seconds (spent on them); all 0 for a new run.
 
         Raises:
-            ValueError: the checkpoint is damaged or another run's.
+            ValueError: the checkpoint is damaged or another run's, or not all processes see it.
         """
         self.model, self.optimizer = model, optimizer
         path = self.directory / "checkpoint.pt"
@@ -299,12 +299,26 @@ class Run:
             except (KeyError, RuntimeError, ValueError) as error:
                 raise ValueError(f"{path} is of another run; start anew with --overwrite. {error}") from error
             self.saved = dict(progress)
+        self._check_same_start(progress)
         self.first_epoch = progress["epoch"]
         if self.writer and (self.directory / "metrics.csv").exists():
             rows = [row for row in read_metrics(self.directory) if row["epoch"] <= self.first_epoch]
             with replacing(self.directory / "metrics.csv") as file:
                 file.write(csv_text(rows, header=True).encode())
         return progress
+
+    def _check_same_start(self, progress):
+        if not dist.is_initialized():
+            return
+        mine = torch.tensor([progress["epoch"], progress["step"]])
+        mine = mine.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+        first = mine.clone()
+        dist.broadcast(first, 0)
+        if not torch.equal(first, mine):
+            raise ValueError(
+                f"Process {dist.get_rank()} does not see process 0's checkpoint in {self.directory}; --log_dir must be "
+                f"on a file system that all machines share."
+            )
 
     def start_bar(self, images_per_epoch, batch_size, total_epochs, progress):
         """Show loss, images/s and the time left of the whole run, on a terminal."""

@@ -59,6 +59,7 @@ def server():
 
 def run_script(script, arguments, directory, save_every_step=True, environment=(), file_limit=None):
     """The body of a process: the script with these arguments, few images, its output in directory/output."""
+    directory.mkdir(exist_ok=True)
     os.chdir(directory)
     output = os.open("output", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
@@ -82,7 +83,7 @@ def start(server, tmp_path):
     started = []
 
     def start(*arguments, **options):
-        process = server.Process(target=run_script, args=(*arguments, tmp_path), kwargs=options)
+        process = server.Process(target=run_script, args=arguments, kwargs={"directory": tmp_path, **options})
         process.start()
         started.append(process)
         return process
@@ -317,12 +318,18 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def group(start, count, script, arguments):
-    """Start `count` processes as torchrun does."""
-    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+def group(start, script, arguments, directories):
+    """Start a process in each directory, as torchrun does."""
+    shared = {"WORLD_SIZE": str(len(directories)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [
-        start(script, arguments, save_every_step=False, environment={**shared, "RANK": str(i), "LOCAL_RANK": str(i)})
-        for i in range(count)
+        start(
+            script,
+            arguments,
+            directory=directory,
+            save_every_step=False,
+            environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank, directory in enumerate(directories)
     ]
 
 
@@ -331,7 +338,7 @@ def test_one_two_and_four_processes_train_like_a_plain_one(script, start, tmp_pa
     command = f"{COMMAND[script]} --augment --max_device_batch_size 2"
     assert ends(start(script, f"{command} --log_dir plain")) == 0
     for count in (1, 2, 4):
-        processes = group(start, count, script, f"{command} --log_dir {count}")
+        processes = group(start, script, f"{command} --log_dir {count}", [tmp_path] * count)
         assert [ends(process) for process in processes] == [0] * count
         run = only_run(tmp_path / str(count))
         assert same(only_run(tmp_path / "plain"), run, tolerance=1e-4)
@@ -341,15 +348,26 @@ def test_one_two_and_four_processes_train_like_a_plain_one(script, start, tmp_pa
 
 def test_a_signal_to_one_process_of_four_stops_all_and_two_continue(start, tmp_path):
     command = f"{COMMAND[MAE]} --batch_size 4 --total_epoch 12"
-    processes = group(start, 4, MAE, f"{command} --log_dir parts")
+    processes = group(start, MAE, f"{command} --log_dir parts", [tmp_path] * 4)
     until(lambda: any(read_metrics(run) for run in tmp_path.glob("parts/*")))
     os.kill(processes[2].pid, signal.SIGTERM)
     assert [ends(process) for process in processes] == [128 + signal.SIGTERM] * 4
     progress = load_file(only_run(tmp_path / "parts") / "checkpoint.pt")["progress"]
     assert 0 < progress["epoch"] < 12
-    assert [ends(process) for process in group(start, 2, MAE, f"{command} --log_dir parts")] == [0, 0]
+    assert [ends(process) for process in group(start, MAE, f"{command} --log_dir parts", [tmp_path] * 2)] == [0, 0]
     assert ends(start(MAE, f"{command} --log_dir whole")) == 0
     assert same(only_run(tmp_path / "whole"), only_run(tmp_path / "parts"), tolerance=1e-3)
+
+
+def test_a_machine_that_does_not_see_the_checkpoint_is_named(start, tmp_path):
+    first = start(MAE, f"{COMMAND[MAE]} --log_dir parts")
+    until_saved(tmp_path / "parts", 3)
+    first.kill()
+    first.join()
+    processes = group(start, MAE, f"{COMMAND[MAE]} --log_dir parts", [tmp_path, tmp_path / "elsewhere"])
+    assert ends(processes[1]) == 2
+    assert ends(processes[0]) != 0
+    assert "must be on a file system that all machines share" in (tmp_path / "elsewhere" / "output").read_text()
 
 
 def torchrun(options, arguments, directory):
