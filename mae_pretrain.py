@@ -92,7 +92,8 @@ def train_one_epoch(step, shuffle, images, plan, args, progress, tick):
     seconds = progress["seconds"] + time.monotonic() - started
     speed = plan.steps_per_epoch * args.batch_size / seconds
     lr = plan.lr((epoch + 1) * plan.steps_per_epoch - 1)
-    return {"train/loss": loss, "lr": lr, "speed/images_per_sec": speed, "seconds": seconds}
+    memory = utils.peak_memory_mb(device)
+    return {"train/loss": loss, "lr": lr, "speed/images_per_sec": speed, "seconds": seconds, "memory/peak_mb": memory}
 
 
 def reconstruction_grid(model, images, masks):

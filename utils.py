@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import math
 import os
+import resource
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -180,6 +181,13 @@ def pick_compile(choice, device):
 def autocast(precision, device):
     """Context of the forward pass: bf16 matrix products, or plain float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def peak_memory_mb(device):
+    """The most memory so far: of the device on CUDA, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 # --- the plan of a training run ---

@@ -43,7 +43,7 @@ RUNS = [
     (CLS, "--precision float32 --max_device_batch_size 4 --augment"),
     (CLS, "--precision bf16"),
 ]
-TIMING = {"seconds", "speed/images_per_sec"}
+TIMING = {"seconds", "speed/images_per_sec", "memory/peak_mb"}
 
 
 @pytest.fixture(scope="module")

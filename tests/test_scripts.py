@@ -19,15 +19,15 @@ import mae_pretrain
 import train_classifier
 import utils
 import visualize_predictions
-from model import MAE_ViT
+from model import MASK_STRATEGIES, MAE_ViT
 from runs import Run, load_file, read_config, read_metrics
-from scripts import plot_curves
+from scripts import make_report, plot_curves
 
 ROOT = Path(__file__).parents[1]
 SIZE = shlex.split("--patch_size 8 --embed_dim 12 --encoder_depth 1 --num_heads 2 --device cpu")
 SET = shlex.split("--dataset shapes --train_images 40 --total_epoch 3 --batch_size 16 --max_device_batch_size 8")
 FULL_SHAPES = data.shapes
-TIMING = {"seconds", "speed/images_per_sec"}
+TIMING = {"seconds", "speed/images_per_sec", "memory/peak_mb"}
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +72,7 @@ def test_pretraining_leaves_a_complete_run_behind():
     assert list(directory.glob("events.out.tfevents.*"))
     with open(directory / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["epoch", "train/loss", "lr", "speed/images_per_sec", "seconds"]
+    assert list(rows[0]) == ["epoch", "train/loss", "lr", "speed/images_per_sec", "seconds", "memory/peak_mb"]
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
     assert float(rows[2]["train/loss"]) < float(rows[0]["train/loss"])
     config = read_config(directory)
@@ -362,6 +362,85 @@ def test_picture_of_a_classifier_and_curves():
     assert picture_size("deep/p.png")[1] > 400
     plot_curves.main([str(run), str(run), "--label", "a", "b", "--output", "c.png"])
     assert picture_size("c.png")[1] > 400
+
+
+# --- sweeps and the report ---
+
+
+def sweep(lines, **environment):
+    """Source scripts/sweep.sh and run some lines of bash; `python` only says what it was asked."""
+    script = f"set -euo pipefail; source scripts/sweep.sh; python=echo; {lines}"
+    environment = {"PATH": os.environ["PATH"], **environment}
+    return subprocess.run(["bash", "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_a_sweep_runs_every_setting_once_a_seed_and_says_how_much_is_left():
+    done = sweep("plan 4:random scratch; run_all", SEEDS="1 2", EPOCHS="7", SIZE="--patch_size 8", LOGS="here")
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"\[\d of 4\] \S+", done.stdout) == [
+        "[1 of 4] 4:random:1",
+        "[2 of 4] scratch:1",
+        "[3 of 4] 4:random:2",
+        "[4 of 4] scratch:2",
+    ]
+    commands = [line[9:].split() for line in done.stdout.splitlines() if line.startswith("+ python")]
+    assert [command[0] for command in commands] == ["mae_pretrain.py", "train_classifier.py", "train_classifier.py"] * 2
+    args = mae_pretrain.parse_args(commands[0][1:])
+    assert (args.decoder_depth, args.mask_strategy, args.total_epoch, args.seed, args.patch_size) == (
+        4,
+        "random",
+        7,
+        1,
+        8,
+    )
+    pretrained, scratch = (train_classifier.parse_args(command[1:]) for command in commands[4:])
+    assert pretrained.pretrained_model_path == "here/encoders/d4_random_s2.pt"
+    assert (scratch.pretrained_model_path, scratch.patch_size, scratch.seed) == (None, 8, 2)
+
+
+def test_a_sweep_stops_at_the_first_failure():
+    done = sweep("python=false; plan 4:random 8:random; run_all", SEEDS="1")
+    assert done.returncode != 0
+    assert done.stdout.count("+ python") == 1
+    assert "Stopped at 4:random:1; the same command continues" in done.stderr
+
+
+def test_the_report_of_a_small_sweep():
+    for seed in ("1", "2"):
+        common = ["--total_epoch", "2", "--seed", seed, "--log_dir"]
+        for depth, strategy in [("2", "random"), ("4", "random"), *(("4", name) for name in list(MASK_STRATEGIES)[1:])]:
+            mae = pretrain("--decoder_depth", depth, "--mask_strategy", strategy, *common, "runs/pretrain")
+            classify("--pretrained_model_path", str(mae), *common, "runs/classifier")
+        classify(*common, "runs/classifier")
+    make_report.main(["--runs", "runs", "--output", "out", "--bank", "20"])
+    report = Path("out/REPORT.md").read_text()
+    figures = re.findall(r"\((\w+\.png)\)", report)
+    assert len(figures) == 13
+    assert all(picture_size(f"out/{name}")[0] > 200 for name in figures)
+    runs = make_report.collect(Path("runs"))["depth 4, grid"]
+    assert [result.seed for result in runs] == [1, 2]
+    accuracies = [read_metrics(result.classifier)[-1]["test/acc"] for result in runs]
+    assert f"| grid | {make_report.spread(accuracies)} |" in report
+    assert "8 > 4 > 2: not decided: runs are missing" in report
+    kept = list(Path("out/runs").glob("*/*/metrics.csv"))
+    assert len(kept) == 26
+    classify("--weight_decay", "0.3", "--total_epoch", "2", "--seed", "3", "--log_dir", "runs/classifier")
+    with pytest.raises(ValueError, match=r"has weight_decay 0\.3, others have 0\.05"):
+        make_report.collect(Path("runs"))
+
+
+def test_paired_differences_and_what_they_decide():
+    difference = make_report.paired_difference({1: 0.5, 2: 0.7, 9: 0}, {1: 0.4, 2: 0.5, 8: 1})
+    assert difference.mean == pytest.approx(0.15)
+    assert difference.high - difference.mean == pytest.approx(12.706 * 0.1 / 2**0.5 / 2**0.5)
+    assert (difference.n, difference.verdict) == (2, "not decided")
+    gain, loss = (make_report.paired_difference({1: a, 2: a + 0.01}, {1: 0, 2: 0}) for a in (1, -1))
+    assert (gain.verdict, loss.verdict) == ("better", "worse")
+    one_seed = make_report.paired_difference({1: 1.0}, {1: 0.0})
+    assert make_report.chain([gain, gain]) == "holds (n 2)"
+    assert make_report.chain([gain, loss]) == "does not hold (n 2)"
+    assert make_report.chain([gain, one_seed]).startswith("not decided at n 1")
+    assert make_report.paired_difference({1: 1}, {2: 1}) is None
 
 
 def test_gallery_of_masks_needs_no_model():

@@ -1,0 +1,500 @@
+"""Tables, figures and findings of the ablations, from their run directories alone: no training.
+
+python -m scripts.make_report --runs logs/ablation --output logs/report
+
+What is compared are means over seeds; two settings are told apart by the differences of runs with equal seeds.
+"""
+
+import itertools
+import math
+import shutil
+import statistics
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from torch.utils.flop_counter import FlopCounterMode
+
+import data
+import utils
+import visualize_predictions
+from model import MASK_STRATEGIES, MAE_ViT, PatchShuffle, ViT_Classifier, mae_loss
+from runs import FREE_ARGUMENTS, load_model, read_config, read_metrics
+
+STYLES = [("#0072b2", "-"), ("#d55e00", "--"), ("#009e73", "-."), ("#cc79a7", ":"), ("#000000", (0, (5, 1)))]
+# 97.5 % points of Student's t for 1, 2, ... degrees of freedom; from 31 on 1.96 + 2.4 / df is within 0.002
+STUDENT_T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
+STUDENT_T += [2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042]
+BASE, SCRATCH = "depth 4, random", "from scratch"
+DEPTHS = {f"depth {depth}": f"depth {depth}, random" for depth in (2, 4, 8)}
+MASKS = {strategy: f"depth 4, {strategy}" for strategy in MASK_STRATEGIES}
+
+
+def parse_args(argv=None):
+    parser = utils.Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("--runs", type=Path, default=Path("logs/ablation"), help="holds pretrain/* and classifier/*")
+    parser.add_argument("--output", type=Path, default=Path("logs/report"), help="REPORT.md, figures and CSV go here")
+    parser.add_argument("--bank", type=utils.positive_int, default=500, help="test images of the mask matrix")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    return parser.parse_args(argv)
+
+
+# --- runs ---
+
+
+class Result(NamedTuple):
+    """One seed of a setting: a classifier and the MAE its encoder comes from, None from scratch."""
+
+    seed: int
+    classifier: Path
+    mae: Path | None
+
+
+def collect(runs):
+    """Finished runs by setting, such as "depth 4, random": {setting: [Result, ...]}, by seed.
+
+    Raises:
+        ValueError: there are none, or they differ in more than depth, strategy and seed.
+    """
+    results, common = {}, {}
+    for directory in sorted(runs.glob("classifier/*/")):
+        if not (directory / "model.pt").exists():
+            print(f"Not finished, left out: {directory}")
+            continue
+        config = read_config(directory)
+        encoder = config["name"].partition("_from_")[2]
+        mae = runs / "pretrain" / encoder if encoder else None
+        check_alike(common.setdefault("classifier", config["arguments"]), config["arguments"], directory)
+        setting = SCRATCH
+        if mae:
+            arguments = read_config(mae)["arguments"]
+            check_alike(common.setdefault("pretrain", arguments), arguments, mae)
+            setting = f"depth {arguments['decoder_depth']}, {arguments['mask_strategy']}"
+        results.setdefault(setting, []).append(Result(config["arguments"]["seed"], directory, mae))
+    if BASE not in results:
+        raise ValueError(f"{runs} holds no finished classifier of {BASE}; run scripts/reproduce_report.sh first.")
+    return {setting: sorted(found) for setting, found in results.items()}
+
+
+def check_alike(first, arguments, directory):
+    varied = {"seed", "decoder_depth", "mask_strategy", "encoder_digest", *FREE_ARGUMENTS}
+    for name in sorted(first.keys() & arguments.keys() - varied):
+        if first[name] != arguments[name]:
+            raise ValueError(
+                f"{directory} has {name} {arguments[name]}, others have {first[name]}. Report one sweep at a time: "
+                f"give each its own LOGS, or move runs away."
+            )
+
+
+def last(result, metric):
+    return read_metrics(result.classifier)[-1][metric]
+
+
+# --- statistics ---
+
+
+def spread(values, scale=100):
+    """ "81.03 ± 0.21 (n 3)", mean and standard deviation; one value without."""
+    mean = f"{scale * statistics.mean(values):.2f}"
+    return f"{mean} ± {scale * statistics.stdev(values):.2f} (n {len(values)})" if len(values) > 1 else f"{mean} (n 1)"
+
+
+class Difference(NamedTuple):
+    """Mean difference over equal seeds and its 95 % interval, infinite with one seed."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    @property
+    def verdict(self):
+        return "better" if self.low > 0 else "worse" if self.high < 0 else "not decided"
+
+
+def paired_difference(one, other):
+    """Of two {seed: value}, one minus other; None without common seeds."""
+    differences = [one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())]
+    n = len(differences)
+    if n == 0:
+        return None
+    mean, half = statistics.mean(differences), math.inf
+    if n > 1:
+        t = STUDENT_T[n - 2] if n - 2 < len(STUDENT_T) else 1.96 + 2.4 / (n - 1)
+        half = t * statistics.stdev(differences) / math.sqrt(n)
+    return Difference(mean, mean - half, mean + half, n)
+
+
+def compare(results, one, other, value):
+    """The paired difference of two settings in value(result); None where one is missing."""
+    if one not in results or other not in results:
+        return None
+    return paired_difference(*({result.seed: value(result) for result in results[name]} for name in (one, other)))
+
+
+def chain(differences):
+    """Whether every one of some expected gains is there: a sentence's end."""
+    if any(difference is None for difference in differences):
+        return "not decided: runs are missing"
+    n = min(difference.n for difference in differences)
+    if any(difference.high < 0 for difference in differences):
+        return f"does not hold (n {n})"
+    if all(difference.low > 0 for difference in differences):
+        return f"holds (n {n})"
+    return f"not decided at n {n} and this scale"
+
+
+# --- figures ---
+
+
+def draw_curves(groups, metric, ylabel, path):
+    """A line for each {label: tables of one seed each}, with the range of the seeds as a band."""
+    figure, place = plt.subplots(figsize=(6.5, 4.2))
+    for (label, tables), (colour, line) in zip(groups.items(), itertools.cycle(STYLES), strict=False):
+        epochs = [row["epoch"] for row in tables[0]]
+        values = torch.tensor([[row[metric] for row in table] for table in tables], dtype=torch.float64).numpy()
+        name = f"{label} (n {len(tables)})"
+        place.plot(epochs, values.mean(0), linestyle=line, color=colour, label=name, linewidth=1.8)
+        if len(tables) > 1:
+            place.fill_between(epochs, values.min(0), values.max(0), color=colour, alpha=0.18, linewidth=0)
+    if metric.endswith("/acc"):
+        place.yaxis.set_major_formatter(PercentFormatter(1))
+    place.set(xlabel="epoch", ylabel=ylabel)
+    place.xaxis.set_major_locator(MaxNLocator(integer=True))
+    place.grid(alpha=0.3)
+    place.legend(title="mean, band: range of the seeds" if any(len(t) > 1 for t in groups.values()) else None)
+    save(figure, path)
+
+
+def save(figure, path):
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def draw_reconstructions_by_mask(models, images, path):
+    """Two rows a strategy, what its MAE is shown and what it makes of it; the originals below."""
+    names = list(models)
+    figure, axes = plt.subplots(
+        2 * len(names) + 1, len(images), figsize=(1.15 * len(images) + 1.4, 2.4 * len(names) + 1.6)
+    )
+    rows = []
+    for strategy, model in models.items():
+        masks = model.shuffle(len(images), utils.generator("cpu", "report", strategy))
+        rows += zip((f"{strategy}\nmasked", "reconstruction"), model.reconstruct(images, masks), strict=True)
+    for places, (name, pictures) in zip(axes, [*rows, ("original", images)], strict=True):
+        places[0].set_ylabel(name, fontsize=9)
+        for place, picture in zip(places, pictures, strict=True):
+            visualize_predictions.show(place, picture)
+    save(figure, path)
+
+
+def draw_table_of_colours(values, rows, columns, xlabel, ylabel, path, form="{:.3f}"):
+    """A matrix as coloured cells with their numbers."""
+    figure, place = plt.subplots(figsize=(1.0 * len(columns) + 2.6, 0.75 * len(rows) + 1.6))
+    place.imshow(values.numpy(), cmap="viridis")
+    place.set_xticks(range(len(columns)), columns, rotation=35, ha="right", rotation_mode="anchor")
+    place.set_yticks(range(len(rows)), rows)
+    place.set(xlabel=xlabel, ylabel=ylabel)
+    middle = (values.min() + values.max()) / 2
+    for i, j in itertools.product(range(len(rows)), range(len(columns))):
+        colour = "white" if values[i, j] < middle else "black"
+        place.text(j, i, form.format(values[i, j].item()), ha="center", va="center", fontsize=8, color=colour)
+    save(figure, path)
+
+
+def draw_disagreements(test, one, other, path, columns=8):
+    """Test images that only the pretrained classifier gets right, and that only the other does."""
+    right, other_right = one == test.labels, other == test.labels
+    groups = {"only pretrained right": right & ~other_right, "only from scratch right": other_right & ~right}
+    figure, axes = plt.subplots(2, columns, figsize=(1.5 * columns, 4.6), squeeze=False)
+    for places, (title, chosen) in zip(axes, groups.items(), strict=True):
+        places[0].set_ylabel(f"{title}:\n{int(chosen.sum())} of {len(chosen)}", fontsize=9)
+        for place in places:
+            place.set_xticks([])
+            place.set_yticks([])
+        for place, i in zip(places, chosen.nonzero().flatten().tolist(), strict=False):
+            visualize_predictions.show(place, data.normalize(test.images[i]))
+            wrong = other[i] if right[i] else one[i]
+            place.set_title(test.classes[test.labels[i]], fontsize=9)
+            place.set_xlabel(f"not {test.classes[wrong]}", fontsize=9)
+    save(figure, path)
+
+
+# --- what the models do ---
+
+
+@torch.no_grad()
+def predictions(directory, test, device):
+    """The class that a classifier gives each test image, (N,) int64."""
+    model, _ = load_model(directory, ViT_Classifier)
+    model = model.to(device)
+    parts = [model(data.normalize(part.to(device))).argmax(1).cpu() for part in test.images.split(500)]
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def mask_matrix(results, trained, tested, images, device):
+    """Error of hidden pixels, (trained under, tested under), mean over seeds, on the same images and masks."""
+    table = torch.zeros(len(trained), len(tested))
+    for i, strategy in enumerate(trained):
+        for result in results[MASKS[strategy]]:
+            model, _ = load_model(result.mae, MAE_ViT)
+            model = model.to(device)
+            for j, other in enumerate(tested):
+                shuffle = PatchShuffle(model.shuffle.grid_size, model.shuffle.mask_ratio, other)
+                masks = shuffle(len(images), utils.generator("cpu", "bank", other)).to(device)
+                for x, ids in zip(images.to(device).split(100), masks.split(100), strict=True):
+                    pred, mask = model(x, ids)
+                    table[i, j] += mae_loss(pred, x, mask).item() * len(x)
+    return table / len(images) / torch.tensor([[len(results[MASKS[strategy]])] for strategy in trained])
+
+
+def gflop_per_image(model_args):
+    """Of a pretraining step, forward and backward."""
+    model = MAE_ViT(**model_args)
+    images = torch.zeros(2, 3, model_args["img_size"], model_args["img_size"])
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        pred, mask = model(images)
+        mae_loss(pred, images, mask).backward()
+    return counter.get_total_flops() / 2e9
+
+
+# --- the report ---
+
+
+def markdown_table(header, rows):
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines) + "\n"
+
+
+def accuracy_table(results, settings):
+    """A row a setting: accuracy at the last epoch, in both counts, and at the best one."""
+    rows = []
+    for label, setting in settings.items():
+        if setting in results:
+            found = results[setting]
+            tables = [read_metrics(result.classifier) for result in found]
+            rows.append(
+                [
+                    label,
+                    spread([table[-1]["test/acc"] for table in tables]),
+                    spread([table[-1]["test/acc_mean_of_batches"] for table in tables]),
+                    spread([max(row["test/acc"] for row in table) for table in tables]),
+                ]
+            )
+    return markdown_table(["", "accuracy, %", "mean of batch means, %", "best epoch, chosen on the test set, %"], rows)
+
+
+def difference_table(results, pairs):
+    """A row a pair: paired difference in accuracy with its interval, and what follows."""
+    rows = []
+    for one, other in pairs:
+        difference = compare(results, one, other, lambda result: last(result, "test/acc"))
+        if difference:
+            interval = (
+                f"{100 * difference.low:+.2f} to {100 * difference.high:+.2f}" if difference.n > 1 else "one seed"
+            )
+            decided = f"the first is {difference.verdict}" if difference.verdict != "not decided" else "not decided"
+            rows.append([f"{one} minus {other}", f"{100 * difference.mean:+.2f}", interval, difference.n, decided])
+    return markdown_table(["difference", "points", "95 % interval", "n", "the data say"], rows)
+
+
+def cost_table(results):
+    """A row a setting: what its pretraining costs."""
+    rows = []
+    for setting in [*DEPTHS.values(), *list(MASKS.values())[1:]]:
+        if setting in results:
+            configs = [read_config(result.mae) for result in results[setting]]
+            tables = [read_metrics(result.mae) for result in results[setting]]
+            sizes = {name: configs[0]["arguments"][name] for name in utils.defaults(MAE_ViT)}
+            rows.append(
+                [
+                    setting,
+                    f"{configs[0]['parameters']:,}",
+                    f"{gflop_per_image(sizes):.2f}",
+                    f"{statistics.median(row['speed/images_per_sec'] for table in tables for row in table):,.0f}",
+                    f"{statistics.mean(sum(row['seconds'] for row in table) for table in tables) / 60:.1f}",
+                    f"{max(row['memory/peak_mb'] for table in tables for row in table):,.0f}",
+                ]
+            )
+    header = ["pretraining", "parameters", "GFLOP an image and step", "images/s", "minutes", "peak memory, MB"]
+    return markdown_table(header, rows)
+
+
+def findings(results):
+    """The source report's three findings, each with what these runs say of it."""
+
+    def accuracy(one, other):
+        return compare(results, one, other, lambda result: last(result, "test/acc"))
+
+    def early_loss(result):  # mean of the first fifth of the epochs, negative so that more is better
+        losses = [row["train/loss"] for row in read_metrics(result.classifier)]
+        return -statistics.mean(losses[: max(1, len(losses) // 5)])
+
+    final, early = accuracy(BASE, SCRATCH), compare(results, BASE, SCRATCH, early_loss)
+    depth = [accuracy(DEPTHS["depth 4"], DEPTHS["depth 2"]), accuracy(DEPTHS["depth 8"], DEPTHS["depth 4"])]
+    masks = [accuracy(MASKS["grid"], MASKS["random"]), accuracy(MASKS["block"], MASKS["grid"])]
+    return (
+        f"1. Pretraining gives a higher final accuracy: {chain([final])}. A lower training loss in the first fifth of "
+        f"the epochs: {chain([early])}.\n"
+        f"2. A deeper decoder gives a better encoder, 8 > 4 > 2: {chain(depth)}.\n"
+        f"3. block > grid > random: {chain(masks)}.\n"
+    )
+
+
+def commands(results):
+    """What was run, where and for how long."""
+    lines = []
+    for setting, found in results.items():
+        for result in found:
+            for run in filter(None, (result.mae, result.classifier)):
+                start, seconds = read_config(run)["starts"][-1], sum(row["seconds"] for row in read_metrics(run))
+                lines.append([setting, result.seed, f"{seconds / 60:.1f}", f"`{start['command']}`"])
+    start = read_config(results[BASE][0].classifier)["starts"][-1]
+    machine = f"{start['processor']}; Python {start['python']}, PyTorch {start['torch']}, timm {start['timm']}"
+    clean = "" if start["clean"] else ", with uncommitted changes"
+    return f"{machine}; commit {start['commit']}{clean}.\n\n" + markdown_table(
+        ["setting", "seed", "minutes", "command"], lines
+    )
+
+
+def tables_by_label(results, settings, kind):
+    return {
+        label: [read_metrics(getattr(result, kind)) for result in results[setting]]
+        for label, setting in settings.items()
+        if setting in results
+    }
+
+
+def draw_all(results, output, bank, device):
+    """All figures; their captions by file name, in order."""
+    base = results[BASE][0]
+    config = read_config(base.classifier)["arguments"]
+    _, test = data.load_dataset(config["dataset"], config["data_dir"], config["img_size"])
+    chosen = torch.randperm(len(test.images), generator=utils.generator("cpu", "report"))
+    images = data.normalize(test.images[chosen[:bank]])
+    trained = [strategy for strategy, setting in MASKS.items() if setting in results]
+    ways = {"with pretraining": BASE, "from scratch": SCRATCH}
+    curves = {
+        "figure02": ({"random, depth 4": BASE}, "mae", "train/loss", "MAE training loss"),
+        "figure04": (ways, "classifier", "train/loss", "classifier training loss"),
+        "figure05": (ways, "classifier", "test/acc", "test accuracy"),
+        "figure07": (DEPTHS, "mae", "train/loss", "MAE training loss"),
+        "figure08": (DEPTHS, "classifier", "test/acc", "test accuracy"),
+        "figure09": (MASKS, "mae", "train/loss", "MAE training loss"),
+        "figure10": (MASKS, "classifier", "test/acc", "test accuracy"),
+    }
+    for name, (settings, kind, metric, ylabel) in curves.items():
+        draw_curves(tables_by_label(results, settings, kind), metric, ylabel, output / f"{name}.png")
+    for name, model_path in {"figure03": base.mae, "figure06": base.classifier}.items():
+        visualize_predictions.main(["--model_path", str(model_path), "--output", str(output / f"{name}.png")])
+    models = {strategy: load_model(results[MASKS[strategy]][0].mae, MAE_ViT)[0] for strategy in trained}
+    draw_reconstructions_by_mask(models, images[:8], output / "figure11.png")
+    matrix = mask_matrix(results, trained, list(MASK_STRATEGIES), images, device)
+    draw_table_of_colours(
+        matrix, trained, list(MASK_STRATEGIES), "tested under", "trained under", output / "masks_crossed.png"
+    )
+    one = predictions(base.classifier, test, device)
+    confusion = torch.zeros(len(test.classes), len(test.classes)).index_put_(
+        (test.labels, one), torch.ones(len(one)), accumulate=True
+    )
+    share = 100 * confusion / confusion.sum(1, keepdim=True)
+    names = [f"{name} ({share[i, i]:.0f} %)" for i, name in enumerate(test.classes)]
+    draw_table_of_colours(share, names, test.classes, "prediction", "class", output / "confusion.png", "{:.0f}")
+    captions = {
+        "figure02": "MAE training loss by epoch.",
+        "figure03": "Masked input, reconstruction, original.",
+        "figure04": "Classifier training loss, with and without pretraining.",
+        "figure05": "Test accuracy, with and without pretraining.",
+        "figure06": "Predictions on random test images.",
+        "figure07": "MAE training loss by decoder depth.",
+        "figure08": "Test accuracy by decoder depth.",
+        "figure09": "MAE training loss by mask strategy: the tasks differ, so their losses cannot rank them.",
+        "figure10": "Test accuracy by mask strategy.",
+        "figure11": "Reconstructions of the same images by the MAE of each mask strategy, first seed.",
+        "masks_crossed": f"Mean squared error of hidden pixels on {len(images)} test images, the same masks for all: "
+        "trained under one strategy, tested under another, mean over seeds.",
+        "confusion": "Predictions in % of each class (per-class accuracy at the left), pretrained, first seed.",
+    }
+    if SCRATCH in results:
+        other = predictions(results[SCRATCH][0].classifier, test, device)
+        draw_disagreements(test, one, other, output / "disagreements.png")
+        captions["disagreements"] = "Images that only one of the two classifiers gets right, first seed."
+    return captions
+
+
+def write_report(results, output, captions):
+    settings = {"with pretraining": BASE, "from scratch": SCRATCH}
+    depth_pairs = itertools.combinations(reversed(DEPTHS.values()), 2)
+    mask_pairs = [(one, other) for other, one in itertools.combinations(MASKS.values(), 2)]
+    arguments = read_config(results[BASE][0].mae)["arguments"]
+    finetune = read_config(results[BASE][0].classifier)["arguments"]
+    figures = "\n".join(
+        f"### {name.replace('figure', 'Figure ').replace('_', ' ')}\n\n![{caption}]({name}.png)\n\n{caption}\n"
+        for name, caption in captions.items()
+    )
+    (output / "REPORT.md").write_text(
+        f"""# What decoder depth and masking do
+
+{arguments["dataset"]}{f" ({Path(arguments['data_dir']).name})" if arguments["dataset"] == "folder" else ""}, \
+{arguments["img_size"]} x {arguments["img_size"]}, patch {arguments["patch_size"]}, width {arguments["embed_dim"]}, \
+encoder depth {arguments["encoder_depth"]}; {arguments["total_epoch"]} epochs of pretraining, \
+{finetune["total_epoch"]} of training each classifier. Accuracy is correct / all test images at the last epoch, mean ± \
+standard deviation over n seeds; differences are between runs of equal seeds.
+
+## Findings of the source report
+
+{findings(results)}
+## Pretraining
+
+{accuracy_table(results, settings)}
+{difference_table(results, [(BASE, SCRATCH)])}
+## Table 1: decoder depth
+
+{accuracy_table(results, DEPTHS)}
+{difference_table(results, depth_pairs)}
+## Table 2: mask strategy
+
+{accuracy_table(results, MASKS)}
+{difference_table(results, mask_pairs)}
+## What it costs
+
+{cost_table(results)}
+## Figures
+
+{figures}
+## Commands
+
+{commands(results)}"""
+    )
+    print(output / "REPORT.md")
+
+
+def keep_numbers(results, output):
+    """Copy the CSV and config behind the report beside it."""
+    for result in itertools.chain(*results.values()):
+        for run in filter(None, (result.mae, result.classifier)):
+            target = output / "runs" / run.parent.name / run.name
+            target.mkdir(parents=True, exist_ok=True)
+            for name in ("config.json", "metrics.csv"):
+                shutil.copyfile(run / name, target / name)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    with utils.exit_on_bad_input():
+        device = utils.pick_device(args.device)
+        results = collect(args.runs)
+        args.output.mkdir(parents=True, exist_ok=True)
+        write_report(results, args.output, draw_all(results, args.output, args.bank, device))
+        keep_numbers(results, args.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+# Sourced by the ablations: settings, all environment variables, and how their runs are started.
+EPOCHS=${EPOCHS:-2000}                   # of pretraining
+FINETUNE_EPOCHS=${FINETUNE_EPOCHS:-100}  # of each classifier
+SEEDS=${SEEDS:-42 43 44}                 # each setting runs once a seed
+DATASET=${DATASET:-cifar10}              # cifar10, cifar100, folder or shapes
+DATA_DIR=${DATA_DIR:-data}
+SIZE=${SIZE:-}                           # encoder, as in "--patch_size 4 --embed_dim 96 --encoder_depth 6"
+PRETRAIN_FLAGS=${PRETRAIN_FLAGS:-}       # more for mae_pretrain.py, as in "--batch_size 256"
+FINETUNE_FLAGS=${FINETUNE_FLAGS:-}       # more for train_classifier.py
+LOGS=${LOGS:-logs/ablation}
+
+python=.venv/bin/python
+jobs=()
+
+# plan SETTING ...: each is DEPTH:STRATEGY or scratch; one job a seed and setting, seeds outside, so that a sweep
+# that is stopped early has whole seeds
+plan() {
+  local seed setting
+  for seed in $SEEDS; do for setting in "$@"; do jobs+=("$setting:$seed"); done; done
+}
+
+run() {
+  echo "+ python $*"
+  $python "$@"
+}
+
+# One job: pretrain and fine-tune, or train from scratch. What is finished is passed over, what was stopped continues.
+run_job() {
+  local depth strategy seed model
+  local data="--dataset $DATASET --data_dir $DATA_DIR"
+  IFS=: read -r depth strategy seed <<<"$1"
+  if [ "$depth" = scratch ]; then
+    run train_classifier.py $data $SIZE --total_epoch "$FINETUNE_EPOCHS" --seed "$strategy" \
+      --log_dir "$LOGS/classifier" $FINETUNE_FLAGS
+    return
+  fi
+  model=$LOGS/encoders/d${depth}_${strategy}_s$seed.pt
+  run mae_pretrain.py $data $SIZE --decoder_depth "$depth" --mask_strategy "$strategy" --total_epoch "$EPOCHS" \
+    --seed "$seed" --log_dir "$LOGS/pretrain" --model_path "$model" $PRETRAIN_FLAGS &&
+    run train_classifier.py $data --total_epoch "$FINETUNE_EPOCHS" --seed "$seed" --pretrained_model_path "$model" \
+      --log_dir "$LOGS/classifier" $FINETUNE_FLAGS
+}
+
+# Every workers-th job from the first on; stops at the first failure.
+run_share() {
+  local first=$1 workers=$2 i
+  for ((i = first; i < ${#jobs[@]}; i += workers)); do
+    echo "[$((i + 1)) of ${#jobs[@]}] ${jobs[i]}"
+    run_job "${jobs[i]}" || { echo "Stopped at ${jobs[i]}; the same command continues." >&2; return 1; }
+  done
+}
+
+# All jobs: one after another, or one a GPU at a time where there are several.
+run_all() {
+  local gpus workers=() worker failed=0
+  gpus=$({ nvidia-smi -L 2>/dev/null || true; } | wc -l)
+  if ((gpus < 2)); then run_share 0 1; return; fi
+  trap 'trap - TERM; kill 0' INT TERM
+  for ((worker = 0; worker < gpus; worker++)); do
+    CUDA_VISIBLE_DEVICES=$worker run_share "$worker" "$gpus" &
+    workers+=($!)
+  done
+  for worker in "${workers[@]}"; do wait "$worker" || failed=1; done
+  return $failed
+}
