@@ -1,4 +1,5 @@
 import itertools
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -237,6 +238,29 @@ def test_forward_without_masks_draws_new_ones():
     first, second = model(images)[1], model(images)[1]
     assert not torch.equal(first, second)
     assert (first.sum(1) == 12).all()
+
+
+FAST_PATHS = [("bf16", False, 1e-2), ("float32", True, 1e-5)]
+needs_compiler = pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile on a CPU needs a C++ compiler")
+
+
+@pytest.mark.parametrize(
+    ("precision", "compiled", "tolerance"), [FAST_PATHS[0], pytest.param(*FAST_PATHS[1], marks=needs_compiler)]
+)
+def test_the_fast_paths_have_the_plain_ones_loss_and_gradients(precision, compiled, tolerance):
+    images = torch.rand(4, 3, 8, 8, generator=seeded()) * 2 - 1
+    results = []
+    for precision_, compiled_ in (("float32", False), (precision, compiled)):
+        model = small_mae(encoder_depth=1)
+        ids_shuffle = model.shuffle(4, seeded())
+        forward = torch.compile(model) if compiled_ else model
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision_ == "bf16"):
+            pred, mask = forward(images, ids_shuffle)
+        loss = mae_loss(pred, images, mask)
+        loss.backward()
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
+        results.append((loss.item(), norm.item()))
+    assert results[1] == pytest.approx(results[0], rel=tolerance)
 
 
 def test_reconstruction_keeps_visible_patches_and_greys_hidden_ones():
