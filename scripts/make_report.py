@@ -218,7 +218,9 @@ def draw_disagreements(test, one, other, path, columns=8):
         for place in places:
             place.set_xticks([])
             place.set_yticks([])
+            place.set_frame_on(False)
         for place, i in zip(places, chosen.nonzero().flatten().tolist(), strict=False):
+            place.set_frame_on(True)
             visualize_predictions.show(place, data.normalize(test.images[i]))
             wrong = other[i] if right[i] else one[i]
             place.set_title(test.classes[test.labels[i]], fontsize=9)
