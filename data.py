@@ -4,6 +4,7 @@ A batch is an index, a cast and a normalisation: no worker processes, no PIL in 
 """
 
 import contextlib
+import fcntl
 import hashlib
 import math
 import os
@@ -27,8 +28,26 @@ class ImageSet(NamedTuple):
     labels: torch.Tensor  # (N,) int64
     classes: list  # names, by label
 
+    def digest(self):
+        """16 hex digits that change with any pixel or label."""
+        parts = (tensor.contiguous().numpy() for tensor in (self.images, self.labels))
+        return hashlib.blake2b(b"".join(hashlib.blake2b(part).digest() for part in parts), digest_size=8).hexdigest()
+
     def to(self, device):
         return self._replace(images=self.images.to(device), labels=self.labels.to(device))
+
+
+@contextlib.contextmanager
+def one_at_a_time(directory):
+    """Let no two processes download into or decode a directory at once; others wait, then find it done."""
+    try:
+        lock = open(Path(directory) / ".lock", "w")  # noqa: SIM115
+    except OSError:  # missing or not ours to write: then there is nothing to guard
+        yield
+        return
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def load_dataset(name, data_dir, img_size, train_images=None):
@@ -44,11 +63,14 @@ def load_dataset(name, data_dir, img_size, train_images=None):
         ValueError: unknown name, missing or unreadable files, more images asked for than there are.
     """
     if name in ("cifar10", "cifar100"):
-        train, test = (cifar(name, data_dir, img_size, train=part) for part in (True, False))
+        Path(data_dir).mkdir(parents=True, exist_ok=True)
+        with one_at_a_time(data_dir):
+            train, test = (cifar(name, data_dir, img_size, train=part) for part in (True, False))
     elif name == "folder":
-        train, test = folder(data_dir, img_size)
+        with one_at_a_time(data_dir):
+            train, test = folder(data_dir, img_size)
     elif name == "fake":
-        train, test = shapes(20, img_size, seed=0), shapes(20, img_size, seed=1)
+        train, test = shapes(1000, img_size, seed=0), shapes(20, img_size, seed=1)
     elif name == "shapes":
         train, test = shapes(5000, img_size, seed=0), shapes(1000, img_size, seed=1)
     else:

@@ -17,7 +17,7 @@ from torchvision.utils import make_grid
 import data
 import utils
 from model import MASK_STRATEGIES, MAE_ViT, mae_loss
-from runs import Run, load_model, mae_run_name
+from runs import Run, load_model, mae_run_name, start_of
 
 SIZE = ("img_size", "patch_size", "embed_dim", "encoder_depth", "num_heads", "decoder_depth")
 IMAGE_LOGS = 50  # reconstructions shown in TensorBoard over a run
@@ -116,14 +116,14 @@ def pretrain(args):
         model_args = {name: getattr(args, name) for name in utils.defaults(MAE_ViT)}
         model = MAE_ViT(**model_args).to(device)
         precision = utils.pick_precision(args.precision, device, args.embed_dim)
-        with utils.rank_zero_first():
-            train, test = data.load_dataset(args.dataset, args.data_dir, args.img_size, args.train_images)
+        train, test = data.load_dataset(args.dataset, args.data_dir, args.img_size, args.train_images)
         images = train.images.to(device)
         plan = utils.plan_training(args, len(images), default_warmup=0.1, rank=rank, world_size=world_size)
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=plan.peak_lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
         )
-        run.open(utils.facts(args, model, plan, device, precision, world_size))
+        facts = utils.facts(args, model, plan, precision, train.digest())
+        run.open(facts, device=device.type, processes=world_size)
         utils.barrier()
         progress = run.restore(model, optimizer)
 
@@ -141,7 +141,7 @@ def pretrain(args):
             last = epoch + 1 == args.total_epoch
             if last or epoch % max(1, args.total_epoch // IMAGE_LOGS) == 0:
                 run.log_image(epoch + 1, "reconstruction", reconstruction_grid(model, shown, shown_masks))
-            progress = {"epoch": epoch + 1, "step": 0, "loss_sum": 0.0, "seconds": 0.0}
+            progress = start_of(epoch + 1)
             run.end_epoch(progress, metrics, last)
         trained_on = {"dataset": args.dataset, "data_dir": args.data_dir}
         run.finish({"kind": "MAE_ViT", "model_args": model_args, "model": model.state_dict(), **trained_on})
@@ -152,11 +152,15 @@ def pretrain(args):
 def main(argv=None):
     args = parse_args(argv)
     if not args.dry_run:
-        print(f"Pretrained: {pretrain(args) / 'model.pt'}")
+        directory = pretrain(args)
+        if utils.is_first_process():
+            print(f"Pretrained: {directory / 'model.pt'}")
         return
     with tempfile.TemporaryDirectory() as log_dir:
-        load_model(pretrain(utils.dry(args, log_dir)), MAE_ViT)
-        print("Dry run: trained, logged, saved and reloaded.")
+        directory = pretrain(utils.dry(args, log_dir))
+        if utils.is_first_process():
+            load_model(directory, MAE_ViT)
+            print("Dry run: trained, logged, saved and reloaded.")
 
 
 if __name__ == "__main__":

@@ -146,9 +146,10 @@ class PatchShuffle(nn.Module):
         num_patches = grid_size**2
         self.num_visible = int(num_patches * (1 - mask_ratio)) if 0 < mask_ratio < 1 else 0
         if not 0 < self.num_visible < num_patches:
+            least = math.ceil(1000 / num_patches) / 1000
             raise ValueError(
                 f"mask_ratio {mask_ratio} does not split {num_patches} patches: at least one must stay visible and one "
-                f"be hidden; use {1 / num_patches:.3g} to {1 - 1 / num_patches:.3g}."
+                f"be hidden; use {least} to {1 - least:.3f}."
             )
         self.grid_size, self.mask_ratio, self.mask_strategy = grid_size, mask_ratio, mask_strategy
 

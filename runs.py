@@ -27,7 +27,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-# May differ when a run is continued: where things are and how they are computed, not what.
+# May differ when a run is continued: where things are and how they are computed, not what. What --precision auto
+# comes to is compared all the same, as one of the facts given to Run.open.
 FREE_ARGUMENTS = {
     "compile",
     "data_dir",
@@ -37,10 +38,11 @@ FREE_ARGUMENTS = {
     "model_path",
     "output_model_path",
     "overwrite",
+    "precision",
     "pretrained_model_path",
 }
 SAVE_INTERVAL = 50  # times as long as a save takes; so saving takes under 2 % of the time
-STEPS_BETWEEN_AGREEMENTS = 10  # of several processes on whether to save; each waits for their devices
+STEPS_BETWEEN_AGREEMENTS = 10  # of processes with a GPU each on whether to save; each waits for the GPUs
 
 # --- names ---
 
@@ -135,6 +137,11 @@ def load_model(path, *constructors):
     return model, content
 
 
+def start_of(epoch):
+    """Progress: so many complete epochs, no step of the next."""
+    return {"epoch": epoch, "step": 0, "loss_sum": 0.0, "seconds": 0.0}
+
+
 def digest(state_dict):
     """16 hex digits that change with any weight."""
     result = hashlib.blake2b(digest_size=8)
@@ -201,11 +208,9 @@ class Run:
     def __init__(self, log_dir, name, arguments, overwrite=False, writer=True):
         self.directory = Path(log_dir) / name
         self.name, self.arguments, self.overwrite, self.writer = name, arguments, overwrite, writer
-        self.config = (
-            None if overwrite or not (self.directory / "config.json").exists() else read_config(self.directory)
-        )
+        self.config = self._stored_config()
         if self.config:
-            self._check_same_arguments()
+            self._check_same(self.config["arguments"], arguments, skip=FREE_ARGUMENTS)
         self.finished = self.config is not None and (self.directory / "model.pt").exists()
         self.stop_signal = 0  # what this process has got
         self.stopping = 0  # what all processes will stop for, at the same step
@@ -213,20 +218,28 @@ class Run:
         self.lock = self.board = self.bar = None
         self.handlers = {}
 
-    def _check_same_arguments(self):
-        stored = self.config["arguments"]
-        for key in sorted(set(stored) & set(self.arguments) - FREE_ARGUMENTS):
-            if stored[key] != self.arguments[key]:
+    def _stored_config(self):
+        if self.overwrite or not (self.directory / "config.json").exists():
+            return None
+        return read_config(self.directory)
+
+    def _check_same(self, stored, now, skip=frozenset()):
+        for key in sorted(stored.keys() & now.keys() - skip):
+            if stored[key] != now[key]:
                 raise ValueError(
-                    f"{self.directory} is a run with {key} {stored[key]}, and now {key} is {self.arguments[key]}. Give "
-                    f"the stored value to continue it, --overwrite to start it anew, or another --log_dir."
+                    f"{self.directory} is a run with {key} {stored[key]}, and now {key} is {now[key]}. Give the stored "
+                    f"value to continue it, --overwrite to start it anew, or another --log_dir."
                 )
 
-    def open(self, facts):
-        """Take the directory for this process and write config.json; facts: what the arguments do not tell.
+    def open(self, facts, **start):
+        """Take the directory for this process and write config.json.
+
+        Args:
+            facts: what follows from the arguments and the data; must be as it was when the run began.
+            start: what may differ each time the run is continued.
 
         Raises:
-            ValueError: another process is at work on this run.
+            ValueError: another process is at work on this run, or the facts differ.
         """
         if self.writer:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -237,20 +250,24 @@ class Run:
             except BlockingIOError:
                 raise ValueError(f"Another process is at work on {self.directory}; wait for it or stop it.") from None
         self.handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.config = self._stored_config()  # as it is now that no other process can change it
+        if self.config:
+            self._check_same(self.config["arguments"], self.arguments, skip=FREE_ARGUMENTS)
+            self._check_same(self.config, facts)
         if self.writer:
             if self.overwrite:
-                for pattern in ("config.json", "metrics.csv", "*.pt", "events.out.tfevents.*"):
+                for pattern in ("*.pt", "metrics.csv", "events.out.tfevents.*", "config.json"):
                     for path in self.directory.glob(pattern):
                         path.unlink()
-            starts = self.config["starts"] if self.config else []
-            config = {"name": self.name, "arguments": self.arguments, **facts, "starts": [*starts, environment()]}
+            starts = [*(self.config["starts"] if self.config else []), {**environment(), **start}]
+            config = {"name": self.name, "arguments": self.arguments, **facts, "starts": starts}
             with replacing(self.directory / "config.json") as file:
                 file.write(json.dumps(config, indent=1).encode())
 
     def _on_signal(self, number, frame):
         self.stop_signal = number
         signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
-        print(f"\n{signal.Signals(number).name}: finishing this step, then saving.", file=sys.stderr)
+        os.write(2, f"\n{signal.Signals(number).name}: finishing this step, then saving.\n".encode())
 
     def __enter__(self):
         return self
@@ -265,10 +282,10 @@ class Run:
             except OSError as failure:  # what it still had to write
                 error = error or failure
         if isinstance(error, OSError):
-            sys.exit(
-                f"Cannot write {self.directory}: {error}. {self._last_save()} With that mended, the same command "
-                f"continues."
-            )
+            sys.exit(f"Cannot write: {error}. {self._last_save()} With that mended, {self._again()}.")
+
+    def _again(self):
+        return f"the same command{' without --overwrite' if self.overwrite else ''} continues {self.directory}"
 
     def _last_save(self):
         if self.saved is None:
@@ -289,7 +306,7 @@ class Run:
         """
         self.model, self.optimizer = model, optimizer
         path = self.directory / "checkpoint.pt"
-        progress = {"epoch": 0, "step": 0, "loss_sum": 0.0, "seconds": 0.0}
+        progress = start_of(0)
         if path.exists():
             state = load_file(path, "checkpoint")
             try:
@@ -335,7 +352,8 @@ class Run:
     def tick(self, progress):
         """One step is done: move the bar, and where a save is due, save; leave if a signal asked for it."""
         self.bar.update(self.batch_size)
-        if dist.is_initialized() and progress["step"] % STEPS_BETWEEN_AGREEMENTS:
+        on_gpus = dist.is_initialized() and dist.get_backend() == "nccl"
+        if on_gpus and progress["step"] % STEPS_BETWEEN_AGREEMENTS:
             return
         if self.save_due():
             self.save(progress)
@@ -373,8 +391,9 @@ class Run:
             started = time.monotonic()
             content = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "progress": progress}
             save_file(self.directory / "checkpoint.pt", {"kind": "checkpoint", **content})
-            self.saved, self.saved_at = dict(progress), time.monotonic()
+            self.saved_at = time.monotonic()
             self.save_seconds = self.saved_at - started
+        self.saved = dict(progress)
 
     def check_finite(self, loss, epoch, step):
         """Leave where the mean loss so far or a weight is no number, with the checkpoint as it was."""
@@ -393,7 +412,7 @@ class Run:
     def exit_if_stopped(self):
         """Leave with the shell's code for the signal that asked for it (130 for Ctrl-C), if one did."""
         if self.stopping:
-            print(f"Stopped. The same command continues {self.directory}", file=sys.stderr)
+            print(f"Stopped; {self._again()}", file=sys.stderr)
             sys.exit(128 + self.stopping)
 
     def log(self, epoch, metrics):
@@ -453,8 +472,12 @@ def environment():
     source = Path(__file__).parent
 
     def git(*command):
-        result = subprocess.run(["git", "-C", source, *command], capture_output=True, text=True)
-        return result.stdout.strip() if result.returncode == 0 else None
+        try:
+            return subprocess.check_output(
+                ["git", "-C", source, *command], stderr=subprocess.DEVNULL, text=True
+            ).strip()
+        except (OSError, subprocess.CalledProcessError):  # no git, or no repository
+            return None
 
     commit = git("rev-parse", "HEAD")
     cuda = torch.cuda.is_available()

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import data
 import utils
 from model import MAE_ViT, ViT_Classifier
-from runs import Run, classifier_run_name, digest, load_model, read_metrics
+from runs import Run, classifier_run_name, digest, load_model, read_metrics, start_of
 
 SIZE = ("img_size", "patch_size", "embed_dim", "encoder_depth", "num_heads")
 EVAL_BATCH = 500  # test images at once
@@ -145,8 +145,8 @@ def train_classifier(args):
             return run.directory
 
         ViT_Classifier(**{name: getattr(args, name) for name in SIZE})  # bad sizes end here, before the data is read
-        with utils.rank_zero_first():
-            train, test = data.load_dataset(args.dataset, args.data_dir, args.img_size, args.train_images)
+        train, test = data.load_dataset(args.dataset, args.data_dir, args.img_size, args.train_images)
+        images_digest = train.digest()
         train, test = train.to(device), test.to(device)
         torch.manual_seed(args.seed)
         model_args = {**{name: getattr(args, name) for name in SIZE}, "num_classes": len(train.classes)}
@@ -159,7 +159,8 @@ def train_classifier(args):
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=plan.peak_lr, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True
         )
-        run.open(utils.facts(args, model, plan, device, precision, world_size))
+        facts = utils.facts(args, model, plan, precision, images_digest)
+        run.open(facts, device=device.type, processes=world_size)
         utils.barrier()
         progress = run.restore(model, optimizer)
 
@@ -171,7 +172,7 @@ def train_classifier(args):
             metrics = train_one_epoch(step, train, plan, args, progress, run.tick)
             run.check_finite(metrics["train/loss"], epoch, plan.steps_per_epoch)
             metrics = {**evaluate(model, test, precision, rank, world_size), **metrics}
-            progress = {"epoch": epoch + 1, "step": 0, "loss_sum": 0.0, "seconds": 0.0}
+            progress = start_of(epoch + 1)
             run.end_epoch(progress, metrics, last=epoch + 1 == args.total_epoch)
         trained_on = {"dataset": args.dataset, "data_dir": args.data_dir, "classes": train.classes}
         run.finish({"kind": "ViT_Classifier", "model_args": model_args, "model": model.state_dict(), **trained_on})
@@ -183,11 +184,14 @@ def main(argv=None):
     args = parse_args(argv)
     if not args.dry_run:
         directory = train_classifier(args)
-        print(f"Trained: {directory / 'model.pt'}, test accuracy {read_metrics(directory)[-1]['test/acc']:.2%}")
+        if utils.is_first_process():
+            print(f"Trained: {directory / 'model.pt'}, test accuracy {read_metrics(directory)[-1]['test/acc']:.2%}")
         return
     with tempfile.TemporaryDirectory() as log_dir:
-        load_model(train_classifier(utils.dry(args, log_dir)), ViT_Classifier)
-        print("Dry run: trained, evaluated, logged, saved and reloaded.")
+        directory = train_classifier(utils.dry(args, log_dir))
+        if utils.is_first_process():
+            load_model(directory, ViT_Classifier)
+            print("Dry run: trained, evaluated, logged, saved and reloaded.")
 
 
 if __name__ == "__main__":

@@ -128,7 +128,9 @@ def add_run_arguments(parser, log_dir):
         help="torch.compile the model; left out: on CUDA only",
     )
     group.add_argument("--overwrite", action="store_true", help="start anew where a run of this name exists")
-    group.add_argument("--dry_run", action="store_true", help="two steps through every line, in a temporary directory")
+    group.add_argument(
+        "--dry_run", action="store_true", help="a few steps through every line, on drawn images, leaving nothing"
+    )
 
 
 # --- randomness ---
@@ -255,8 +257,8 @@ def plan_training(args, num_images, default_warmup, rank=0, world_size=1):
     )
 
 
-def facts(args, model, plan, device, precision, world_size):
-    """What a run's config.json tells beside the arguments."""
+def facts(args, model, plan, precision, images):
+    """What a run's config.json tells beside the arguments; images: their digest."""
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "effective_batch_size": args.batch_size,
@@ -264,15 +266,17 @@ def facts(args, model, plan, device, precision, world_size):
         "warmup_steps": plan.warmup_steps,
         "total_steps": plan.total_steps,
         "precision": precision,
-        "device": device.type,
-        "processes": world_size,
+        "images": images,
     }
 
 
 def dry(args, log_dir):
-    """The same arguments, shrunk to two epochs of one step of two micro-batches on a few drawn images."""
-    small = {"dataset": "fake", "train_images": None, "batch_size": 16, "max_device_batch_size": 8, "total_epoch": 2}
-    return argparse.Namespace(**{**vars(args), **small, "warmup_epoch": None, "log_dir": log_dir})
+    """The same arguments, shrunk to two epochs of two small steps on drawn images, all output into log_dir."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    small = {"dataset": "fake", "train_images": 20 * processes, "total_epoch": 2, "warmup_epoch": None}
+    small |= {"batch_size": 8 * processes, "max_device_batch_size": 4, "log_dir": log_dir}
+    output = {name: None for name in ("model_path", "output_model_path") if name in vars(args)}
+    return argparse.Namespace(**{**vars(args), **small, **output})
 
 
 # --- process group ---
@@ -291,6 +295,10 @@ def start_process_group(device_name):
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size(), device
+
+
+def is_first_process():
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 def sum_over_ranks(tensor):
@@ -313,16 +321,6 @@ def average_over_ranks(model, loss):
     for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(mean.view_as(tensor))
     return loss
-
-
-@contextlib.contextmanager
-def rank_zero_first():
-    """Run the block on process 0 before all others, so that only it downloads or decodes."""
-    if dist.is_initialized() and dist.get_rank():
-        dist.barrier()
-    yield
-    if dist.is_initialized() and not dist.get_rank():
-        dist.barrier()
 
 
 def barrier():

@@ -143,8 +143,8 @@ def main(argv=None):
             images, labels = data.normalize(test.images[chosen]), test.labels[chosen]
             if is_mae:
                 figure, name = draw_reconstructions(model, images, args), "reconstructions"
-                if args.mask_strategy:
-                    name += f"_{args.mask_strategy}"
+                name += f"_{args.mask_strategy}" if args.mask_strategy else ""
+                name += f"_r{args.mask_ratio}" if args.mask_ratio is not None else ""
             else:
                 if test.classes != content["classes"]:
                     raise ValueError(
@@ -153,10 +153,11 @@ def main(argv=None):
                 figure, name = draw_predictions(model, test.classes, images, labels, args), "predictions"
             place = Path(args.model_path)
             output = (place if place.is_dir() else place.parent) / f"{name}.png"
-    output = Path(args.output or output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.tight_layout()
-    figure.savefig(output, dpi=150)
+        output = Path(args.output or output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        figure.tight_layout()
+        figure.savefig(output, dpi=150)
+        plt.close(figure)
     print(output)
 
 

@@ -60,8 +60,9 @@ def main(argv=None):
         if metric.endswith("/acc"):
             place.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
     figure.tight_layout()
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.output, dpi=150)
+    with utils.exit_on_bad_input():
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(args.output, dpi=150)
     print(args.output)
 
 

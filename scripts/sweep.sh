@@ -53,11 +53,12 @@ run_share() {
 # All jobs: one after another, or one a GPU at a time where there are several.
 run_all() {
   local gpus workers=() worker failed=0
-  gpus=$({ nvidia-smi -L 2>/dev/null || true; } | wc -l)
-  if ((gpus < 2)); then run_share 0 1; return; fi
+  gpus=(${CUDA_VISIBLE_DEVICES:-$({ nvidia-smi -L 2>/dev/null || true; } | sed -n 's/^GPU \([0-9]*\):.*/\1/p')})
+  IFS=', ' read -r -a gpus <<<"${gpus[*]:-}"
+  if ((${#gpus[@]} < 2)); then run_share 0 1; return; fi
   trap 'trap - TERM; kill 0' INT TERM
-  for ((worker = 0; worker < gpus; worker++)); do
-    CUDA_VISIBLE_DEVICES=$worker run_share "$worker" "$gpus" &
+  for ((worker = 0; worker < ${#gpus[@]}; worker++)); do
+    CUDA_VISIBLE_DEVICES=${gpus[worker]} run_share "$worker" "${#gpus[@]}" &
     workers+=($!)
   done
   for worker in "${workers[@]}"; do wait "$worker" || failed=1; done

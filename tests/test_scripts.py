@@ -333,6 +333,15 @@ def test_a_damaged_checkpoint_of_a_run_stops_it(capsys):
     assert "Cannot read" in capsys.readouterr().err
 
 
+def test_other_images_under_the_same_name_are_refused(monkeypatch, capsys):
+    (pretrain() / "model.pt").unlink()
+    draw = data.shapes
+    monkeypatch.setattr(data, "shapes", lambda count, img_size, seed: draw(count, img_size, seed + 5))
+    with pytest.raises(SystemExit):
+        pretrain()
+    assert re.search("is a run with images [0-9a-f]{16}, and now images is", capsys.readouterr().err)
+
+
 def test_an_argument_that_contradicts_the_stored_run_is_named(capsys):
     pretrain()
     with pytest.raises(SystemExit) as leaving:
@@ -450,7 +459,8 @@ def test_gallery_of_masks_needs_no_model():
 
 @pytest.mark.parametrize("script", [mae_pretrain, train_classifier])
 def test_dry_run_goes_through_every_line_and_leaves_nothing(script, capsys):
-    script.main(["--dry_run", *SIZE])
+    output = "--model_path" if script is mae_pretrain else "--output_model_path"
+    script.main(["--dry_run", *SIZE, output, "mine.pt"])
     assert "saved and reloaded" in capsys.readouterr().out
     assert not list(Path().iterdir())
 
@@ -462,23 +472,43 @@ def test_help_shows_every_flag(name, capsys, monkeypatch):
         runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
     assert leaving.value.code == 0
     text = capsys.readouterr().out
-    assert "--" in text
+    assert re.search(r"--seed SEED .*\(default: 42\)|--output OUTPUT .*\(default: curves.png\)", " ".join(text.split()))
     assert "(default: None)" not in text
 
 
 def test_commands_in_the_readme_and_the_scripts_have_flags_that_exist():
-    commands = 0
+    commands = []
     parsers = {f"{module.__name__}.py": module for module in (mae_pretrain, train_classifier, visualize_predictions)}
     for path in [ROOT / "README.md", *ROOT.glob("*.py")]:
         for line in path.read_text().replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True) if re.match(r" *(python|torchrun) ", line) else []
             for script in parsers.keys() & set(words):
                 parsers[script].parse_args(words[words.index(script) + 1 :])
-                commands += 1
-    assert commands > 8
+                commands.append(words)
+    assert len(commands) > 20
 
 
-def test_generators_of_the_reports_arguments_have_their_defaults():
+def test_the_quickstart_asks_for_flags_that_exist(tmp_path):
+    """The script itself, with a Python that only notes what it is asked."""
+    for path, text in {
+        "scripts/quickstart.sh": (ROOT / "scripts" / "quickstart.sh").read_text(),
+        "scripts/setup.sh": "#!/bin/sh\n",
+        ".venv/bin/python": '#!/bin/sh\necho "$@" >> calls\n',
+    }.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+        (tmp_path / path).chmod(0o755)
+    done = subprocess.run([tmp_path / "scripts" / "quickstart.sh"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    calls = [shlex.split(line) for line in (tmp_path / "calls").read_text().splitlines()]
+    for call in calls[:-1]:
+        module = {f"{module.__name__}.py": module for module in (mae_pretrain, train_classifier, visualize_predictions)}
+        module[call[0]].parse_args(call[1:])
+    plot_curves.parse_args(calls[-1][2:])
+    assert len(calls) == 7
+
+
+def test_the_defaults_are_the_references_recipe():
     args = vars(mae_pretrain.parse_args([]))
     expected = {
         "img_size": 32,
