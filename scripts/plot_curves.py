@@ -9,6 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 import utils
 from runs import read_metrics
@@ -55,10 +56,11 @@ def main(argv=None):
             epochs, values = [row["epoch"] for row in table], [row[metric] for row in table]
             place.plot(epochs, values, line, color=colour, label=label, marker="o" if len(table) < 20 else None)
         place.set(xlabel="epoch", ylabel=NAMES.get(metric, metric))
+        place.xaxis.set_major_locator(MaxNLocator(integer=True))
         place.grid(alpha=0.3)
         place.legend()
         if metric.endswith("/acc"):
-            place.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
+            place.yaxis.set_major_formatter(PercentFormatter(1))
     figure.tight_layout()
     with utils.exit_on_bad_input():
         args.output.parent.mkdir(parents=True, exist_ok=True)
