@@ -116,6 +116,7 @@ def pretrain(args):
         model_args = {name: getattr(args, name) for name in utils.defaults(MAE_ViT)}
         model = MAE_ViT(**model_args).to(device)
         precision = utils.pick_precision(args.precision, device, args.embed_dim)
+        utils.tune(model, device, precision)
         train, test = data.load_dataset(args.dataset, args.data_dir, args.img_size, args.train_images)
         images = train.images.to(device)
         plan = utils.plan_training(args, len(images), default_warmup=0.1, rank=rank, world_size=world_size)
@@ -153,11 +154,13 @@ def main(argv=None):
     args = parse_args(argv)
     if not args.dry_run:
         directory = pretrain(args)
+        utils.leave_process_group()
         if utils.is_first_process():
             print(f"Pretrained: {directory / 'model.pt'}")
         return
     with tempfile.TemporaryDirectory() as log_dir:
         directory = pretrain(utils.dry(args, log_dir))
+        utils.leave_process_group()
         if utils.is_first_process():
             load_model(directory, MAE_ViT)
             print("Dry run: trained, logged, saved and reloaded.")

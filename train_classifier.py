@@ -155,6 +155,7 @@ def train_classifier(args):
             model.load_encoder(pretrained["model"])
         model = model.to(device)
         precision = utils.pick_precision(args.precision, device, args.embed_dim)
+        utils.tune(model, device, precision)
         plan = utils.plan_training(args, len(train.images), default_warmup=0.05, rank=rank, world_size=world_size)
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=plan.peak_lr, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True
@@ -184,11 +185,13 @@ def main(argv=None):
     args = parse_args(argv)
     if not args.dry_run:
         directory = train_classifier(args)
+        utils.leave_process_group()
         if utils.is_first_process():
             print(f"Trained: {directory / 'model.pt'}, test accuracy {read_metrics(directory)[-1]['test/acc']:.2%}")
         return
     with tempfile.TemporaryDirectory() as log_dir:
         directory = train_classifier(utils.dry(args, log_dir))
+        utils.leave_process_group()
         if utils.is_first_process():
             load_model(directory, ViT_Classifier)
             print("Dry run: trained, evaluated, logged, saved and reloaded.")

@@ -3,6 +3,7 @@ precision, the learning-rate schedule, batches cut by rank, the process group.""
 
 import argparse
 import contextlib
+import ctypes
 import hashlib
 import inspect
 import math
@@ -144,6 +145,8 @@ def generator(device, *key):
 
 # --- device and precision ---
 
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
+
 
 def pick_device(name, local_rank=0):
     """torch.device for "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:1".
@@ -164,7 +167,7 @@ def pick_device(name, local_rank=0):
 def pick_precision(name, device, embed_dim):
     """ "bf16" or "float32" for "auto": the faster of the two, as measured.
 
-    On a CPU the weights' casts to bf16 eat the gain at small widths (340 against 450 images/s at width 96).
+    On a CPU with bf16 arithmetic and `tune` it is 1.5 times as fast at width 96, no faster at width 64 (Zen 4).
     """
     if name != "auto":
         return name
@@ -172,7 +175,7 @@ def pick_precision(name, device, embed_dim):
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float32"
     cpuinfo = Path("/proc/cpuinfo")
     flags = cpuinfo.read_text().split() if cpuinfo.exists() else []
-    return "bf16" if embed_dim >= 192 and {"avx512_bf16", "amx_bf16"} & set(flags) else "float32"
+    return "bf16" if embed_dim >= 96 and {"avx512_bf16", "amx_bf16"} & set(flags) else "float32"
 
 
 def pick_compile(choice, device):
@@ -183,6 +186,25 @@ def pick_compile(choice, device):
 def autocast(precision, device):
     """Context of the forward pass: bf16 matrix products, or plain float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def tune(model, device, precision):
+    """Settings that change the speed of a step, in place; measured on 2 cores of a Zen 4 CPU, default MAE, batch 32.
+
+    glibc gives each large block back to the system when it is freed, and the next step pays for every page again:
+    kept, a float32 step is up to 1.28 times as fast. In bf16, a step with attention as plain matrix products is 1.5
+    times as fast as with the fused kernel, whose backward pass is slow there.
+    """
+    if device.type != "cpu":
+        return
+    with contextlib.suppress(AttributeError, OSError):  # not glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_TOP_PAD, 256 * 2**20)
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):  # timm's Attention
+            module.fused_attn = precision != "bf16"
 
 
 def peak_memory_mb(device):
@@ -326,3 +348,10 @@ def average_over_ranks(model, loss):
 def barrier():
     if dist.is_initialized():
         dist.barrier()
+
+
+def leave_process_group():
+    """Wait for the others, then close the connections: a process that just ends can take its peers down with it."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import utils
 from model import (
     MASK_STRATEGIES,
     MAE_ViT,
@@ -253,6 +254,7 @@ def test_the_fast_paths_have_the_plain_ones_loss_and_gradients(precision, compil
     for precision_, compiled_ in (("float32", False), (precision, compiled)):
         model = small_mae(encoder_depth=1)
         ids_shuffle = model.shuffle(4, seeded())
+        utils.tune(model, torch.device("cpu"), precision_)
         forward = torch.compile(model) if compiled_ else model
         with torch.autocast("cpu", torch.bfloat16, enabled=precision_ == "bf16"):
             pred, mask = forward(images, ids_shuffle)
@@ -261,6 +263,7 @@ def test_the_fast_paths_have_the_plain_ones_loss_and_gradients(precision, compil
         norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
         results.append((loss.item(), norm.item()))
     assert results[1] == pytest.approx(results[0], rel=tolerance)
+    assert all(block.attn.fused_attn == (precision == "float32") for block in model.encoder.transformer)
 
 
 def test_reconstruction_keeps_visible_patches_and_greys_hidden_ones():

@@ -1,0 +1,391 @@
+"""Time whole training steps, batch drawn to weights updated: ours, a naive loop's and other libraries'.
+
+python -m scripts.benchmark                  the paths in turn, against each other and against the machine's floor
+python -m scripts.benchmark --growth         how the cost grows with batch, patch, image and decoder depth
+
+Tables go to the terminal and, as CSV, to --output. What is timed are the steps of mae_pretrain.py and
+train_classifier.py themselves, so this script imports them.
+"""
+
+import csv
+import functools
+import multiprocessing
+import os
+import statistics
+import time
+import warnings
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms
+
+import data
+import mae_pretrain
+import train_classifier
+import utils
+from model import MAE_ViT, ViT_Classifier
+
+NUM_IMAGES = 10_000  # drawn at random: what is in them does not matter here
+
+
+def parse_args(argv=None):
+    parser = utils.Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("--growth", action="store_true", help="measure how the cost grows, of our pretraining only")
+    parser.add_argument("--paths", nargs="+", choices=[*PATHS], default=[*PATHS], help="what to compare")
+    parser.add_argument("--batch_size", type=utils.positive_int, help="left out: 64 on a CPU; 4096 and 128 on CUDA")
+    parser.add_argument("--seconds", type=float, default=60, help="time for each path, about")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--embed_dim", type=utils.positive_int, default=utils.defaults(MAE_ViT)["embed_dim"])
+    parser.add_argument("--output", type=Path, default=Path("logs/benchmark"), help="directory for CSV and plot")
+    return parser.parse_args(argv)
+
+
+# --- paths: (images, model arguments, batch size, precision, compiled) -> step(i) -> loss ---
+
+
+def batches(images, batch_size):
+    """The batch of step i, drawn on the device as the training scripts do."""
+    order = torch.randperm(len(images)).to(images.device)
+    return lambda i: images[order[torch.arange(i * batch_size, (i + 1) * batch_size) % len(images)]]
+
+
+def micro_batches(batch_size, largest):
+    return [slice(start, start + min(batch_size, largest)) for start in range(0, batch_size, largest)]
+
+
+def ours_pretraining(images, model_args, batch_size, precision, compiled):
+    model = MAE_ViT(**model_args).to(images.device)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+    utils.tune(model, images.device, precision)
+    batch, slices = batches(images, batch_size), micro_batches(batch_size, 512)
+    train_step = functools.partial(mae_pretrain.train_step, torch.compile(model) if compiled else model, optimizer)
+
+    def step(i):
+        masks = model.shuffle(batch_size, utils.generator(images.device, i), images.device)
+        return train_step(slices, precision, batch(i), masks, 1e-4)
+
+    return step
+
+
+def ours_fine_tuning(images, model_args, batch_size, precision, compiled):
+    model = ViT_Classifier(**{name: model_args[name] for name in train_classifier.SIZE}).to(images.device)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05, fused=True)
+    utils.tune(model, images.device, precision)
+    batch, slices = batches(images, batch_size), micro_batches(batch_size, 256)
+    labels = torch.randint(10, (batch_size,), device=images.device)
+    train_step = functools.partial(train_classifier.train_step, torch.compile(model) if compiled else model, optimizer)
+    return lambda i: train_step(slices, precision, batch(i), labels, 1e-4)
+
+
+class PilImages(Dataset):
+    """What torchvision's CIFAR10 gives: a PIL image through transforms, one by one."""
+
+    def __init__(self, images):
+        self.images = images.permute(0, 2, 3, 1).cpu().numpy()
+        self.transform = transforms.Compose(
+            [transforms.ToPILImage(), transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)]
+        )
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.transform(self.images[i]), 0
+
+
+def endless(loader):
+    while True:
+        yield from loader
+
+
+def naive_loader(images, batch_size):
+    workers = min(4, os.cpu_count())
+    return endless(DataLoader(PilImages(images), batch_size, shuffle=True, drop_last=True, num_workers=workers))
+
+
+def plain_step(optimizer, loss):
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+def naive_pretraining(images, model_args, batch_size, precision, compiled):
+    """As a course's notebook would: a loader with workers, masks drawn image by image with NumPy, eager float32."""
+    model = MAE_ViT(**model_args).to(images.device)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05)
+    loader, num_patches = naive_loader(images, batch_size), model.shuffle.grid_size**2
+
+    def step(i):
+        batch, _ = next(loader)
+        batch = batch.to(images.device)
+        masks = np.stack([np.random.permutation(num_patches) for _ in batch])
+        pred, mask = model(batch, torch.from_numpy(masks).to(images.device))
+        return plain_step(optimizer, mae_pretrain.mae_loss(pred, batch, mask))
+
+    return step
+
+
+def naive_fine_tuning(images, model_args, batch_size, precision, compiled):
+    model = ViT_Classifier(**{name: model_args[name] for name in train_classifier.SIZE}).to(images.device)
+    optimizer, loader = torch.optim.AdamW(model.parameters(), weight_decay=0.05), naive_loader(images, batch_size)
+
+    def step(i):
+        batch, labels = (tensor.to(images.device) for tensor in next(loader))
+        return plain_step(optimizer, F.cross_entropy(model(batch), labels))
+
+    return step
+
+
+def huggingface_pretraining(images, model_args, batch_size, precision, compiled):
+    """transformers' ViTMAEForPreTraining, its scaled-dot-product attention."""
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+    width, heads = model_args["embed_dim"], model_args["num_heads"]
+    sizes = {"image_size": model_args["img_size"], "patch_size": model_args["patch_size"], "hidden_size": width}
+    sizes |= {"num_hidden_layers": model_args["encoder_depth"], "num_attention_heads": heads}
+    sizes |= {"intermediate_size": 4 * width, "decoder_hidden_size": width, "decoder_intermediate_size": 4 * width}
+    sizes |= {"decoder_num_hidden_layers": model_args["decoder_depth"], "decoder_num_attention_heads": heads}
+    config = ViTMAEConfig(**sizes, qkv_bias=False, mask_ratio=model_args["mask_ratio"], attn_implementation="sdpa")
+    model = ViTMAEForPreTraining(config).to(images.device).train()
+    forward = torch.compile(model) if compiled else model
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+    batch = batches(images, batch_size)
+
+    def step(i):
+        with utils.autocast(precision, images.device):
+            loss = forward(data.normalize(batch(i))).loss
+        return plain_step(optimizer, loss)
+
+    return step
+
+
+def lightly_pretraining(images, model_args, batch_size, precision, compiled):
+    """lightly's MAE on timm's VisionTransformer, put together as its documentation does."""
+    from lightly.models import utils as tokens
+    from lightly.models.modules import MAEDecoderTIMM, MaskedVisionTransformerTIMM
+    from timm.models.vision_transformer import VisionTransformer
+
+    width, heads, patch_size = model_args["embed_dim"], model_args["num_heads"], model_args["patch_size"]
+    depths = model_args["encoder_depth"], model_args["decoder_depth"]
+    vit = VisionTransformer(model_args["img_size"], patch_size, 3, 0, embed_dim=width, depth=depths[0], num_heads=heads)
+    encoder = MaskedVisionTransformerTIMM(vit=vit)
+    decoder = MAEDecoderTIMM(
+        num_patches=vit.patch_embed.num_patches,
+        patch_size=patch_size,
+        embed_dim=width,
+        decoder_embed_dim=width,
+        decoder_depth=depths[1],
+        decoder_num_heads=heads,
+        mlp_ratio=4.0,
+    )
+    model = torch.nn.ModuleList([encoder, decoder]).to(images.device)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+    batch, length = batches(images, batch_size), encoder.sequence_length
+
+    def loss_of(x):
+        keep, hidden = tokens.random_token_mask((len(x), length), model_args["mask_ratio"], device=x.device)
+        known = decoder.embed(encoder.encode(images=x, idx_keep=keep))
+        everything = tokens.repeat_token(decoder.mask_token, (len(x), length)).to(known.dtype)
+        decoded = decoder.decode(tokens.set_at_index(everything, keep, known))
+        pred = decoder.predict(tokens.get_at_index(decoded, hidden))
+        target = tokens.get_at_index(tokens.patchify(x, patch_size), hidden - 1)  # without the cls token
+        return F.mse_loss(pred.float(), target)
+
+    loss_of = torch.compile(loss_of) if compiled else loss_of
+
+    def step(i):
+        with utils.autocast(precision, images.device):
+            loss = loss_of(data.normalize(batch(i)))
+        return plain_step(optimizer, loss)
+
+    return step
+
+
+PATHS = {  # name: (task, builder, precision, compiled); precision "best" is what --precision auto picks
+    "ours": ("pretraining", ours_pretraining, "best", False),
+    "ours compiled": ("pretraining", ours_pretraining, "best", True),
+    "ours float32": ("pretraining", ours_pretraining, "float32", False),
+    "naive": ("pretraining", naive_pretraining, "float32", False),
+    "huggingface": ("pretraining", huggingface_pretraining, "best", False),
+    "huggingface compiled": ("pretraining", huggingface_pretraining, "best", True),
+    "lightly": ("pretraining", lightly_pretraining, "best", False),
+    "fine-tuning": ("fine-tuning", ours_fine_tuning, "best", False),
+    "fine-tuning compiled": ("fine-tuning", ours_fine_tuning, "best", True),
+    "fine-tuning naive": ("fine-tuning", naive_fine_tuning, "float32", False),
+}
+
+
+# --- measuring: every path in a process of its own, one step of each in turn ---
+
+
+def serve(name, device, batch_size, model_args, pipe):
+    """The body of a process: build a path, take a step whenever asked, answer with its seconds.
+
+    Asked for None, it answers with the precision and with the memory that building and stepping took, in MB.
+    """
+    warnings.simplefilter("ignore")  # of other libraries
+    before = utils.peak_memory_mb(torch.device("cpu"))
+    _, builder, precision, compiled = PATHS[name]
+    if precision == "best":
+        precision = utils.pick_precision("auto", device, model_args["embed_dim"])
+    size = model_args["img_size"]
+    images = torch.randint(256, (NUM_IMAGES, 3, size, size), dtype=torch.uint8, device=device)
+    try:
+        step = builder(images, model_args, batch_size, precision, compiled)
+    except ImportError as error:
+        pipe.send(error)
+        return
+    pipe.send(None)
+    while (i := pipe.recv()) is not None:
+        pipe.send(timed(step, i, device))
+    pipe.send((precision, utils.peak_memory_mb(device) - (0 if device.type == "cuda" else before)))
+
+
+def timed(step, i, device):
+    """Seconds of one step, the device's work included."""
+    started = time.perf_counter()
+    step(i)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def measure(names, device, batch_sizes, model_args, seconds):
+    """Time steps of all paths in turn; a row each."""
+    context, pipes = multiprocessing.get_context("spawn"), {}
+    for name in names:
+        pipe, other = context.Pipe()
+        process = context.Process(target=serve, args=(name, device, batch_sizes[PATHS[name][0]], model_args, other))
+        process.start()
+        if error := pipe.recv():
+            print(f"{name} is left out: {error}. pip install -r requirements-dev.txt brings it.")
+        else:
+            pipes[name] = pipe
+
+    def ask(name, question):
+        pipes[name].send(question)
+        return pipes[name].recv()
+
+    first = {name: ask(name, 0) for name in pipes}
+    times, i = {name: [] for name in pipes}, 0
+    started = time.monotonic()
+    while i < 4 or time.monotonic() - started < seconds * len(pipes):
+        i += 1
+        for name in pipes:
+            times[name].append(ask(name, i))
+    rows = []
+    for name in pipes:
+        task, batch_size = PATHS[name][0], batch_sizes[PATHS[name][0]]
+        precision, memory = ask(name, None)
+        seconds_a_step = statistics.median(times[name][1:])
+        images_per_sec = batch_size / seconds_a_step
+        floor = matmul_gflops(device, precision) / gflop_per_image(task, device, model_args)
+        row = {
+            "path": name,
+            "task": task,
+            "precision": precision,
+            "batch_size": batch_size,
+            "steps": len(times[name]) - 1,
+        }
+        row |= {"first_step_s": first[name], "median_step_s": seconds_a_step, "images_per_sec": images_per_sec}
+        rows.append({**row, "share_of_floor": images_per_sec / floor, "memory_mb": memory})
+    return rows
+
+
+@functools.cache
+def matmul_gflops(device, precision):
+    """GFLOP/s of one large matrix product: what this machine's arithmetic gives."""
+    n = 2048 if device.type == "cpu" else 8192
+    one = torch.randn(n, n, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    return 2 * n**3 / min(timed(lambda i: one @ one, i, device) for i in range(10)) / 1e9
+
+
+def gflop_per_image(task, device, model_args):
+    """Of a training step, counted operation by operation."""
+    builder = {"pretraining": ours_pretraining, "fine-tuning": ours_fine_tuning}[task]
+    size = model_args["img_size"]
+    images = torch.zeros(8, 3, size, size, dtype=torch.uint8, device=device)
+    step = builder(images, model_args, 8, "float32", False)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # fused kernels are not all counted
+        step(0)
+    return counter.get_total_flops() / 8 / 1e9
+
+
+def growth(device, model_args, seconds):
+    """Our pretraining step while one size changes; a row each."""
+    batch = 64 if device.type == "cpu" else 512
+    changes = {
+        "batch_size": [16, 32, 64, 128] if device.type == "cpu" else [64, 128, 256, 512, 1024, 2048, 4096],
+        "patch_size": [2, 4],
+        "img_size": [32, 64, 96],
+        "decoder_depth": [2, 4, 8],
+    }
+    rows = []
+    for name, values in changes.items():
+        for value in values:
+            args = {**model_args, **({name: value} if name != "batch_size" else {})}
+            sizes = {"pretraining": value if name == "batch_size" else batch}
+            (row,) = measure(["ours"], device, sizes, args, seconds / 4)
+            rows.append({"varied": name, "value": value, "ms_per_image": 1000 / row["images_per_sec"], **row})
+    return rows
+
+
+# --- showing ---
+
+
+def report(rows, path):
+    """Print a table and write it as CSV."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    table = [list(rows[0])] + [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for line in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    print(path)
+
+
+def draw_growth(rows, path):
+    names = list(dict.fromkeys(row["varied"] for row in rows))
+    figure, axes = plt.subplots(1, len(names), figsize=(3.4 * len(names), 3.2))
+    for place, name in zip(axes, names, strict=True):
+        shown = [row for row in rows if row["varied"] == name]
+        values = [row["value"] for row in shown]
+        place.plot(values, [row["ms_per_image"] for row in shown], "o-", color="#0072b2")
+        place.set(xlabel=name, ylabel="ms per image", xticks=values, ylim=(0, None))
+        place.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    print(path)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    with utils.exit_on_bad_input():
+        device = utils.pick_device(args.device)
+    model_args = {**utils.defaults(MAE_ViT), "embed_dim": args.embed_dim}
+    cpu = device.type == "cpu"
+    batch_size = {"pretraining": args.batch_size or (64 if cpu else 4096)}
+    batch_size["fine-tuning"] = args.batch_size or (64 if cpu else 128)
+    if args.growth:
+        rows = growth(device, model_args, args.seconds)
+        report(rows, args.output / "growth.csv")
+        draw_growth(rows, args.output / "growth.png")
+    else:
+        report(measure(args.paths, device, batch_size, model_args, args.seconds), args.output / "steps.csv")
+
+
+if __name__ == "__main__":
+    main()
