@@ -423,6 +423,8 @@ class Run:
         text = csv_text([{"epoch": epoch, **metrics}], header=not path.exists() or not path.stat().st_size)
         with open(path, "a", newline="") as file:
             file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # before a checkpoint says that the epoch is done
         for key, value in metrics.items():
             self._board().add_scalar(key, value, epoch)
 

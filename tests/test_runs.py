@@ -213,6 +213,15 @@ def test_a_weight_that_is_no_number_is_never_saved(tmp_path):
         assert (run.directory / "checkpoint.pt").read_bytes() == before
 
 
+def test_an_epochs_numbers_are_on_disk_before_its_checkpoint(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(runs.os, "fsync", lambda file: (synced.append(os.fstat(file).st_ino), fsync(file)))
+    with opened(tmp_path) as run:
+        train(run, 1)
+    csv, checkpoint = ((run.directory / name).stat().st_ino for name in ("metrics.csv", "checkpoint.pt"))
+    assert synced.index(csv) < synced.index(checkpoint)
+
+
 def test_saving_takes_at_most_a_fiftieth_of_the_time(tmp_path, monkeypatch):
     with opened(tmp_path) as run:
         train(run, 1)
