@@ -403,7 +403,7 @@ def test_a_sweep_runs_every_setting_once_a_seed_and_says_how_much_is_left():
         8,
     )
     pretrained, scratch = (train_classifier.parse_args(command[1:]) for command in commands[4:])
-    assert pretrained.pretrained_model_path == "here/encoders/d4_random_s2.pt"
+    assert (pretrained.pretrained_model_path, pretrained.seed) == ("here/encoders/d4_random_s2.pt", 2)
     assert (scratch.pretrained_model_path, scratch.patch_size, scratch.seed) == (None, 8, 2)
 
 
