@@ -116,7 +116,7 @@ def pretrain(args):
         model_args = {name: getattr(args, name) for name in utils.defaults(MAE_ViT)}
         model = MAE_ViT(**model_args).to(device)
         precision = utils.pick_precision(args.precision, device, args.embed_dim)
-        utils.tune(model, device, precision)
+        utils.tune(model, device, precision, (args.img_size // args.patch_size) ** 2)
         train, test = data.load_dataset(args.dataset, args.data_dir, args.img_size, args.train_images)
         images = train.images.to(device)
         plan = utils.plan_training(args, len(images), default_warmup=0.1, rank=rank, world_size=world_size)

@@ -155,7 +155,7 @@ def train_classifier(args):
             model.load_encoder(pretrained["model"])
         model = model.to(device)
         precision = utils.pick_precision(args.precision, device, args.embed_dim)
-        utils.tune(model, device, precision)
+        utils.tune(model, device, precision, (args.img_size // args.patch_size) ** 2)
         plan = utils.plan_training(args, len(train.images), default_warmup=0.05, rank=rank, world_size=world_size)
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=plan.peak_lr, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True

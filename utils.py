@@ -188,12 +188,13 @@ def autocast(precision, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def tune(model, device, precision):
+def tune(model, device, precision, num_patches):
     """Settings that change the speed of a step, in place; measured on 2 cores of a Zen 4 CPU, default MAE, batch 32.
 
     glibc gives each large block back to the system when it is freed, and the next step pays for every page again:
     kept, a float32 step is up to 1.28 times as fast. In bf16, a step with attention as plain matrix products is 1.5
-    times as fast as with the fused kernel, whose backward pass is slow there.
+    times as fast as with the fused kernel, whose backward pass is slow there: at up to 256 patches, as plain
+    products take memory with their square.
     """
     if device.type != "cpu":
         return
@@ -204,7 +205,7 @@ def tune(model, device, precision):
         mallopt(M_TOP_PAD, 256 * 2**20)
     for module in model.modules():
         if hasattr(module, "fused_attn"):  # timm's Attention
-            module.fused_attn = precision != "bf16"
+            module.fused_attn = precision != "bf16" or num_patches > 256
 
 
 def peak_memory_mb(device):

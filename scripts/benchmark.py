@@ -65,7 +65,7 @@ def micro_batches(batch_size, largest):
 def ours_pretraining(images, model_args, batch_size, precision, compiled):
     model = MAE_ViT(**model_args).to(images.device)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05, fused=True)
-    utils.tune(model, images.device, precision)
+    utils.tune(model, images.device, precision, (model_args["img_size"] // model_args["patch_size"]) ** 2)
     batch, slices = batches(images, batch_size), micro_batches(batch_size, 512)
     train_step = functools.partial(mae_pretrain.train_step, torch.compile(model) if compiled else model, optimizer)
 
@@ -79,7 +79,7 @@ def ours_pretraining(images, model_args, batch_size, precision, compiled):
 def ours_fine_tuning(images, model_args, batch_size, precision, compiled):
     model = ViT_Classifier(**{name: model_args[name] for name in train_classifier.SIZE}).to(images.device)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05, fused=True)
-    utils.tune(model, images.device, precision)
+    utils.tune(model, images.device, precision, (model_args["img_size"] // model_args["patch_size"]) ** 2)
     batch, slices = batches(images, batch_size), micro_batches(batch_size, 256)
     labels = torch.randint(10, (batch_size,), device=images.device)
     train_step = functools.partial(train_classifier.train_step, torch.compile(model) if compiled else model, optimizer)
@@ -262,6 +262,9 @@ def timed(step, i, device):
 
 def measure(names, device, batch_sizes, model_args, seconds):
     """Time steps of all paths in turn; a row each."""
+    # the arithmetic of this machine, before anything else runs on it
+    gflops = {precision: matmul_gflops(device, precision) for precision in ("float32", "bf16")}
+    gflop = {task: gflop_per_image(task, device, model_args) for task in batch_sizes}
     context, pipes = multiprocessing.get_context("spawn"), {}
     for name in names:
         pipe, other = context.Pipe()
@@ -289,7 +292,7 @@ def measure(names, device, batch_sizes, model_args, seconds):
         precision, memory = ask(name, None)
         seconds_a_step = statistics.median(times[name][1:])
         images_per_sec = batch_size / seconds_a_step
-        floor = matmul_gflops(device, precision) / gflop_per_image(task, device, model_args)
+        floor = gflops[precision] / gflop[task]
         row = {
             "path": name,
             "task": task,
@@ -302,7 +305,6 @@ def measure(names, device, batch_sizes, model_args, seconds):
     return rows
 
 
-@functools.cache
 def matmul_gflops(device, precision):
     """GFLOP/s of one large matrix product: what this machine's arithmetic gives."""
     n = 2048 if device.type == "cpu" else 8192
@@ -323,9 +325,9 @@ def gflop_per_image(task, device, model_args):
 
 def growth(device, model_args, seconds):
     """Our pretraining step while one size changes; a row each."""
-    batch = 64 if device.type == "cpu" else 512
+    batch = 16 if device.type == "cpu" else 512
     changes = {
-        "batch_size": [16, 32, 64, 128] if device.type == "cpu" else [64, 128, 256, 512, 1024, 2048, 4096],
+        "batch_size": [8, 16, 32, 64] if device.type == "cpu" else [64, 128, 256, 512, 1024, 2048, 4096],
         "patch_size": [2, 4],
         "img_size": [32, 64, 96],
         "decoder_depth": [2, 4, 8],

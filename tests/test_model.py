@@ -254,7 +254,7 @@ def test_the_fast_paths_have_the_plain_ones_loss_and_gradients(precision, compil
     for precision_, compiled_ in (("float32", False), (precision, compiled)):
         model = small_mae(encoder_depth=1)
         ids_shuffle = model.shuffle(4, seeded())
-        utils.tune(model, torch.device("cpu"), precision_)
+        utils.tune(model, torch.device("cpu"), precision_, num_patches=16)
         forward = torch.compile(model) if compiled_ else model
         with torch.autocast("cpu", torch.bfloat16, enabled=precision_ == "bf16"):
             pred, mask = forward(images, ids_shuffle)
