@@ -8,6 +8,7 @@ import hashlib
 import inspect
 import math
 import os
+import re
 import resource
 import sys
 from pathlib import Path
@@ -212,7 +213,10 @@ def peak_memory_mb(device):
     """The most memory so far: of the device on CUDA, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, where ru_maxrss would begin with what the parent process had
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS: bytes
 
 
 # --- the plan of a training run ---

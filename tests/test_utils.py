@@ -1,10 +1,15 @@
 import argparse
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import utils
+
+ROOT = Path(__file__).parents[1]
 
 
 def plan(num_images=1000, rank=0, world_size=1, **changes):
@@ -78,3 +83,12 @@ def test_device_and_precision():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
     with utils.autocast("float32", cpu):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+
+def test_peak_memory_is_this_processs_own():
+    large = torch.ones(100 * 2**18)  # 100 MB, which the child does not have
+    code = "import torch, utils; print(utils.peak_memory_mb(torch.device('cpu')))"
+    child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    mine = utils.peak_memory_mb(torch.device("cpu"))
+    assert 100 < float(child.stdout) < mine - 50
+    del large
