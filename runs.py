@@ -192,6 +192,11 @@ def read_metrics(directory):
 # --- the run itself ---
 
 
+def group_device():
+    """Where the process group, if there is one, wants tensors that it sends."""
+    return "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
+
+
 class Run:
     """A run's directory while its script is at work.
 
@@ -327,8 +332,7 @@ class Run:
     def _check_same_start(self, progress):
         if not dist.is_initialized():
             return
-        mine = torch.tensor([progress["epoch"], progress["step"]])
-        mine = mine.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+        mine = torch.tensor([progress["epoch"], progress["step"]], device=group_device())
         first = mine.clone()
         dist.broadcast(first, 0)
         if not torch.equal(first, mine):
@@ -352,8 +356,7 @@ class Run:
     def tick(self, progress):
         """One step is done: move the bar, and where a save is due, save; leave if a signal asked for it."""
         self.bar.update(self.batch_size)
-        on_gpus = dist.is_initialized() and dist.get_backend() == "nccl"
-        if on_gpus and progress["step"] % STEPS_BETWEEN_AGREEMENTS:
+        if group_device() == "cuda" and progress["step"] % STEPS_BETWEEN_AGREEMENTS:
             return
         if self.save_due():
             self.save(progress)
@@ -370,11 +373,12 @@ class Run:
     def save_due(self):
         """Whether to save now, because the interval has passed or a signal came; the same on all processes."""
         due = self.writer and time.monotonic() - self.saved_at >= SAVE_INTERVAL * self.save_seconds
-        wanted = torch.tensor(self.stop_signal or int(due))  # SIGINT and SIGTERM are numbers from 2 on
+        wanted = self.stop_signal or int(due)  # SIGINT and SIGTERM are numbers from 2 on
         if dist.is_initialized():
-            wanted = wanted.to("cuda" if dist.get_backend() == "nccl" else "cpu")
-            dist.all_reduce(wanted, dist.ReduceOp.MAX)
-        self.stopping = int(wanted) if wanted > 1 else 0
+            largest = torch.tensor(wanted, device=group_device())
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+            wanted = largest.item()
+        self.stopping = wanted if wanted > 1 else 0
         return wanted > 0
 
     def save(self, progress):
