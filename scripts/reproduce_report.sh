@@ -6,6 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ -n "${QUICK:-}" ]; then
   EPOCHS=${EPOCHS:-2} FINETUNE_EPOCHS=${FINETUNE_EPOCHS:-2} SEEDS=${SEEDS:-1 2} DATASET=${DATASET:-shapes}
+  JOBS=${JOBS:-2}
   SIZE=${SIZE:---patch_size 8 --embed_dim 32 --encoder_depth 2 --num_heads 2}
   PRETRAIN_FLAGS=${PRETRAIN_FLAGS:---batch_size 100 --base_learning_rate 4e-3}
   FINETUNE_FLAGS=${FINETUNE_FLAGS:---batch_size 100 --base_learning_rate 4e-3 --train_images 1000}

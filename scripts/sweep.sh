@@ -8,6 +8,7 @@ SIZE=${SIZE:-}                           # encoder, as in "--patch_size 4 --embe
 PRETRAIN_FLAGS=${PRETRAIN_FLAGS:-}       # more for mae_pretrain.py, as in "--batch_size 256"
 FINETUNE_FLAGS=${FINETUNE_FLAGS:-}       # more for train_classifier.py
 LOGS=${LOGS:-logs/ablation}
+JOBS=${JOBS:-}                           # at once; left out: one a GPU, on a CPU 1. Each gets its share of the cores
 
 python=.venv/bin/python
 jobs=()
@@ -41,24 +42,36 @@ run_job() {
       --log_dir "$LOGS/classifier" $FINETUNE_FLAGS
 }
 
-# Every workers-th job from the first on; stops at the first failure.
-run_share() {
-  local first=$1 workers=$2 i
-  for ((i = first; i < ${#jobs[@]}; i += workers)); do
+# One worker: takes job after job that no other has taken; all stop at the first failure.
+work() {
+  local taken=$1 i
+  for i in "${!jobs[@]}"; do
+    if [ -e "$taken/failed" ]; then return 1; fi
+    mkdir "$taken/$i" 2>/dev/null || continue
     echo "[$((i + 1)) of ${#jobs[@]}] ${jobs[i]}"
-    run_job "${jobs[i]}" || { echo "Stopped at ${jobs[i]}; the same command continues." >&2; return 1; }
+    run_job "${jobs[i]}" || {
+      touch "$taken/failed"
+      echo "Stopped at ${jobs[i]}; the same command continues." >&2
+      return 1
+    }
   done
 }
 
-# All jobs: one after another, or one a GPU at a time where there are several.
+# All jobs, by one worker or by several at a time, each on a GPU or on its share of the cores.
 run_all() {
-  local gpus workers=() worker failed=0
+  local gpus count cores taken workers=() worker failed=0
   gpus=(${CUDA_VISIBLE_DEVICES:-$({ nvidia-smi -L 2>/dev/null || true; } | sed -n 's/^GPU \([0-9]*\):.*/\1/p')})
   IFS=', ' read -r -a gpus <<<"${gpus[*]:-}"
-  if ((${#gpus[@]} < 2)); then run_share 0 1; return; fi
+  count=${JOBS:-$((${#gpus[@]} > 1 ? ${#gpus[@]} : 1))}
+  taken=$(mktemp -d)
+  trap "rm -rf '$taken'" EXIT
+  if ((count < 2)); then work "$taken"; return; fi
+  cores=$(($(getconf _NPROCESSORS_ONLN) / count))
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > 0 ? cores : 1))}
   trap 'trap - TERM; kill 0' INT TERM
-  for ((worker = 0; worker < ${#gpus[@]}; worker++)); do
-    CUDA_VISIBLE_DEVICES=${gpus[worker]} run_share "$worker" "${#gpus[@]}" &
+  for ((worker = 0; worker < count; worker++)); do
+    if ((${#gpus[@]})); then export CUDA_VISIBLE_DEVICES=${gpus[worker % ${#gpus[@]}]}; fi
+    work "$taken" &
     workers+=($!)
   done
   for worker in "${workers[@]}"; do wait "$worker" || failed=1; done

@@ -407,10 +407,23 @@ def test_a_sweep_runs_every_setting_once_a_seed_and_says_how_much_is_left():
     assert (scratch.pretrained_model_path, scratch.patch_size, scratch.seed) == (None, 8, 2)
 
 
-def test_a_sweep_stops_at_the_first_failure():
-    done = sweep("python=false; plan 4:random 8:random; run_all", SEEDS="1")
+def test_jobs_at_once_share_the_sweep_and_the_cores():
+    say = """python=say; say() { echo "$BASHPID $OMP_NUM_THREADS ${CUDA_VISIBLE_DEVICES:-}"; sleep 0.05; }"""
+    done = sweep(f"{say}; plan scratch; run_all", SEEDS="1 2 3 4 5", JOBS="2")
+    assert done.returncode == 0, done.stderr
+    assert sorted(re.findall(r"\[(\d) of 5\]", done.stdout)) == list("12345")
+    workers = re.findall(r"^(\d+) (\d+) (\S*)$", done.stdout, re.MULTILINE)
+    assert len({worker for worker, _, _ in workers}) == 2
+    assert {int(threads) for _, threads, _ in workers} == {max(1, os.cpu_count() // 2)}
+    done = sweep(f"{say}; plan scratch; run_all", SEEDS="1 2 3 4 5", CUDA_VISIBLE_DEVICES="0,3")
+    assert {gpu for _, _, gpu in re.findall(r"^(\d+) (\d+) (\S*)$", done.stdout, re.MULTILINE)} == {"0", "3"}
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_a_sweep_stops_at_the_first_failure(jobs):
+    done = sweep("python=false; plan 4:random 8:random 2:random; run_all", SEEDS="1 2", JOBS=jobs)
     assert done.returncode != 0
-    assert done.stdout.count("+ python") == 1
+    assert 1 <= done.stdout.count("+ python") <= int(jobs)
     assert "Stopped at 4:random:1; the same command continues" in done.stderr
 
 
