@@ -33,6 +33,9 @@ class ImageSet(NamedTuple):
         parts = (tensor.contiguous().numpy() for tensor in (self.images, self.labels))
         return hashlib.blake2b(b"".join(hashlib.blake2b(part).digest() for part in parts), digest_size=8).hexdigest()
 
+    def where(self, keep):
+        return self._replace(images=self.images[keep], labels=self.labels[keep])
+
     def to(self, device):
         return self._replace(images=self.images.to(device), labels=self.labels.to(device))
 
@@ -80,19 +83,43 @@ def load_dataset(name, data_dir, img_size, train_images=None):
     return train, test
 
 
-def first_of_each_class(images, count):
+def first_of_each_class(images, count, flag="--train_images"):
     """The first count / classes images of each class, in file order, so that a smaller set is part of a larger one."""
-    per_class, rest = divmod(count, len(images.classes))
-    smallest = int(images.labels.bincount(minlength=len(images.classes)).min())
-    if rest or not 0 < per_class <= smallest:
-        raise ValueError(
-            f"--train_images {count} is not {len(images.classes)} classes times 1 to {smallest} images; "
-            f"try {len(images.classes) * min(max(per_class, 1), smallest)}."
-        )
-    one_hot = F.one_hot(images.labels, len(images.classes))
-    rank = (one_hot.cumsum(0) * one_hot).sum(1)  # (N,), from 1: the how-manieth of its class
-    keep = rank <= per_class
-    return images._replace(images=images.images[keep], labels=images.labels[keep])
+    return images.where(rank_in_class(images.labels) <= count_per_class(images, count, flag))
+
+
+def hold_out(images, count, train_images=None):
+    """Split training images in two: (to train on, held out), the last count / classes images of each class held out.
+
+    Args:
+        train_images: as in `load_dataset`, and the same images as there; None: all the rest.
+
+    Raises:
+        ValueError: count or train_images is not equally many of each class, or the rest has no or too few images.
+    """
+    rank_from_last = rank_in_class(images.labels.flip(0)).flip(0)
+    held_out = rank_from_last <= count_per_class(images, count, "--val_images", spared=1)
+    train = images.where(~held_out)
+    if train_images is not None:
+        train = first_of_each_class(train, train_images, f"With --val_images {count}, --train_images")
+    return train, images.where(held_out)
+
+
+def rank_in_class(labels):
+    """The how-manieth of its class each image is, (N,) from 1."""
+    one_hot = F.one_hot(labels)
+    return (one_hot.cumsum(0) * one_hot).sum(1)
+
+
+def count_per_class(images, count, flag, spared=0):
+    """count / classes, where each class has so many images and `spared` more; flag: what to call count in an error."""
+    classes = len(images.classes)
+    per_class, rest = divmod(count, classes)
+    most = int(images.labels.bincount(minlength=classes).min()) - spared
+    if rest or not 0 < per_class <= most:
+        way_out = f"try {classes * min(max(per_class, 1), most)}" if most else "leave it out"
+        raise ValueError(f"{flag} {count} is not {classes} classes times 1 to {most} images; {way_out}.")
+    return per_class
 
 
 # --- CIFAR ---

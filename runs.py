@@ -61,14 +61,15 @@ def mae_run_name(args):
 
 
 def classifier_run_name(args, encoder_name):
-    """For example cls_cifar10_ep100_b128_s42_from_mae_..., or ..._scratch_i32_p2_w192_e12_h3.
+    """For example cls_cifar10_ep100_b128_s42_from_mae_..., or cls_cifar10_val5000_ep100_..._scratch_i32_p2_w192_e12_h3.
 
     Args:
         encoder_name: the run the encoder comes from; None: from scratch.
     """
     size = "scratch_i{img_size}_p{patch_size}_w{embed_dim}_e{encoder_depth}_h{num_heads}".format(**args)
     encoder = f"from_{encoder_name}" if encoder_name else size
-    name = "cls_{}_ep{total_epoch}_b{batch_size}_s{seed}".format(dataset_name(args), **args)
+    val = f"_val{args['val_images']}" if args["val_images"] else ""
+    name = "cls_{}{}_ep{total_epoch}_b{batch_size}_s{seed}".format(dataset_name(args), val, **args)
     return f"{name}{'_aug' if args['augment'] else ''}_{encoder}"
 
 
@@ -420,7 +421,7 @@ class Run:
             sys.exit(128 + self.stopping)
 
     def log(self, epoch, metrics):
-        """Append one epoch's numbers (epoch from 1) to metrics.csv and TensorBoard."""
+        """Append one epoch's numbers (epoch from 1) to metrics.csv and, where they are not nan, to TensorBoard."""
         if not self.writer:
             return
         path = self.directory / "metrics.csv"
@@ -430,7 +431,8 @@ class Run:
             file.flush()
             os.fsync(file.fileno())  # before a checkpoint says that the epoch is done
         for key, value in metrics.items():
-            self._board().add_scalar(key, value, epoch)
+            if not math.isnan(value):
+                self._board().add_scalar(key, value, epoch)
 
     def log_image(self, epoch, tag, image):
         """Show an image (3, H, W) uint8 in TensorBoard."""

@@ -7,6 +7,7 @@ End-to-end fine-tuning on the cls token (He et al. 2021, arXiv:2111.06377, secti
 """
 
 import functools
+import math
 import tempfile
 import time
 
@@ -19,13 +20,19 @@ from model import MAE_ViT, ViT_Classifier
 from runs import Run, classifier_run_name, digest, load_model, read_metrics, start_of
 
 SIZE = ("img_size", "patch_size", "embed_dim", "encoder_depth", "num_heads")
-EVAL_BATCH = 500  # test images at once
+EVAL_BATCH = 500  # images at once
 REPORT_BATCH = 128  # the source report averages the accuracies of batches of so many
+NOT_TESTED = dict.fromkeys(("test/loss", "test/acc", "test/acc_mean_of_batches", "chosen_epoch"), math.nan)
 
 
 def parse_args(argv=None):
     parser = utils.Parser(description=__doc__.split("\n")[0])
-    utils.add_data_arguments(parser, data.DATASETS)
+    utils.add_data_arguments(parser, data.DATASETS).add_argument(
+        "--val_images",
+        type=utils.positive_int,
+        help="hold out so many training images, equally many of each class, keep the epoch that is best on them and "
+        "test that one only; left out: keep the last, test each",
+    )
     group = parser.add_argument_group("model")
     group.add_argument("--pretrained_model_path", help="model.pt or run directory of a MAE; left out: from scratch")
     utils.add_size_arguments(group, SIZE, "; left out: the pretrained model's, from scratch the reference's")
@@ -90,27 +97,38 @@ def train_one_epoch(step, train, plan, args, progress, tick):
 
 
 @torch.no_grad()
-def evaluate(model, test, precision, rank, world_size):
-    """Loss and accuracy over all test images, each counted once, whatever the batches and processes.
+def evaluate(model, images, precision, rank, world_size, name="test"):
+    """Loss and accuracy over all test (or val) images, each counted once, whatever the batches and processes.
 
     test/acc_mean_of_batches is the source report's figure: the mean of the accuracies of batches of 128, in which a
     short last batch counts as much as a full one. For comparison with it only.
     """
-    device = test.images.device
-    loss, correct = torch.zeros((), device=device), torch.zeros(len(test.images), device=device)
-    for start in range(rank * EVAL_BATCH, len(test.images), world_size * EVAL_BATCH):
+    pixels, labels, _ = images
+    device = pixels.device
+    loss, correct = torch.zeros((), device=device), torch.zeros(len(labels), device=device)
+    for start in range(rank * EVAL_BATCH, len(labels), world_size * EVAL_BATCH):
         part = slice(start, start + EVAL_BATCH)
         with utils.autocast(precision, device):
-            logits = model(data.normalize(test.images[part])).float()
-        correct[part] = (logits.argmax(dim=1) == test.labels[part]).float()
-        loss += F.cross_entropy(logits, test.labels[part], reduction="sum")
+            logits = model(data.normalize(pixels[part])).float()
+        correct[part] = (logits.argmax(dim=1) == labels[part]).float()
+        loss += F.cross_entropy(logits, labels[part], reduction="sum")
     correct, loss = utils.sum_over_ranks(correct), utils.sum_over_ranks(loss)
-    batches = torch.stack([part.mean() for part in correct.split(REPORT_BATCH)])
-    return {
-        "test/loss": loss.item() / len(correct),
-        "test/acc": correct.mean(dtype=torch.float64).item(),
-        "test/acc_mean_of_batches": batches.mean(dtype=torch.float64).item(),
-    }
+    scores = {f"{name}/loss": loss.item() / len(correct), f"{name}/acc": correct.mean(dtype=torch.float64).item()}
+    if name == "test":
+        batches = torch.stack([part.mean() for part in correct.split(REPORT_BATCH)])
+        scores["test/acc_mean_of_batches"] = batches.mean(dtype=torch.float64).item()
+    return scores
+
+
+def best_of(best, model, epoch, acc):
+    """The epoch (from 1) of the highest accuracy so far, the first on a tie, with its accuracy and weights.
+
+    Args:
+        best: what this returned an epoch before; None: there is none.
+    """
+    if best and best["acc"] >= acc:
+        return best
+    return {"epoch": epoch, "acc": acc, "model": {name: tensor.clone() for name, tensor in model.state_dict().items()}}
 
 
 def load_pretrained(args):
@@ -145,8 +163,12 @@ def train_classifier(args):
             return run.directory
 
         ViT_Classifier(**{name: getattr(args, name) for name in SIZE})  # bad sizes end here, before the data is read
-        train, test = data.load_dataset(args.dataset, args.data_dir, args.img_size, args.train_images)
+        loaded = None if args.val_images else args.train_images  # hold_out needs all
+        train, test = data.load_dataset(args.dataset, args.data_dir, args.img_size, loaded)
         images_digest = train.digest()
+        if args.val_images:
+            train, val = data.hold_out(train, args.val_images, args.train_images)
+            val = val.to(device)
         train, test = train.to(device), test.to(device)
         torch.manual_seed(args.seed)
         model_args = {**{name: getattr(args, name) for name in SIZE}, "num_classes": len(train.classes)}
@@ -172,9 +194,16 @@ def train_classifier(args):
         for epoch in range(progress["epoch"], args.total_epoch):
             metrics = train_one_epoch(step, train, plan, args, progress, run.tick)
             run.check_finite(metrics["train/loss"], epoch, plan.steps_per_epoch)
-            metrics = {**evaluate(model, test, precision, rank, world_size), **metrics}
-            progress = start_of(epoch + 1)
-            run.end_epoch(progress, metrics, last=epoch + 1 == args.total_epoch)
+            best, progress, last = progress.get("best"), start_of(epoch + 1), epoch + 1 == args.total_epoch
+            if not args.val_images:
+                scores = evaluate(model, test, precision, rank, world_size)
+            else:
+                scores = {**evaluate(model, val, precision, rank, world_size, "val"), **NOT_TESTED}
+                progress["best"] = best = best_of(best, model, epoch + 1, scores["val/acc"])
+                if last:  # from here on the model is the chosen one, in the checkpoint too
+                    model.load_state_dict(best["model"])
+                    scores |= evaluate(model, test, precision, rank, world_size) | {"chosen_epoch": best["epoch"]}
+            run.end_epoch(progress, {**scores, **metrics}, last)
         trained_on = {"dataset": args.dataset, "data_dir": args.data_dir, "classes": train.classes}
         run.finish({"kind": "ViT_Classifier", "model_args": model_args, "model": model.state_dict(), **trained_on})
         run.export(args.output_model_path)
@@ -187,7 +216,9 @@ def main(argv=None):
         directory = train_classifier(args)
         utils.leave_process_group()
         if utils.is_first_process():
-            print(f"Trained: {directory / 'model.pt'}, test accuracy {read_metrics(directory)[-1]['test/acc']:.2%}")
+            row = read_metrics(directory)[-1]
+            chosen = f" (epoch {row['chosen_epoch']:.0f}, chosen on held-out images)" if "chosen_epoch" in row else ""
+            print(f"Trained: {directory / 'model.pt'}, test accuracy {row['test/acc']:.2%}{chosen}")
         return
     with tempfile.TemporaryDirectory() as log_dir:
         directory = train_classifier(utils.dry(args, log_dir))

@@ -71,6 +71,7 @@ def add_data_arguments(parser, datasets):
     group.add_argument("--data_dir", default="data", help="where the files are, or are downloaded to")
     group.add_argument("--train_images", type=positive_int, help="train on so many images, equally many of each class")
     group.add_argument("--augment", action="store_true", help="random shifts by up to 4 pixels and mirroring")
+    return group
 
 
 SIZE_HELP = {
@@ -302,6 +303,8 @@ def dry(args, log_dir):
     processes = int(os.environ.get("WORLD_SIZE", 1))
     small = {"dataset": "fake", "train_images": 20 * processes, "total_epoch": 2, "warmup_epoch": None}
     small |= {"batch_size": 8 * processes, "max_device_batch_size": 4, "log_dir": log_dir}
+    if vars(args).get("val_images"):
+        small["val_images"] = 20
     output = {name: None for name in ("model_path", "output_model_path") if name in vars(args)}
     return argparse.Namespace(**{**vars(args), **small, **output})
 

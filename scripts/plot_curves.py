@@ -3,6 +3,7 @@
 python -m scripts.plot_curves logs/classifier/* --metric train/loss test/acc --output curves.png
 """
 
+import math
 from pathlib import Path
 
 import matplotlib
@@ -18,6 +19,8 @@ NAMES = {
     "train/loss": "training loss",
     "test/loss": "test loss",
     "test/acc": "test accuracy",
+    "val/loss": "loss on held-out images",
+    "val/acc": "accuracy on held-out images",
     "lr": "learning rate",
     "speed/images_per_sec": "images/s",
 }
@@ -27,7 +30,11 @@ STYLES = [("#0072b2", "-"), ("#d55e00", "--"), ("#009e73", "-."), ("#cc79a7", ":
 def parse_args(argv=None):
     parser = utils.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, help="run directories")
-    parser.add_argument("--metric", nargs="+", default=["train/loss", "test/acc"], help="columns of metrics.csv")
+    parser.add_argument(
+        "--metric",
+        nargs="+",
+        help="columns of metrics.csv; left out: train/loss and val/acc where all runs have it, else test/acc",
+    )
     parser.add_argument("--label", nargs="+", help="a legend entry for each run; left out: its directory's name")
     parser.add_argument("--output", type=Path, default=Path("curves.png"), help="PNG to write")
     return parser.parse_args(argv)
@@ -40,21 +47,24 @@ def main(argv=None):
         if len(labels) != len(args.runs):
             raise ValueError(f"--label has {len(labels)} entries for {len(args.runs)} runs; give one for each.")
         tables = [read_metrics(run) for run in args.runs]
+        held_out = all(table and "val/acc" in table[0] for table in tables)
+        metrics = args.metric or ["train/loss", "val/acc" if held_out else "test/acc"]
         for run, table in zip(args.runs, tables, strict=True):
             if not table:
                 raise ValueError(f"{run} has no metrics.csv with a complete epoch; name run directories.")
-            if missing := set(args.metric) - set(table[0]):
+            if missing := set(metrics) - set(table[0]):
                 raise ValueError(f"{run} has no {', '.join(sorted(missing))}; it has {', '.join(table[0])}.")
     width = max(len(label) for label in labels)
     for label, table in zip(labels, tables, strict=True):
-        last = ", ".join(f"{NAMES.get(metric, metric)} {table[-1][metric]:.4f}" for metric in args.metric)
+        last = ", ".join(f"{NAMES.get(metric, metric)} {table[-1][metric]:.4f}" for metric in metrics)
         print(f"{label:{width}}  epoch {table[-1]['epoch']}: {last}")
-    figure, axes = plt.subplots(1, len(args.metric), figsize=(5.5 * len(args.metric), 4), squeeze=False)
-    for place, metric in zip(axes.flat, args.metric, strict=True):
+    figure, axes = plt.subplots(1, len(metrics), figsize=(5.5 * len(metrics), 4), squeeze=False)
+    for place, metric in zip(axes.flat, metrics, strict=True):
         for i, (label, table) in enumerate(zip(labels, tables, strict=True)):
             colour, line = STYLES[i % len(STYLES)]
             epochs, values = [row["epoch"] for row in table], [row[metric] for row in table]
-            place.plot(epochs, values, line, color=colour, label=label, marker="o" if len(table) < 20 else None)
+            few = sum(map(math.isfinite, values)) < 20  # the test set may have been used once
+            place.plot(epochs, values, line, color=colour, label=label, marker="o" if few else None)
         place.set(xlabel="epoch", ylabel=NAMES.get(metric, metric))
         place.xaxis.set_major_locator(MaxNLocator(integer=True))
         place.grid(alpha=0.3)

@@ -42,6 +42,45 @@ def test_train_images_that_do_not_fit_are_an_error_with_a_way_out(count):
         data.first_of_each_class(data.shapes(100, 8, seed=0), count)
 
 
+@pytest.mark.parametrize("train_images", [None, 60, 70])
+def test_held_out_images_are_the_last_ones_of_each_class_and_training_has_none_of_them(train_images):
+    everything = data.shapes(100, 8, seed=0)
+    train, val = data.hold_out(everything, 30, train_images)
+    assert (val.labels.bincount() == 3).all()
+    for label in range(10):
+        expected = everything.images[everything.labels == label]
+        assert torch.equal(train.images[train.labels == label], expected[: (train_images or 70) // 10])
+        assert torch.equal(val.images[val.labels == label], expected[-3:])
+    assert torch.equal(data.hold_out(everything, 30, 60)[0].images, data.first_of_each_class(everything, 60).images)
+
+
+def test_all_the_rest_is_trained_on_where_classes_differ_in_size():
+    everything = data.ImageSet(torch.arange(7), torch.tensor([0, 1, 0, 0, 1, 0, 0]), ["cat", "dog"])
+    train, val = data.hold_out(everything, 2)
+    assert train.images.tolist() == [0, 1, 2, 3, 5]
+    assert val.images.tolist() == [4, 6]
+
+
+@pytest.mark.parametrize(
+    ("count", "train_images", "message"),
+    [
+        (25, None, "--val_images 25 is not 10 classes times 1 to 9 images; try 20"),
+        (5, None, "--val_images 5 is not 10 classes times 1 to 9 images; try 10"),
+        (100, None, "--val_images 100 is not 10 classes times 1 to 9 images; try 90"),
+        (30, 80, "With --val_images 30, --train_images 80 is not 10 classes times 1 to 7 images; try 70"),
+        (30, 45, "With --val_images 30, --train_images 45 is not 10 classes times 1 to 7 images; try 40"),
+    ],
+)
+def test_held_out_images_that_do_not_fit_are_an_error_with_a_way_out(count, train_images, message):
+    with pytest.raises(ValueError, match=message):
+        data.hold_out(data.shapes(100, 8, seed=0), count, train_images)
+
+
+def test_nothing_can_be_held_out_of_one_image_a_class():
+    with pytest.raises(ValueError, match="--val_images 10 is not 10 classes times 1 to 0 images; leave it out"):
+        data.hold_out(data.shapes(10, 8, seed=0), 10)
+
+
 def test_normalize_spans_minus_1_to_1_and_comes_back():
     pixels = torch.arange(256, dtype=torch.uint8)
     images = data.normalize(pixels)

@@ -40,6 +40,7 @@ def test_names_tell_what_sets_runs_apart():
     args = {"dataset": "cifar10", "data_dir": "data", "train_images": None, "img_size": 32, "patch_size": 2}
     args |= {"embed_dim": 192, "encoder_depth": 12, "num_heads": 3, "decoder_depth": 4, "mask_ratio": 0.75}
     args |= {"mask_strategy": "random", "total_epoch": 2000, "batch_size": 4096, "seed": 42, "augment": False}
+    args |= {"val_images": None}
     name = runs.mae_run_name(args)
     assert name == "mae_cifar10_i32_p2_w192_e12_h3_d4_random_r0.75_ep2000_b4096_s42"
     changes = {
@@ -57,6 +58,8 @@ def test_names_tell_what_sets_runs_apart():
     assert "_pets_" in runs.mae_run_name({**args, "dataset": "folder", "data_dir": "some/pets"})
     assert runs.classifier_run_name(args, name) == f"cls_cifar10_ep2000_b4096_s42_from_{name}"
     assert runs.classifier_run_name(args, None) == "cls_cifar10_ep2000_b4096_s42_scratch_i32_p2_w192_e12_h3"
+    name = runs.classifier_run_name({**args, "train_images": 500, "val_images": 100}, None)
+    assert name == "cls_cifar10-500_val100_ep2000_b4096_s42_scratch_i32_p2_w192_e12_h3"
 
 
 # --- files ---
@@ -149,6 +152,7 @@ def test_other_arguments_are_refused_by_name_and_places_may_change(tmp_path):
     with pytest.raises(ValueError, match=r"is a run with base_learning_rate 0\.1, and now base_learning_rate is 0\.2"):
         Run(tmp_path, "toy", {**ARGUMENTS, "base_learning_rate": 0.2})
     Run(tmp_path, "toy", {**ARGUMENTS, "data_dir": "elsewhere"})
+    Run(tmp_path, "toy", {**ARGUMENTS, "val_images": None})  # stored before there was such an argument
     Run(tmp_path, "toy", {**ARGUMENTS, "base_learning_rate": 0.2}, overwrite=True)
 
 
@@ -268,13 +272,14 @@ def test_a_finished_run_has_a_model_and_can_be_exported(tmp_path):
     assert load_file(run.directory)["kind"] == "toy"
 
 
-def test_tensorboard_has_the_numbers_of_the_csv(tmp_path):
+def test_tensorboard_has_the_numbers_of_the_csv_but_nan(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     with opened(tmp_path) as run:
         train(run, 3)
+        run.log(4, {"train/loss": float("nan")})
     events = EventAccumulator(str(run.directory))
     events.Reload()
     shown = [(event.step, event.value) for event in events.Scalars("train/loss")]
-    written = [(row["epoch"], row["train/loss"]) for row in read_metrics(run.directory)]
+    written = [(row["epoch"], row["train/loss"]) for row in read_metrics(run.directory)[:3]]
     assert shown == [(epoch, pytest.approx(value)) for epoch, value in written]

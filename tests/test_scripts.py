@@ -1,6 +1,7 @@
 """The scripts as a user starts them; mostly inside this process, where importing torch costs nothing."""
 
 import csv
+import math
 import os
 import re
 import runpy
@@ -20,7 +21,7 @@ import train_classifier
 import utils
 import visualize_predictions
 from model import MASK_STRATEGIES, MAE_ViT
-from runs import Run, load_file, read_config, read_metrics
+from runs import Run, digest, load_file, read_config, read_metrics
 from scripts import make_report, plot_curves
 
 ROOT = Path(__file__).parents[1]
@@ -58,8 +59,8 @@ def same_weights(one, other, tolerance=0.0):
     return all(torch.allclose(one[name], other[name], rtol=0, atol=tolerance) for name in one)
 
 
-def untimed_metrics(directory):
-    return [{k: v for k, v in row.items() if k not in TIMING} for row in read_metrics(directory)]
+def untimed_metrics(directory):  # and without nan, which does not equal itself
+    return [{k: v for k, v in row.items() if k not in TIMING and v == v} for row in read_metrics(directory)]
 
 
 # --- a run from end to end ---
@@ -140,10 +141,72 @@ def test_accuracy_counts_every_image_once_and_the_reports_figure_beside_it(monke
     assert metrics["test/loss"] == pytest.approx((128 * right + 16 * wrong) / 144, rel=1e-5)
 
 
+def classify_and_choose(*more):
+    return classify("--val_images", "10", *more)
+
+
+def scripted(accuracies, seen, evaluate=train_classifier.evaluate):
+    """An `evaluate` that finds these val/acc, one after the other, and notes the number of images and the weights."""
+
+    def evaluate_scripted(model, images, *args):
+        seen.append((len(images.images), digest(model.state_dict())))
+        scores = evaluate(model, images, *args)
+        return {**scores, "val/acc": accuracies.pop(0)} if "val/acc" in scores else scores
+
+    return evaluate_scripted
+
+
+def test_the_epoch_is_chosen_on_held_out_images_and_the_test_set_is_used_once(monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(train_classifier, "evaluate", scripted([0.1, 0.4, 0.4, 0.3], seen))
+    command = [*SIZE, *SET, "--total_epoch", "4"]
+    train_classifier.main([*command, "--val_images", "10"])
+    run = Path("logs/classifier/cls_shapes-40_val10_ep4_b16_s42_scratch_i32_p8_w12_e1_h2")
+    assert [count for count, _ in seen] == [10, 10, 10, 10, 100]
+    assert len(set(seen)) == 5
+    assert digest(weights(run)) == seen[4][1] == seen[1][1] != seen[3][1]
+    rows = read_metrics(run)
+    columns = ["epoch", "val/loss", "val/acc", "test/loss", "test/acc", "test/acc_mean_of_batches", "chosen_epoch"]
+    assert list(rows[0])[:8] == [*columns, "train/loss"]
+    assert [row["val/acc"] for row in rows] == [0.1, 0.4, 0.4, 0.3]
+    assert all(math.isnan(row[name]) for row in rows[:3] for name in columns[3:])
+    assert rows[3]["chosen_epoch"] == 2
+    said = f"test accuracy {rows[3]['test/acc']:.2%} (epoch 2, chosen on held-out images)"
+    assert said in capsys.readouterr().out
+    train_classifier.main(command)
+    plain = run.with_name(run.name.replace("_val10", ""))
+    assert digest(weights(plain)) == seen[3][1]  # trained on the same images
+
+
+def test_a_stopped_run_does_not_forget_its_best_epoch(monkeypatch):
+    """Stopped at the end of the second epoch, and while the test set is used."""
+    seen = {"whole": [], "parts": []}
+    monkeypatch.setattr(train_classifier, "evaluate", scripted([0.4, 0.2, 0.3], seen["whole"]))
+    whole = classify_and_choose("--log_dir", "whole")
+    evaluate = scripted([0.4, 0.2, 0.3], seen["parts"])
+
+    def stopping(*args):
+        scores = evaluate(*args)
+        if len(seen["parts"]) in (2, 4):
+            os.kill(os.getpid(), signal.SIGINT)
+        return scores
+
+    monkeypatch.setattr(train_classifier, "evaluate", stopping)
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            classify_and_choose("--log_dir", "parts")
+    parts = classify_and_choose("--log_dir", "parts")
+    assert seen["parts"] == seen["whole"]
+    assert [count for count, _ in seen["parts"]] == [10, 10, 10, 100]
+    assert digest(weights(parts)) == digest(weights(whole)) == seen["parts"][0][1]
+    assert untimed_metrics(parts) == untimed_metrics(whole)
+    assert read_metrics(parts)[-1]["chosen_epoch"] == 1
+
+
 # --- equal results ---
 
 
-@pytest.mark.parametrize("start", [pretrain, classify])
+@pytest.mark.parametrize("start", [pretrain, classify, classify_and_choose])
 @pytest.mark.parametrize("augment", [[], ["--augment"]])
 def test_a_run_stopped_anywhere_ends_with_the_bits_of_one_that_was_not(start, augment, monkeypatch):
     whole = start("--log_dir", "whole", *augment)
@@ -267,6 +330,10 @@ BAD = [
     (CLS, "--pretrained_model_path foreign.pt", "foreign.pt holds no model of this program; MAE_ViT is needed"),
     (CLS, "--pretrained_model_path nothing", "No file nothing/model.pt"),
     (CLS, "--decoder_depth 2", "unrecognized arguments: --decoder_depth 2"),
+    (CLS, "--val_images 0", "--val_images: '0' is not a whole number"),
+    (CLS, "--val_images 15", "--val_images 15 is not 10 classes times 1 to 4 images; try 10"),
+    (CLS, "--val_images 50", "--val_images 50 is not 10 classes times 1 to 4 images; try 40"),
+    (CLS, "--val_images 20", "With --val_images 20, --train_images 40 is not 10 classes times 1 to 3 .* try 30"),
     (CLS, "--patch_size 5", "patch_size 5 does not divide img_size 32"),
     (VIS, "", "one of the arguments --model_path --masks is required"),
     (VIS, "--model_path nowhere.pt", "No file nowhere.pt"),
@@ -373,6 +440,18 @@ def test_picture_of_a_classifier_and_curves():
     assert picture_size("c.png")[1] > 400
 
 
+def test_curves_are_of_the_held_out_images_where_all_runs_have_them(capsys):
+    val, test = str(classify_and_choose()), str(classify())
+    for arguments, expected in [
+        ([val], "accuracy on held-out images"),
+        ([val, test], "test accuracy"),
+        ([val, "--metric", "test/acc"], "test accuracy"),
+    ]:
+        plot_curves.main(arguments)
+        shown = re.findall(rf"epoch 3: .*{expected} 0\.\d{{4}}", capsys.readouterr().out)
+        assert len(shown) == sum(argument in (val, test) for argument in arguments)
+
+
 # --- sweeps and the report ---
 
 
@@ -470,10 +549,12 @@ def test_gallery_of_masks_needs_no_model():
     assert picture_size("masks.png")[0] > 400
 
 
-@pytest.mark.parametrize("script", [mae_pretrain, train_classifier])
-def test_dry_run_goes_through_every_line_and_leaves_nothing(script, capsys):
+@pytest.mark.parametrize(
+    ("script", "more"), [(mae_pretrain, []), (train_classifier, []), (train_classifier, ["--val_images", "5000"])]
+)
+def test_dry_run_goes_through_every_line_and_leaves_nothing(script, more, capsys):
     output = "--model_path" if script is mae_pretrain else "--output_model_path"
-    script.main(["--dry_run", *SIZE, output, "mine.pt"])
+    script.main(["--dry_run", *SIZE, output, "mine.pt", *more])
     assert "saved and reloaded" in capsys.readouterr().out
     assert not list(Path().iterdir())
 
