@@ -516,18 +516,32 @@ def test_the_report_of_a_small_sweep():
     make_report.main(["--runs", "runs", "--output", "out", "--bank", "20"])
     report = Path("out/REPORT.md").read_text()
     figures = re.findall(r"\((\w+\.png)\)", report)
-    assert len(figures) == 13
+    assert len(figures) == 14
     assert all(picture_size(f"out/{name}")[0] > 200 for name in figures)
     runs = make_report.collect(Path("runs"))["depth 4, grid"]
     assert [result.seed for result in runs] == [1, 2]
     accuracies = [read_metrics(result.classifier)[-1]["test/acc"] for result in runs]
     assert f"| grid | {make_report.spread(accuracies)} |" in report
-    assert "8 > 4 > 2: not decided: runs are missing" in report
+    assert re.search(r"\| grid \| .* \| 80\.24 \|", report)
+    assert f"| depth 4, grid | {make_report.spread(accuracies)} | " in report  # beside its price
+    assert "8 > 4 > 2: **not decided: runs are missing**" in report
     kept = list(Path("out/runs").glob("*/*/metrics.csv"))
     assert len(kept) == 26
     classify("--weight_decay", "0.3", "--total_epoch", "2", "--seed", "3", "--log_dir", "runs/classifier")
     with pytest.raises(ValueError, match=r"has weight_decay 0\.3, others have 0\.05"):
         make_report.collect(Path("runs"))
+
+
+def test_the_report_of_runs_that_held_images_out_watches_those_and_tests_once():
+    mae = pretrain("--decoder_depth", "4", "--log_dir", "runs/pretrain")
+    for more in (["--pretrained_model_path", str(mae)], []):
+        classify("--val_images", "10", "--train_images", "20", *more, "--log_dir", "runs/classifier")
+    make_report.main(["--runs", "runs", "--output", "out", "--bank", "20"])
+    report = Path("out/REPORT.md").read_text()
+    assert "at the epoch chosen on held-out images" in report
+    assert "chosen on the test set" not in report
+    assert "Classifier accuracy on held-out images by mask strategy" in report
+    assert "nan" not in report
 
 
 def test_paired_differences_and_what_they_decide():
