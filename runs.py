@@ -255,11 +255,11 @@ class Run:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ValueError(f"Another process is at work on {self.directory}; wait for it or stop it.") from None
-        self.handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         self.config = self._stored_config()  # as it is now that no other process can change it
         if self.config:
             self._check_same(self.config["arguments"], self.arguments, skip=FREE_ARGUMENTS)
             self._check_same(self.config, facts)
+        self.handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         if self.writer:
             if self.overwrite:
                 for pattern in ("*.pt", "metrics.csv", "events.out.tfevents.*", "config.json"):

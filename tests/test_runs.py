@@ -230,7 +230,7 @@ def test_saving_takes_at_most_a_fiftieth_of_the_time(tmp_path, monkeypatch):
     with opened(tmp_path) as run:
         train(run, 1)
         run.save_seconds = 3.0
-        for passed, due in ((0, False), (149, False), (150, True)):
+        for passed, due in ((0, False), (149, False), (151, True)):
             monkeypatch.setattr(runs.time, "monotonic", lambda passed=passed: run.saved_at + passed)
             assert run.save_due() == due
 
@@ -240,6 +240,7 @@ def test_other_facts_are_refused_under_the_same_arguments(tmp_path):
         pass
     with pytest.raises(ValueError, match="is a run with parameters 2040, and now parameters is 7"):
         Run(tmp_path, "toy", ARGUMENTS).open({"parameters": 7})
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_overwriting_leaves_no_checkpoint_without_its_config(tmp_path, monkeypatch):
