@@ -12,9 +12,12 @@ import functools
 import multiprocessing
 import os
 import statistics
+import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 
@@ -22,6 +25,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
@@ -211,37 +215,55 @@ def lightly_pretraining(images, model_args, batch_size, precision, compiled):
     return step
 
 
-PATHS = {  # name: (task, builder, precision, compiled); precision "best" is what --precision auto picks
-    "ours": ("pretraining", ours_pretraining, "best", False),
-    "ours compiled": ("pretraining", ours_pretraining, "best", True),
-    "ours float32": ("pretraining", ours_pretraining, "float32", False),
-    "naive": ("pretraining", naive_pretraining, "float32", False),
-    "huggingface": ("pretraining", huggingface_pretraining, "best", False),
-    "huggingface compiled": ("pretraining", huggingface_pretraining, "best", True),
-    "lightly": ("pretraining", lightly_pretraining, "best", False),
-    "fine-tuning": ("fine-tuning", ours_fine_tuning, "best", False),
-    "fine-tuning compiled": ("fine-tuning", ours_fine_tuning, "best", True),
-    "fine-tuning naive": ("fine-tuning", naive_fine_tuning, "float32", False),
+class Way(NamedTuple):
+    """How a path takes its steps."""
+
+    task: str
+    builder: Callable
+    precision: str = "best"  # what --precision auto picks
+    compiled: bool = False
+    processes: int = 1  # each with its share of the cores and of the batch
+
+
+PATHS = {
+    "ours": Way("pretraining", ours_pretraining),
+    "ours compiled": Way("pretraining", ours_pretraining, compiled=True),
+    "ours, a process a core": Way("pretraining", ours_pretraining, processes=os.cpu_count()),
+    "ours float32": Way("pretraining", ours_pretraining, "float32"),
+    "ours float32, a process a core": Way("pretraining", ours_pretraining, "float32", processes=os.cpu_count()),
+    "naive": Way("pretraining", naive_pretraining, "float32"),
+    "huggingface": Way("pretraining", huggingface_pretraining),
+    "huggingface compiled": Way("pretraining", huggingface_pretraining, compiled=True),
+    "lightly": Way("pretraining", lightly_pretraining),
+    "fine-tuning": Way("fine-tuning", ours_fine_tuning),
+    "fine-tuning compiled": Way("fine-tuning", ours_fine_tuning, compiled=True),
+    "fine-tuning naive": Way("fine-tuning", naive_fine_tuning, "float32"),
 }
 
 
 # --- measuring: every path in a process of its own, one step of each in turn ---
 
 
-def serve(name, device, batch_size, model_args, pipe):
+def serve(name, device, batch_size, model_args, rank, meeting, pipe):
     """The body of a process: build a path, take a step whenever asked, answer with its seconds.
 
     Asked for None, it answers with the precision and with the memory that building and stepping took, in MB.
+
+    Args:
+        rank: this process's among the path's; meeting: a file that does not exist yet, for them to find each other.
     """
     warnings.simplefilter("ignore")  # of other libraries
     before = utils.peak_memory_mb(torch.device("cpu"))
-    _, builder, precision, compiled = PATHS[name]
+    _, builder, precision, compiled, processes = PATHS[name]
+    if processes > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=processes)
     if precision == "best":
         precision = utils.pick_precision("auto", device, model_args["embed_dim"])
     size = model_args["img_size"]
     images = torch.randint(256, (NUM_IMAGES, 3, size, size), dtype=torch.uint8, device=device)
     try:
-        step = builder(images, model_args, batch_size, precision, compiled)
+        step = builder(images, model_args, batch_size // processes, precision, compiled)
     except ImportError as error:
         pipe.send(error)
         return
@@ -249,6 +271,7 @@ def serve(name, device, batch_size, model_args, pipe):
     while (i := pipe.recv()) is not None:
         pipe.send(timed(step, i, device))
     pipe.send((precision, utils.peak_memory_mb(device) - (0 if device.type == "cuda" else before)))
+    utils.leave_process_group()
 
 
 def timed(step, i, device):
@@ -260,48 +283,65 @@ def timed(step, i, device):
     return time.perf_counter() - started
 
 
+def start(name, device, batch_size, model_args, meeting):
+    """The processes of a path, as the pipes to talk to them; None where a package is missing."""
+    context, pipes = multiprocessing.get_context("spawn"), []
+    for rank in range(PATHS[name].processes):
+        pipe, other = context.Pipe()
+        args = (name, device, batch_size, model_args, rank, meeting, other)
+        context.Process(target=serve, args=args).start()
+        pipes.append(pipe)
+    for pipe in pipes:
+        if error := pipe.recv():
+            print(f"{name} is left out: {error}. pip install -r requirements-dev.txt brings it.")
+            return None
+    return pipes
+
+
+def ask(pipes, question):
+    """The answers of all of a path's processes."""
+    for pipe in pipes:
+        pipe.send(question)
+    return [pipe.recv() for pipe in pipes]
+
+
 def measure(names, device, batch_sizes, model_args, seconds):
     """Time steps of all paths in turn; a row each."""
     # the arithmetic of this machine, before anything else runs on it
     gflops = {precision: matmul_gflops(device, precision) for precision in ("float32", "bf16")}
     gflop = {task: gflop_per_image(task, device, model_args) for task in batch_sizes}
-    context, pipes = multiprocessing.get_context("spawn"), {}
-    for name in names:
-        pipe, other = context.Pipe()
-        process = context.Process(target=serve, args=(name, device, batch_sizes[PATHS[name][0]], model_args, other))
-        process.start()
-        if error := pipe.recv():
-            print(f"{name} is left out: {error}. pip install -r requirements-dev.txt brings it.")
-        else:
-            pipes[name] = pipe
-
-    def ask(name, question):
-        pipes[name].send(question)
-        return pipes[name].recv()
-
-    first = {name: ask(name, 0) for name in pipes}
-    times, i = {name: [] for name in pipes}, 0
-    started = time.monotonic()
-    while i < 4 or time.monotonic() - started < seconds * len(pipes):
-        i += 1
-        for name in pipes:
-            times[name].append(ask(name, i))
+    with tempfile.TemporaryDirectory() as meeting:
+        paths = {}
+        for i, name in enumerate(names):
+            if pipes := start(name, device, batch_sizes[PATHS[name].task], model_args, f"{meeting}/{i}"):
+                paths[name] = pipes
+        first = {name: max(ask(pipes, 0)) for name, pipes in paths.items()}
+        times, i = {name: [] for name in paths}, 0
+        begun = time.monotonic()
+        while i < 4 or time.monotonic() - begun < seconds * len(paths):
+            i += 1
+            for name, pipes in paths.items():
+                times[name].append(max(ask(pipes, i)))
+        ends = {name: ask(pipes, None) for name, pipes in paths.items()}
     rows = []
-    for name in pipes:
-        task, batch_size = PATHS[name][0], batch_sizes[PATHS[name][0]]
-        precision, memory = ask(name, None)
+    for name, answers in ends.items():
+        task, precision = PATHS[name].task, answers[0][0]
         seconds_a_step = statistics.median(times[name][1:])
-        images_per_sec = batch_size / seconds_a_step
-        floor = gflops[precision] / gflop[task]
-        row = {
-            "path": name,
-            "task": task,
-            "precision": precision,
-            "batch_size": batch_size,
-            "steps": len(times[name]) - 1,
-        }
-        row |= {"first_step_s": first[name], "median_step_s": seconds_a_step, "images_per_sec": images_per_sec}
-        rows.append({**row, "share_of_floor": images_per_sec / floor, "memory_mb": memory})
+        images_per_sec = batch_sizes[task] / seconds_a_step
+        rows.append(
+            {
+                "path": name,
+                "task": task,
+                "precision": precision,
+                "batch_size": batch_sizes[task],
+                "steps": len(times[name]) - 1,
+                "first_step_s": first[name],
+                "median_step_s": seconds_a_step,
+                "images_per_sec": images_per_sec,
+                "share_of_floor": images_per_sec * gflop[task] / gflops[precision],
+                "memory_mb": sum(memory for _, memory in answers),
+            }
+        )
     return rows
 
 
@@ -379,6 +419,7 @@ def main(argv=None):
         device = utils.pick_device(args.device)
     model_args = {**utils.defaults(MAE_ViT), "embed_dim": args.embed_dim}
     cpu = device.type == "cpu"
+    names = [name for name in args.paths if cpu or PATHS[name].processes == 1]  # one process a GPU
     batch_size = {"pretraining": args.batch_size or (64 if cpu else 4096)}
     batch_size["fine-tuning"] = args.batch_size or (64 if cpu else 128)
     if args.growth:
@@ -386,7 +427,7 @@ def main(argv=None):
         report(rows, args.output / "growth.csv")
         draw_growth(rows, args.output / "growth.png")
     else:
-        report(measure(args.paths, device, batch_size, model_args, args.seconds), args.output / "steps.csv")
+        report(measure(names, device, batch_size, model_args, args.seconds), args.output / "steps.csv")
 
 
 if __name__ == "__main__":

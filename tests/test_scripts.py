@@ -22,7 +22,7 @@ import utils
 import visualize_predictions
 from model import MASK_STRATEGIES, MAE_ViT
 from runs import Run, digest, load_file, read_config, read_metrics
-from scripts import make_report, plot_curves
+from scripts import benchmark, make_report, plot_curves
 
 ROOT = Path(__file__).parents[1]
 SIZE = shlex.split("--patch_size 8 --embed_dim 12 --encoder_depth 1 --num_heads 2 --device cpu")
@@ -542,6 +542,19 @@ def test_the_report_of_runs_that_held_images_out_watches_those_and_tests_once():
     assert "chosen on the test set" not in report
     assert "Classifier accuracy on held-out images by mask strategy" in report
     assert "nan" not in report
+
+
+def test_the_benchmark_times_paths_in_turn_and_several_processes_of_one(capsys):
+    paths = ["ours", "ours float32, a process a core", "fine-tuning"]
+    benchmark.main([*shlex.split("--batch_size 8 --seconds 0 --embed_dim 12 --device cpu --output b --paths"), *paths])
+    with open("b/steps.csv", newline="") as file:
+        rows = {row["path"]: row for row in csv.DictReader(file)}
+    assert list(rows) == paths
+    assert {row["precision"] for row in rows.values()} == {"float32"}  # at this width
+    assert all(float(row["images_per_sec"]) == pytest.approx(8 / float(row["median_step_s"])) for row in rows.values())
+    assert all(0 < float(row["share_of_floor"]) < 1 for row in rows.values())
+    assert float(rows[paths[1]]["memory_mb"]) > 0
+    assert "share_of_floor" in capsys.readouterr().out
 
 
 def test_paired_differences_and_what_they_decide():
