@@ -1,4 +1,4 @@
-"""Tables, figures and findings of the ablations, from their run directories alone: no training.
+"""Tables, figures and findings of the ablations, from their run directories and the test images: no training.
 
 python -m scripts.make_report --runs logs/ablation --output logs/report
 
@@ -27,7 +27,7 @@ from model import MASK_STRATEGIES, MAE_ViT, PatchShuffle, ViT_Classifier, mae_lo
 from runs import FREE_ARGUMENTS, load_model, read_config, read_metrics
 
 STYLES = [("#0072b2", "-"), ("#d55e00", "--"), ("#009e73", "-."), ("#cc79a7", ":"), ("#000000", (0, (5, 1)))]
-# 97.5 % points of Student's t for 1, 2, ... degrees of freedom; from 31 on 1.96 + 2.4 / df is within 0.002
+# 97.5 % points of Student's t for 1, 2, ... degrees of freedom; beyond, the last one, which is a little wide
 STUDENT_T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
 STUDENT_T += [2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042]
 BASE, SCRATCH = "depth 4, random", "from scratch"
@@ -76,33 +76,39 @@ def collect(runs):
             print(f"Not finished, left out: {directory}")
             continue
         config = read_config(directory)
-        encoder = config["name"].partition("_from_")[2]
-        mae = runs / "pretrain" / encoder if encoder else None
-        check_alike(common.setdefault("classifier", config["arguments"]), config["arguments"], directory)
+        encoder = config["name"].partition("_from_mae_")[2]
+        mae = runs / "pretrain" / f"mae_{encoder}" if encoder else None
+        if mae and not (mae / "model.pt").exists():
+            print(f"Left out: {directory}, as {mae} is not there or not finished")
+            continue
+        check_alike(common.setdefault("classifier", config), config, directory)
         setting = SCRATCH
         if mae:
-            arguments = read_config(mae)["arguments"]
-            check_alike(common.setdefault("pretrain", arguments), arguments, mae)
-            setting = f"depth {arguments['decoder_depth']}, {arguments['mask_strategy']}"
+            pretraining = read_config(mae)
+            check_alike(common.setdefault("pretrain", pretraining), pretraining, mae)
+            setting = "depth {decoder_depth}, {mask_strategy}".format(**pretraining["arguments"])
         results.setdefault(setting, []).append(Result(config["arguments"]["seed"], directory, mae))
     if BASE not in results:
         raise ValueError(f"{runs} holds no finished classifier of {BASE}; run scripts/reproduce_report.sh first.")
     return {setting: sorted(found) for setting, found in results.items()}
 
 
-def check_alike(first, arguments, directory):
+def check_alike(first, config, directory):
+    """Refuse a run that differs from the first of its kind in more than what a sweep varies."""
     varied = {"seed", "decoder_depth", "mask_strategy", "encoder_digest", *FREE_ARGUMENTS}
-    for name in sorted(first.keys() & arguments.keys() - varied):
-        if first[name] != arguments[name]:
+    facts = ("precision", "images")
+    one, other = ({**run["arguments"], **{name: run[name] for name in facts}} for run in (first, config))
+    for name in sorted(one.keys() & other.keys() - varied | set(facts)):
+        if one[name] != other[name]:
             raise ValueError(
-                f"{directory} has {name} {arguments[name]}, others have {first[name]}. Report one sweep at a time: "
+                f"{directory} has {name} {other[name]}, others have {one[name]}. Report one sweep at a time: "
                 f"give each its own LOGS, or move runs away."
             )
 
 
 def accuracy(result):
-    """Of a classifier on the test set: at its last epoch, or at the one chosen on held-out images (--val_images)."""
-    return read_metrics(result.classifier)[-1]["test/acc"]
+    """In %, of the test images: at the last epoch, or at the one chosen on held-out images (--val_images)."""
+    return 100 * read_metrics(result.classifier)[-1]["test/acc"]
 
 
 def watched(result):
@@ -113,10 +119,10 @@ def watched(result):
 # --- statistics ---
 
 
-def spread(values, scale=100):
+def spread(values):
     """ "81.03 ± 0.21 (n 3)", mean and standard deviation; one value without."""
-    mean = f"{scale * statistics.mean(values):.2f}"
-    return f"{mean} ± {scale * statistics.stdev(values):.2f} (n {len(values)})" if len(values) > 1 else f"{mean} (n 1)"
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{deviation} (n {len(values)})"
 
 
 class Difference(NamedTuple):
@@ -129,7 +135,15 @@ class Difference(NamedTuple):
 
     @property
     def verdict(self):
+        if self.n == 1:
+            return "one seed"
+        if self.low == self.high:  # equal differences, by chance
+            return "not decided"
         return "better" if self.low > 0 else "worse" if self.high < 0 else "not decided"
+
+    @property
+    def interval(self):
+        return f"{self.low:+.2f} to {self.high:+.2f}" if self.n > 1 else "one seed"
 
 
 def paired_difference(one, other):
@@ -140,7 +154,7 @@ def paired_difference(one, other):
         return None
     mean, half = statistics.mean(differences), math.inf
     if n > 1:
-        t = STUDENT_T[n - 2] if n - 2 < len(STUDENT_T) else 1.96 + 2.4 / (n - 1)
+        t = STUDENT_T[min(n - 1, len(STUDENT_T)) - 1]
         half = t * statistics.stdev(differences) / math.sqrt(n)
     return Difference(mean, mean - half, mean + half, n)
 
@@ -152,16 +166,18 @@ def compare(results, one, other, value=accuracy):
     return paired_difference(*({result.seed: value(result) for result in results[name]} for name in (one, other)))
 
 
-def chain(differences):
-    """Whether every one of some expected gains is there: a sentence's end."""
-    if any(difference is None for difference in differences):
-        return "not decided: runs are missing"
-    n = min(difference.n for difference in differences)
-    if any(difference.high < 0 for difference in differences):
-        return f"does not hold (n {n})"
-    if all(difference.low > 0 for difference in differences):
-        return f"holds (n {n})"
-    return f"not decided at n {n} and this scale"
+def judge(claims):
+    """What the data say of {claim: the difference that it expects above 0, None without runs}: a sentence's end.
+
+    Several claims hold together if each holds, and do not if one is reversed.
+    """
+    words = {"better": "holds", "worse": "reversed"}
+    verdicts = [words.get(d.verdict, d.verdict) if d else "no runs" for d in claims.values()]
+    numbers = [f" ({d.mean:+.2f}, {d.interval}, n {d.n})" if d else "" for d in claims.values()]
+    if len(claims) == 1:
+        return f"**{verdicts[0]}**{numbers[0]}"
+    whole = "does not hold" if "reversed" in verdicts else "holds" if set(verdicts) == {"holds"} else "not decided"
+    return f"**{whole}**: " + "; ".join(map("{} {}{}".format, claims, verdicts, numbers))
 
 
 # --- figures ---
@@ -178,7 +194,7 @@ def draw_curves(groups, metric, ylabel, path):
         if len(tables) > 1:
             place.fill_between(epochs, values.min(0), values.max(0), color=colour, alpha=0.18, linewidth=0)
     if metric.endswith("/acc"):
-        place.yaxis.set_major_formatter(PercentFormatter(1))
+        place.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     place.set(xlabel="epoch", ylabel=ylabel)
     place.xaxis.set_major_locator(MaxNLocator(integer=True))
     place.grid(alpha=0.3)
@@ -227,17 +243,18 @@ def draw_table_of_colours(values, rows, columns, xlabel, ylabel, path, form="{:.
 
 
 def draw_disagreements(test, one, other, path, columns=8):
-    """Test images that only the pretrained classifier gets right, and that only the other does."""
+    """Some test images that only the pretrained classifier gets right, and some that only the other does."""
     right, other_right = one == test.labels, other == test.labels
     groups = {"only pretrained right": right & ~other_right, "only from scratch right": other_right & ~right}
     figure, axes = plt.subplots(2, columns, figsize=(1.5 * columns, 4.6), squeeze=False)
     for places, (title, chosen) in zip(axes, groups.items(), strict=True):
-        places[0].set_ylabel(f"{title}:\n{int(chosen.sum())} of {len(chosen)}", fontsize=9)
+        places[0].set_ylabel(f"{title}:\n{int(chosen.sum()):,} of {len(chosen):,}", fontsize=9)
         for place in places:
             place.set_xticks([])
             place.set_yticks([])
             place.set_frame_on(False)
-        for place, i in zip(places, chosen.nonzero().flatten().tolist(), strict=False):
+        order = torch.randperm(len(chosen), generator=utils.generator("cpu", "report"))
+        for place, i in zip(places, order[chosen[order]].tolist(), strict=False):
             place.set_frame_on(True)
             visualize_predictions.show(place, data.normalize(test.images[i]))
             wrong = other[i] if right[i] else one[i]
@@ -301,27 +318,24 @@ def accuracy_table(results, settings):
     for label, setting in settings.items():
         if setting in results:
             tables = [read_metrics(result.classifier) for result in results[setting]]
-            row = [label, *(spread([table[-1][f"test/acc{name}"] for table in tables]) for name in COUNTS)]
+            row = [label, *(spread([100 * table[-1][f"test/acc{name}"] for table in tables]) for name in COUNTS)]
             if not chosen:
-                row.append(spread([max(epoch["test/acc"] for epoch in table) for table in tables]))
-            rows.append([*row, SOURCE.get(setting, "")])
+                row.append(spread([100 * max(epoch["test/acc"] for epoch in table) for table in tables]))
+            rows.append([*row, f"{SOURCE[setting]:.2f}" if setting in SOURCE else ""])
     header = ["", "accuracy, %", "mean of batch means, %"]
     header += [] if chosen else ["best epoch, chosen on the test set, %"]
     return markdown_table([*header, "source report (n 1, mean of batch means), %"], rows)
 
 
 def difference_table(results, pairs):
-    """A row a pair: paired difference in accuracy with its interval, and what follows."""
+    """A row a pair: paired difference in accuracy with its interval, and what follows; no table without any."""
     rows = []
     for one, other in pairs:
-        difference = compare(results, one, other)
-        if difference:
-            interval = (
-                f"{100 * difference.low:+.2f} to {100 * difference.high:+.2f}" if difference.n > 1 else "one seed"
-            )
-            decided = f"the first is {difference.verdict}" if difference.verdict != "not decided" else "not decided"
-            rows.append([f"{one} minus {other}", f"{100 * difference.mean:+.2f}", interval, difference.n, decided])
-    return markdown_table(["difference", "points", "95 % interval", "n", "the data say"], rows)
+        d = compare(results, one, other)
+        if d:
+            says = f"the first is {d.verdict}" if d.verdict in ("better", "worse") else "not decided"
+            rows.append([f"{one} minus {other}", f"{d.mean:+.2f}", d.interval, d.n, says])
+    return markdown_table(["difference", "points", "95 % interval", "n", "the data say"], rows) if rows else ""
 
 
 def cost_table(results):
@@ -346,8 +360,9 @@ def cost_table(results):
                     f"{max(memory):,.0f}",
                 ]
             )
-    header = ["", "accuracy, %", "parameters", "GFLOP an image and step", "images/s", "minutes of pretraining"]
-    return markdown_table([*header, "of fine-tuning", "peak memory, MB"], rows)
+    header = ["", "accuracy, %", "parameters", "GFLOP an image and step", "images/s"]
+    header += ["minutes of pretraining steps", "of fine-tuning steps", "peak memory, MB"]
+    return markdown_table(header, rows)
 
 
 def minutes(found, kind):
@@ -358,49 +373,59 @@ def minutes(found, kind):
 def findings(results):
     """The source report's three findings and its explanation, each with what these runs say of it."""
 
-    def early(metric):  # mean of the first fifth of the epochs
-        def value(result):
-            values = [row[metric] for row in read_metrics(result.classifier)]
-            return statistics.mean(values[: max(1, len(values) // 5)])
+    def early(result, metric):  # mean of the first fifth of the epochs
+        values = [row[metric] for row in read_metrics(result.classifier)]
+        return statistics.mean(values[: max(1, len(values) // 5)])
 
-        return compare(results, BASE, SCRATCH, value)
+    watch = watched(results[BASE][0])
+    ahead = compare(results, BASE, SCRATCH, lambda result: 100 * early(result, watch))
+    loss = compare(results, SCRATCH, BASE, lambda result: early(result, "train/loss"))
 
     def gain(one, other):
-        return compare(results, MASKS[one], MASKS[other])
+        return {f"{one} > {other}": compare(results, MASKS[one], MASKS[other])}
 
-    loss = early("train/loss")
-    lower_loss = loss and Difference(-loss.mean, -loss.high, -loss.low, loss.n)
-    depth = [compare(results, DEPTHS[f"depth {one}"], DEPTHS[f"depth {other}"]) for one, other in ((4, 2), (8, 4))]
-    return (
-        f"1. Pretraining gives a higher final accuracy: **{chain([compare(results, BASE, SCRATCH)])}**. It converges "
-        f"faster, in accuracy over the first fifth of the epochs: **{chain([early(watched(results[BASE][0]))])}**; in "
-        f"training loss: **{chain([lower_loss])}**.\n"
-        f"2. A deeper decoder gives a better encoder, 8 > 4 > 2: **{chain(depth)}**.\n"
-        f"3. block > grid > random: **{chain([gain('block', 'grid'), gain('grid', 'random')])}**.\n\n"
-        "The MAE paper finds random masks best; the source report explains its own order by its block and grid, which "
-        "are not the paper's. With them as in the paper or nearer to it:\n\n"
-        f"- random > blockwise, the paper's order: **{chain([gain('random', 'blockwise')])}**.\n"
-        f"- block > blockwise, so it matters which block: **{chain([gain('block', 'blockwise')])}**.\n"
-        f"- shifted_grid > grid, so it matters that a fixed lattice trains few position embeddings: "
-        f"**{chain([gain('shifted_grid', 'grid')])}**.\n"
-    )
+    depth = {
+        f"{one} > {other}": compare(results, DEPTHS[f"depth {one}"], DEPTHS[f"depth {other}"])
+        for one, other in ((8, 4), (4, 2))
+    }
+    return f"""\
+1. Pretraining gives a higher final accuracy: {judge({"": compare(results, BASE, SCRATCH)})}. It is ahead over the \
+first fifth of the epochs, in accuracy: {judge({"": ahead})}; in training loss, lower by: {judge({"": loss})}.
+2. A deeper decoder gives a better encoder, 8 > 4 > 2: {judge(depth)}.
+3. block > grid > random: {judge(gain("block", "grid") | gain("grid", "random"))}.
+
+The MAE paper finds random masks best. The source report explains its other order by its block and grid, which are not \
+the paper's. Its grid, one of each 2 x 2, is the paper's; its block is not, blockwise is near it:
+
+- random > blockwise, as in the paper: {judge(gain("random", "blockwise"))}.
+- block > blockwise, which would be the explanation's reason: {judge(gain("block", "blockwise"))}.
+- shifted_grid > grid, if a fixed lattice suffers from the position embeddings that it never trains: \
+{judge(gain("shifted_grid", "grid"))}.
+
+In brackets: difference in points of accuracy (of the loss: in its unit), 95 % interval, seeds. A difference holds \
+where the interval lies above 0, is reversed where below, and is not decided where 0 is inside. Intervals are over \
+seeds, not other test sets, and each stands alone: of many true zeros one in twenty looks decided.
+"""
 
 
 def commands(results):
     """What was run, where and for how long."""
-    lines = []
+    lines, places = [], {}
     for setting, found in results.items():
         for result in found:
             for run in filter(None, (result.mae, result.classifier)):
-                start, seconds = read_config(run)["starts"][-1], sum(row["seconds"] for row in read_metrics(run))
-                lines.append([setting, result.seed, f"{seconds / 60:.1f}", f"`{start['command']}`"])
-    start = read_config(results[BASE][0].classifier)["starts"][-1]
-    machine = f"{start['processor']}; Python {start['python']}, PyTorch {start['torch']}, timm {start['timm']}; "
-    machine += f"{start['threads']} thread{'s' if start['threads'] > 1 else ''} a run"
-    clean = "" if start["clean"] else ", with uncommitted changes"
-    return f"{machine}; commit {start['commit']}{clean}.\n\n" + markdown_table(
-        ["setting", "seed", "minutes", "command"], lines
-    )
+                starts, seconds = read_config(run)["starts"], sum(row["seconds"] for row in read_metrics(run))
+                lines.append([setting, result.seed, f"{seconds / 60:.1f}", f"`{starts[-1]['command']}`"])
+                places.update(dict.fromkeys(map(place, starts)))
+    header = ["setting", "seed", "minutes of steps", "command"]
+    return "\n".join(f"- {name}" for name in places) + "\n\n" + markdown_table(header, lines)
+
+
+def place(start):
+    """Where and by which version a run was started."""
+    versions = f"Python {start['python']}, PyTorch {start['torch']}, timm {start['timm']}"
+    commit = f"commit {start['commit']}{'' if start['clean'] else ' with changes'}" if start["commit"] else "no commit"
+    return f"{start['processor']}, {start['threads']} threads a run; {versions}; {commit}"
 
 
 def tables_of(found, kind):
@@ -481,6 +506,10 @@ def draw_answers(results, test, output, device):
     return captions
 
 
+def how_many(arguments):
+    return f"{arguments['train_images']:,}" if arguments["train_images"] else "all"
+
+
 def write_report(results, output, captions):
     settings = {"with pretraining": BASE, "from scratch": SCRATCH}
     depth_pairs = itertools.combinations(reversed(DEPTHS.values()), 2)
@@ -498,8 +527,8 @@ def write_report(results, output, captions):
 
 {arguments["dataset"]}{folder}, {arguments["img_size"]} x {arguments["img_size"]}, patch {arguments["patch_size"]}, \
 width {arguments["embed_dim"]}, encoder depth {arguments["encoder_depth"]}; {arguments["total_epoch"]} epochs of \
-pretraining on {arguments["train_images"] or "all"} images, {finetune["total_epoch"]} of training each classifier on \
-{finetune["train_images"] or "all"} labelled ones. Accuracy is correct / all test images at {chosen}, mean ± standard \
+pretraining on {how_many(arguments)} images, {finetune["total_epoch"]} of training each classifier on \
+{how_many(finetune)} labelled ones. Accuracy is correct / all test images at {chosen}, mean ± standard \
 deviation over n seeds; differences are between runs of equal seeds, with 95 % intervals from Student's t.
 
 ## Findings of the source report

@@ -17,34 +17,35 @@ jobs=()
 # that is stopped early has whole seeds
 plan() {
   local seed setting
-  for seed in $SEEDS; do for setting in "$@"; do jobs+=("$setting:$seed"); done; done
+  for seed in $SEEDS; do for setting in "$@"; do jobs+=("$seed:$setting"); done; done
 }
 
 run() {
-  echo "+ python $*"
+  printf '+ python'
+  printf ' %q' "$@"
+  echo
   $python "$@"
 }
 
 # One job: pretrain and fine-tune, or train from scratch. What is finished is passed over, what was stopped continues.
 run_job() {
-  local depth strategy seed model
-  local data="--dataset $DATASET --data_dir $DATA_DIR"
-  IFS=: read -r depth strategy seed <<<"$1"
+  local seed depth strategy model data=(--dataset "$DATASET" --data_dir "$DATA_DIR")
+  IFS=: read -r seed depth strategy <<<"$1"
   if [ "$depth" = scratch ]; then
-    run train_classifier.py $data $SIZE --total_epoch "$FINETUNE_EPOCHS" --seed "$strategy" \
+    run train_classifier.py "${data[@]}" $SIZE --total_epoch "$FINETUNE_EPOCHS" --seed "$seed" \
       --log_dir "$LOGS/classifier" $FINETUNE_FLAGS
     return
   fi
-  model=$LOGS/encoders/d${depth}_${strategy}_s$seed.pt
-  run mae_pretrain.py $data $SIZE --decoder_depth "$depth" --mask_strategy "$strategy" --total_epoch "$EPOCHS" \
+  model=$LOGS/encoders/d${depth}_${strategy}_ep${EPOCHS}_s$seed.pt
+  run mae_pretrain.py "${data[@]}" $SIZE --decoder_depth "$depth" --mask_strategy "$strategy" --total_epoch "$EPOCHS" \
     --seed "$seed" --log_dir "$LOGS/pretrain" --model_path "$model" $PRETRAIN_FLAGS &&
-    run train_classifier.py $data --total_epoch "$FINETUNE_EPOCHS" --seed "$seed" --pretrained_model_path "$model" \
+    run train_classifier.py "${data[@]}" --total_epoch "$FINETUNE_EPOCHS" --seed "$seed" --pretrained_model_path "$model" \
       --log_dir "$LOGS/classifier" $FINETUNE_FLAGS
 }
 
-# One worker: takes job after job that no other has taken; all stop at the first failure.
+# One worker: takes job after job that no other has taken; after a failure nobody takes a new one.
 work() {
-  local taken=$1 i
+  local i
   for i in "${!jobs[@]}"; do
     if [ -e "$taken/failed" ]; then return 1; fi
     mkdir "$taken/$i" 2>/dev/null || continue
@@ -57,23 +58,33 @@ work() {
   done
 }
 
+# Pass a signal on to what the workers run, and leave when that has been saved.
+stop() {
+  touch "$taken/failed"
+  pkill -TERM -P "$(IFS=, && echo "${workers[*]}")" || true
+  wait
+  exit 130
+}
+
 # All jobs, by one worker or by several at a time, each on a GPU or on its share of the cores.
 run_all() {
-  local gpus count cores taken workers=() worker failed=0
-  gpus=(${CUDA_VISIBLE_DEVICES:-$({ nvidia-smi -L 2>/dev/null || true; } | sed -n 's/^GPU \([0-9]*\):.*/\1/p')})
+  local gpus count cores worker failed=0
+  gpus=(${CUDA_VISIBLE_DEVICES-$({ nvidia-smi -L 2>/dev/null || true; } | sed -n 's/^GPU \([0-9]*\):.*/\1/p')})
   IFS=', ' read -r -a gpus <<<"${gpus[*]:-}"
   count=${JOBS:-$((${#gpus[@]} > 1 ? ${#gpus[@]} : 1))}
-  taken=$(mktemp -d)
-  trap "rm -rf '$taken'" EXIT
-  if ((count < 2)); then work "$taken"; return; fi
-  cores=$(($(getconf _NPROCESSORS_ONLN) / count))
-  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > 0 ? cores : 1))}
-  trap 'trap - TERM; kill 0' INT TERM
+  if ((count > 1)); then
+    cores=$(($(getconf _NPROCESSORS_ONLN) / count))
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > 0 ? cores : 1))}
+  fi
+  taken=$(mktemp -d) workers=()
+  trap 'rm -rf "$taken"' EXIT
+  trap stop INT TERM
   for ((worker = 0; worker < count; worker++)); do
     if ((${#gpus[@]})); then export CUDA_VISIBLE_DEVICES=${gpus[worker % ${#gpus[@]}]}; fi
-    work "$taken" &
+    work &
     workers+=($!)
   done
-  for worker in "${workers[@]}"; do wait "$worker" || failed=1; done
+  for worker in "${workers[@]}"; do wait "$worker" || { failed=1 && touch "$taken/failed"; }; done
+  trap - INT TERM
   return $failed
 }

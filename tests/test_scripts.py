@@ -6,6 +6,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -463,31 +464,29 @@ def sweep(lines, **environment):
 
 
 def test_a_sweep_runs_every_setting_once_a_seed_and_says_how_much_is_left():
-    done = sweep("plan 4:random scratch; run_all", SEEDS="1 2", EPOCHS="7", SIZE="--patch_size 8", LOGS="here")
+    done = sweep(
+        "plan 4:random scratch; run_all", SEEDS="1 2", EPOCHS="7", SIZE="--patch_size 8", LOGS="here", DATA_DIR="a b"
+    )
     assert done.returncode == 0, done.stderr
     assert re.findall(r"\[\d of 4\] \S+", done.stdout) == [
-        "[1 of 4] 4:random:1",
-        "[2 of 4] scratch:1",
-        "[3 of 4] 4:random:2",
-        "[4 of 4] scratch:2",
+        "[1 of 4] 1:4:random",
+        "[2 of 4] 1:scratch",
+        "[3 of 4] 2:4:random",
+        "[4 of 4] 2:scratch",
     ]
-    commands = [line[9:].split() for line in done.stdout.splitlines() if line.startswith("+ python")]
+    commands = [shlex.split(line)[2:] for line in done.stdout.splitlines() if line.startswith("+ python")]
     assert [command[0] for command in commands] == ["mae_pretrain.py", "train_classifier.py", "train_classifier.py"] * 2
     args = mae_pretrain.parse_args(commands[0][1:])
-    assert (args.decoder_depth, args.mask_strategy, args.total_epoch, args.seed, args.patch_size) == (
-        4,
-        "random",
-        7,
-        1,
-        8,
-    )
+    assert (args.decoder_depth, args.mask_strategy, args.total_epoch) == (4, "random", 7)
+    assert (args.seed, args.patch_size, args.data_dir) == (1, 8, "a b")
     pretrained, scratch = (train_classifier.parse_args(command[1:]) for command in commands[4:])
-    assert (pretrained.pretrained_model_path, pretrained.seed) == ("here/encoders/d4_random_s2.pt", 2)
+    assert (pretrained.pretrained_model_path, pretrained.seed) == ("here/encoders/d4_random_ep7_s2.pt", 2)
     assert (scratch.pretrained_model_path, scratch.patch_size, scratch.seed) == (None, 8, 2)
 
 
 def test_jobs_at_once_share_the_sweep_and_the_cores():
-    say = """python=say; say() { echo "$BASHPID $OMP_NUM_THREADS ${CUDA_VISIBLE_DEVICES:-}"; sleep 0.05; }"""
+    say = """python=say
+    say() { echo "$(sh -c "echo \\$PPID") $OMP_NUM_THREADS ${CUDA_VISIBLE_DEVICES:-}"; sleep 0.05; }"""
     done = sweep(f"{say}; plan scratch; run_all", SEEDS="1 2 3 4 5", JOBS="2")
     assert done.returncode == 0, done.stderr
     assert sorted(re.findall(r"\[(\d) of 5\]", done.stdout)) == list("12345")
@@ -503,7 +502,25 @@ def test_a_sweep_stops_at_the_first_failure(jobs):
     done = sweep("python=false; plan 4:random 8:random 2:random; run_all", SEEDS="1 2", JOBS=jobs)
     assert done.returncode != 0
     assert 1 <= done.stdout.count("+ python") <= int(jobs)
-    assert "Stopped at 4:random:1; the same command continues" in done.stderr
+    assert "Stopped at 1:4:random; the same command continues" in done.stderr
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_a_stopped_sweep_ends_when_its_runs_have_saved(jobs, tmp_path):
+    run = tmp_path / "run"  # says that it has started; saves when stopped, which takes a while
+    run.write_text("""#!/bin/bash
+trap 'sleep 0.5; touch $$.saved; exit 143' TERM
+touch $$.started
+for i in {1..200}; do sleep 0.1; done
+""")
+    run.chmod(0o755)
+    script = f"set -euo pipefail; source {ROOT}/scripts/sweep.sh; python={run}; plan scratch; run_all"
+    process = subprocess.Popen(["bash", "-c", script], cwd=tmp_path, env={**os.environ, "JOBS": jobs}, text=True)
+    while process.poll() is None and len(list(tmp_path.glob("*.started"))) < int(jobs):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == 130
+    assert len(list(tmp_path.glob("*.saved"))) == int(jobs)
 
 
 def test_the_report_of_a_small_sweep():
@@ -520,15 +537,21 @@ def test_the_report_of_a_small_sweep():
     assert all(picture_size(f"out/{name}")[0] > 200 for name in figures)
     runs = make_report.collect(Path("runs"))["depth 4, grid"]
     assert [result.seed for result in runs] == [1, 2]
-    accuracies = [read_metrics(result.classifier)[-1]["test/acc"] for result in runs]
+    accuracies = [100 * read_metrics(result.classifier)[-1]["test/acc"] for result in runs]
     assert f"| grid | {make_report.spread(accuracies)} |" in report
     assert re.search(r"\| grid \| .* \| 80\.24 \|", report)
     assert f"| depth 4, grid | {make_report.spread(accuracies)} | " in report  # beside its price
-    assert "8 > 4 > 2: **not decided: runs are missing**" in report
+    assert re.search(r"8 > 4 > 2: \*\*.*\*\*: 8 > 4 no runs; 4 > 2 \w+.* n 2\)", report)
     kept = list(Path("out/runs").glob("*/*/metrics.csv"))
     assert len(kept) == 26
     classify("--weight_decay", "0.3", "--total_epoch", "2", "--seed", "3", "--log_dir", "runs/classifier")
     with pytest.raises(ValueError, match=r"has weight_decay 0\.3, others have 0\.05"):
+        make_report.collect(Path("runs"))
+    shutil.rmtree(runs[1].mae)
+    shutil.rmtree(next(Path("runs/classifier").glob("*s3_scratch*")))
+    assert len(make_report.collect(Path("runs"))["depth 4, grid"]) == 1
+    classify("--precision", "bf16", "--total_epoch", "2", "--seed", "4", "--log_dir", "runs/classifier")
+    with pytest.raises(ValueError, match="has precision bf16, others have float32"):
         make_report.collect(Path("runs"))
 
 
@@ -565,10 +588,12 @@ def test_paired_differences_and_what_they_decide():
     gain, loss = (make_report.paired_difference({1: a, 2: a + 0.01}, {1: 0, 2: 0}) for a in (1, -1))
     assert (gain.verdict, loss.verdict) == ("better", "worse")
     one_seed = make_report.paired_difference({1: 1.0}, {1: 0.0})
-    assert make_report.chain([gain, gain]) == "holds (n 2)"
-    assert make_report.chain([gain, loss]) == "does not hold (n 2)"
-    assert make_report.chain([gain, one_seed]).startswith("not decided at n 1")
+    assert make_report.judge({"a": gain, "b": gain}).startswith("**holds**: a holds (+1.")
+    assert make_report.judge({"a": gain, "b": loss, "c": None}).startswith("**does not hold**: a holds")
+    assert "**not decided**: a holds" in make_report.judge({"a": gain, "b": one_seed})
+    assert make_report.judge({"": one_seed}) == "**one seed** (+1.00, one seed, n 1)"
     assert make_report.paired_difference({1: 1}, {2: 1}) is None
+    assert make_report.paired_difference({1: 1, 2: 2}, {1: 0, 2: 1}).verdict == "not decided"  # equal by chance
 
 
 def test_gallery_of_masks_needs_no_model():
