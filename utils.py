@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 # --- command line ---
 
@@ -218,6 +220,13 @@ def peak_memory_mb(device):
     if status.exists():  # Linux, where ru_maxrss would begin with what the parent process had
         return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS: bytes
+
+
+def count_gflop(step):
+    """What calling step() computes, in 1e9 multiplications and additions; plain attention, as fused is not counted."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops() / 1e9
 
 
 # --- the plan of a training run ---

@@ -27,9 +27,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 import data
@@ -45,7 +43,7 @@ def parse_args(argv=None):
     parser = utils.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--growth", action="store_true", help="measure how the cost grows, of our pretraining only")
     parser.add_argument("--paths", nargs="+", choices=[*PATHS], default=[*PATHS], help="what to compare")
-    parser.add_argument("--batch_size", type=utils.positive_int, help="left out: 64 on a CPU; 4096 and 128 on CUDA")
+    parser.add_argument("--batch_size", type=utils.positive_int, help="left out: 64 on a CPU, the scripts' on CUDA")
     parser.add_argument("--seconds", type=float, default=60, help="time for each path, about")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--embed_dim", type=utils.positive_int, default=utils.defaults(MAE_ViT)["embed_dim"])
@@ -222,15 +220,15 @@ class Way(NamedTuple):
     builder: Callable
     precision: str = "best"  # what --precision auto picks
     compiled: bool = False
-    processes: int = 1  # each with its share of the cores and of the batch
+    a_process_a_core: bool = False  # each with its share of the batch; on a CPU only
 
 
 PATHS = {
     "ours": Way("pretraining", ours_pretraining),
     "ours compiled": Way("pretraining", ours_pretraining, compiled=True),
-    "ours, a process a core": Way("pretraining", ours_pretraining, processes=os.cpu_count()),
+    "ours, a process a core": Way("pretraining", ours_pretraining, a_process_a_core=True),
     "ours float32": Way("pretraining", ours_pretraining, "float32"),
-    "ours float32, a process a core": Way("pretraining", ours_pretraining, "float32", processes=os.cpu_count()),
+    "ours float32, a process a core": Way("pretraining", ours_pretraining, "float32", a_process_a_core=True),
     "naive": Way("pretraining", naive_pretraining, "float32"),
     "huggingface": Way("pretraining", huggingface_pretraining),
     "huggingface compiled": Way("pretraining", huggingface_pretraining, compiled=True),
@@ -244,17 +242,17 @@ PATHS = {
 # --- measuring: every path in a process of its own, one step of each in turn ---
 
 
-def serve(name, device, batch_size, model_args, rank, meeting, pipe):
+def serve(name, device, batch_size, model_args, rank, processes, meeting, pipe):
     """The body of a process: build a path, take a step whenever asked, answer with its seconds.
 
     Asked for None, it answers with the precision and with the memory that building and stepping took, in MB.
 
     Args:
-        rank: this process's among the path's; meeting: a file that does not exist yet, for them to find each other.
+        rank: this process's among the path's processes; meeting: a file, not there yet, for them to find each other.
     """
     warnings.simplefilter("ignore")  # of other libraries
     before = utils.peak_memory_mb(torch.device("cpu"))
-    _, builder, precision, compiled, processes = PATHS[name]
+    _, builder, precision, compiled, _ = PATHS[name]
     if processes > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // processes))
         dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=processes)
@@ -284,18 +282,22 @@ def timed(step, i, device):
 
 
 def start(name, device, batch_size, model_args, meeting):
-    """The processes of a path, as the pipes to talk to them; None where a package is missing."""
-    context, pipes = multiprocessing.get_context("spawn"), []
-    for rank in range(PATHS[name].processes):
+    """The processes of a path and the pipes to talk to them; none where a package is missing."""
+    context, processes, pipes = multiprocessing.get_context("spawn"), [], []
+    cores = torch.get_num_threads() if PATHS[name].a_process_a_core else 1
+    count = max(n for n in range(1, cores + 1) if batch_size % n == 0)
+    for rank in range(count):
         pipe, other = context.Pipe()
-        args = (name, device, batch_size, model_args, rank, meeting, other)
-        context.Process(target=serve, args=args).start()
+        args = (name, device, batch_size, model_args, rank, count, meeting, other)
+        processes.append(context.Process(target=serve, args=args))
+        processes[-1].start()
+        other.close()
         pipes.append(pipe)
     for pipe in pipes:
         if error := pipe.recv():
             print(f"{name} is left out: {error}. pip install -r requirements-dev.txt brings it.")
-            return None
-    return pipes
+            return [], []
+    return processes, pipes
 
 
 def ask(pipes, question):
@@ -305,35 +307,53 @@ def ask(pipes, question):
     return [pipe.recv() for pipe in pipes]
 
 
-def measure(names, device, batch_sizes, model_args, seconds):
-    """Time steps of all paths in turn; a row each."""
+def measure(batch_sizes, device, model_args, seconds):
+    """Time steps of all paths in turn; a row each.
+
+    Args:
+        batch_sizes: images a step, by path.
+
+    Raises:
+        ValueError: a process has ended, most often because memory ran out; or no path could start.
+    """
     # the arithmetic of this machine, before anything else runs on it
     gflops = {precision: matmul_gflops(device, precision) for precision in ("float32", "bf16")}
-    gflop = {task: gflop_per_image(task, device, model_args) for task in batch_sizes}
-    with tempfile.TemporaryDirectory() as meeting:
-        paths = {}
-        for i, name in enumerate(names):
-            if pipes := start(name, device, batch_sizes[PATHS[name].task], model_args, f"{meeting}/{i}"):
-                paths[name] = pipes
-        first = {name: max(ask(pipes, 0)) for name, pipes in paths.items()}
-        times, i = {name: [] for name in paths}, 0
-        begun = time.monotonic()
-        while i < 4 or time.monotonic() - begun < seconds * len(paths):
-            i += 1
-            for name, pipes in paths.items():
-                times[name].append(max(ask(pipes, i)))
+    gflop = {task: gflop_per_image(task, device, model_args) for task in {PATHS[name].task for name in batch_sizes}}
+    processes, paths = [], {}
+    try:
+        with tempfile.TemporaryDirectory() as meeting:
+            for i, (name, batch_size) in enumerate(batch_sizes.items()):
+                started, pipes = start(name, device, batch_size, model_args, f"{meeting}/{i}")
+                processes += started
+                if pipes:
+                    paths[name] = pipes
+            first = {name: max(ask(pipes, 0)) for name, pipes in paths.items()}
+        times, begun = {name: [] for name in paths}, time.monotonic()
+        while any(len(taken) < 5 for taken in times.values()) or time.monotonic() - begun < seconds * len(paths):
+            for name, pipes in paths.items():  # a second each: else a loader's workers run ahead while others step
+                end_of_turn = time.monotonic() + 1
+                times[name].append(max(ask(pipes, len(times[name]) + 1)))
+                while time.monotonic() < end_of_turn:
+                    times[name].append(max(ask(pipes, len(times[name]) + 1)))
         ends = {name: ask(pipes, None) for name, pipes in paths.items()}
+    except (EOFError, ConnectionError):
+        raise ValueError("A path's process has ended, see above; try a smaller --batch_size or fewer --paths") from None
+    finally:
+        for process in processes:
+            process.terminate()
+    if not paths:
+        raise ValueError("Nothing to time: none of the --paths can run here.")
     rows = []
     for name, answers in ends.items():
         task, precision = PATHS[name].task, answers[0][0]
         seconds_a_step = statistics.median(times[name][1:])
-        images_per_sec = batch_sizes[task] / seconds_a_step
+        images_per_sec = batch_sizes[name] / seconds_a_step
         rows.append(
             {
                 "path": name,
                 "task": task,
                 "precision": precision,
-                "batch_size": batch_sizes[task],
+                "batch_size": batch_sizes[name],
                 "steps": len(times[name]) - 1,
                 "first_step_s": first[name],
                 "median_step_s": seconds_a_step,
@@ -358,9 +378,7 @@ def gflop_per_image(task, device, model_args):
     size = model_args["img_size"]
     images = torch.zeros(8, 3, size, size, dtype=torch.uint8, device=device)
     step = builder(images, model_args, 8, "float32", False)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # fused kernels are not all counted
-        step(0)
-    return counter.get_total_flops() / 8 / 1e9
+    return utils.count_gflop(lambda: step(0)) / 8
 
 
 def growth(device, model_args, seconds):
@@ -376,8 +394,8 @@ def growth(device, model_args, seconds):
     for name, values in changes.items():
         for value in values:
             args = {**model_args, **({name: value} if name != "batch_size" else {})}
-            sizes = {"pretraining": value if name == "batch_size" else batch}
-            (row,) = measure(["ours"], device, sizes, args, seconds / 4)
+            sizes = {"ours": value if name == "batch_size" else batch}
+            (row,) = measure(sizes, device, args, seconds / 4)
             rows.append({"varied": name, "value": value, "ms_per_image": 1000 / row["images_per_sec"], **row})
     return rows
 
@@ -413,21 +431,27 @@ def draw_growth(rows, path):
     print(path)
 
 
+def default_batch_size(name, device):
+    """What fits everywhere on a CPU; the scripts' defaults on CUDA, where paths that do not accumulate take 512."""
+    if device.type == "cpu":
+        return 64
+    task, builder, *_ = PATHS[name]
+    return 128 if task == "fine-tuning" else 4096 if builder is ours_pretraining else 512
+
+
 def main(argv=None):
     args = parse_args(argv)
+    model_args = {**utils.defaults(MAE_ViT), "embed_dim": args.embed_dim}
     with utils.exit_on_bad_input():
         device = utils.pick_device(args.device)
-    model_args = {**utils.defaults(MAE_ViT), "embed_dim": args.embed_dim}
-    cpu = device.type == "cpu"
-    names = [name for name in args.paths if cpu or PATHS[name].processes == 1]  # one process a GPU
-    batch_size = {"pretraining": args.batch_size or (64 if cpu else 4096)}
-    batch_size["fine-tuning"] = args.batch_size or (64 if cpu else 128)
-    if args.growth:
-        rows = growth(device, model_args, args.seconds)
-        report(rows, args.output / "growth.csv")
-        draw_growth(rows, args.output / "growth.png")
-    else:
-        report(measure(names, device, batch_size, model_args, args.seconds), args.output / "steps.csv")
+        if args.growth:
+            rows = growth(device, model_args, args.seconds)
+            report(rows, args.output / "growth.csv")
+            draw_growth(rows, args.output / "growth.png")
+            return
+        names = [name for name in args.paths if device.type == "cpu" or not PATHS[name].a_process_a_core]
+        batch_sizes = {name: args.batch_size or default_batch_size(name, device) for name in names}
+        report(measure(batch_sizes, device, model_args, args.seconds), args.output / "steps.csv")
 
 
 if __name__ == "__main__":
