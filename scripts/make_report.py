@@ -142,7 +142,7 @@ class Difference(NamedTuple):
 
     @property
     def interval(self):
-        return f"{self.low:+.2f} to {self.high:+.2f}" if self.n > 1 else "one seed"
+        return f"{self.low:+.2f} to {self.high:+.2f}" if self.n > 1 else "no interval"
 
 
 def paired_difference(one, other):

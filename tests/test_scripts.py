@@ -591,7 +591,7 @@ def test_paired_differences_and_what_they_decide():
     assert make_report.judge({"a": gain, "b": gain}).startswith("**holds**: a holds (+1.")
     assert make_report.judge({"a": gain, "b": loss, "c": None}).startswith("**does not hold**: a holds")
     assert "**not decided**: a holds" in make_report.judge({"a": gain, "b": one_seed})
-    assert make_report.judge({"": one_seed}) == "**one seed** (+1.00, one seed, n 1)"
+    assert make_report.judge({"": one_seed}) == "**one seed** (+1.00, no interval, n 1)"
     assert make_report.paired_difference({1: 1}, {2: 1}) is None
     assert make_report.paired_difference({1: 1, 2: 2}, {1: 0, 2: 1}).verdict == "not decided"  # equal by chance
 
