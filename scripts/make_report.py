@@ -184,7 +184,7 @@ def judge(claims):
 
 def draw_curves(groups, metric, ylabel, path):
     """A line for each {label: tables of one seed each}, with the range of the seeds as a band."""
-    figure, place = plt.subplots(figsize=(6.5, 4.2))
+    figure, place = plt.subplots(figsize=(8.5, 4.2))
     for (label, tables), (colour, line) in zip(groups.items(), itertools.cycle(STYLES), strict=False):
         epochs = [row["epoch"] for row in tables[0]]
         values = torch.tensor([[row[metric] for row in table] for table in tables], dtype=torch.float64).numpy()
@@ -193,11 +193,13 @@ def draw_curves(groups, metric, ylabel, path):
         if len(tables) > 1:
             place.fill_between(epochs, values.min(0), values.max(0), color=colour, alpha=0.18, linewidth=0)
     if metric.endswith("/acc"):
-        place.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        place.yaxis.set_major_formatter(PercentFormatter(1))
+        place.yaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))
     place.set(xlabel="epoch", ylabel=ylabel)
     place.xaxis.set_major_locator(MaxNLocator(integer=True))
     place.grid(alpha=0.3)
-    place.legend(title="mean, band: range of the seeds" if any(len(t) > 1 for t in groups.values()) else None)
+    title = "mean, band: range of the seeds" if any(len(tables) > 1 for tables in groups.values()) else None
+    place.legend(title=title, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)  # beside the lines
     save(figure, path)
 
 
@@ -399,8 +401,8 @@ The MAE paper finds random masks best. The source report explains its other orde
 the paper's. Its grid, one of each 2 x 2, is the paper's; its block is not, blockwise is near it:
 
 - random > blockwise, as in the paper: {judge(gain("random", "blockwise"))}.
-- block > blockwise, which would be the explanation's reason: {judge(gain("block", "blockwise"))}.
-- shifted_grid > grid, if a fixed lattice suffers from the position embeddings that it never trains: \
+- block > blockwise, the report's block against the paper's: {judge(gain("block", "blockwise"))}.
+- shifted_grid > grid, a lattice that trains all position embeddings against one that does not: \
 {judge(gain("shifted_grid", "grid"))}.
 
 In brackets: difference in points of accuracy (of the loss: in its unit), 95 % interval, seeds. A difference holds \
@@ -426,7 +428,8 @@ def place(start):
     """Where and by which version a run was started."""
     versions = f"Python {start['python']}, PyTorch {start['torch']}, timm {start['timm']}"
     commit = f"commit {start['commit']}{'' if start['clean'] else ' with changes'}" if start["commit"] else "no commit"
-    return f"{start['processor']}, {start['threads']} threads a run; {versions}; {commit}"
+    threads = f"{start['threads']} thread{'s' if start['threads'] > 1 else ''} a run"
+    return f"{start['processor']}, {threads}; {versions}; {commit}"
 
 
 def tables_of(found, kind):
@@ -520,7 +523,8 @@ def write_report(results, output, captions):
     folder = f" ({Path(arguments['data_dir']).name})" if arguments["dataset"] == "folder" else ""
     chosen = "the epoch chosen on held-out images" if watched(results[BASE][0]) == "val/acc" else "the last epoch"
     figures = "\n".join(
-        f"### {name.replace('figure', 'Figure ').replace('_', ' ')}\n\n![{caption}]({name}.png)\n\n{caption}\n"
+        f"### {name.replace('figure', 'Figure ').replace(' 0', ' ').replace('_', ' ')}\n\n![{caption}]({name}.png)\n\n"
+        f"{caption}\n"
         for name, caption in captions.items()
     )
     (output / "REPORT.md").write_text(
