@@ -300,11 +300,21 @@ def start(name, device, batch_size, model_args, meeting):
     return processes, pipes
 
 
-def ask(pipes, question):
-    """The answers of all of a path's processes."""
-    for pipe in pipes:
-        pipe.send(question)
-    return [pipe.recv() for pipe in pipes]
+def ask(name, pipes, question):
+    """The answers of all processes of a path.
+
+    Raises:
+        ValueError: one of them has ended.
+    """
+    try:
+        for pipe in pipes:
+            pipe.send(question)
+        return [pipe.recv() for pipe in pipes]
+    except (EOFError, ConnectionError):
+        raise ValueError(
+            f"The process of {name!r} has ended, by want of memory if nothing stands above: all paths are in memory at "
+            f"once; try fewer --paths or a smaller --batch_size."
+        ) from None
 
 
 def measure(batch_sizes, device, model_args, seconds):
@@ -314,7 +324,7 @@ def measure(batch_sizes, device, model_args, seconds):
         batch_sizes: images a step, by path.
 
     Raises:
-        ValueError: a process has ended, most often because memory ran out; or no path could start.
+        ValueError: no path could start, or one has ended.
     """
     # the arithmetic of this machine, before anything else runs on it
     gflops = {precision: matmul_gflops(device, precision) for precision in ("float32", "bf16")}
@@ -327,17 +337,17 @@ def measure(batch_sizes, device, model_args, seconds):
                 processes += started
                 if pipes:
                     paths[name] = pipes
-            first = {name: max(ask(pipes, 0)) for name, pipes in paths.items()}
+            first = {name: max(ask(name, pipes, 0)) for name, pipes in paths.items()}
         times, begun = {name: [] for name in paths}, time.monotonic()
         while any(len(taken) < 5 for taken in times.values()) or time.monotonic() - begun < seconds * len(paths):
             for name, pipes in paths.items():  # a second each: else a loader's workers run ahead while others step
                 end_of_turn = time.monotonic() + 1
-                times[name].append(max(ask(pipes, len(times[name]) + 1)))
+                times[name].append(max(ask(name, pipes, len(times[name]) + 1)))
                 while time.monotonic() < end_of_turn:
-                    times[name].append(max(ask(pipes, len(times[name]) + 1)))
-        ends = {name: ask(pipes, None) for name, pipes in paths.items()}
-    except (EOFError, ConnectionError):
-        raise ValueError("A path's process has ended, see above; try a smaller --batch_size or fewer --paths") from None
+                    times[name].append(max(ask(name, pipes, len(times[name]) + 1)))
+        ends = {name: ask(name, pipes, None) for name, pipes in paths.items()}
+        for process in processes:
+            process.join()
     finally:
         for process in processes:
             process.terminate()
@@ -424,7 +434,8 @@ def draw_growth(rows, path):
         shown = [row for row in rows if row["varied"] == name]
         values = [row["value"] for row in shown]
         place.plot(values, [row["ms_per_image"] for row in shown], "o-", color="#0072b2")
-        place.set(xlabel=name, ylabel="ms per image", xticks=values, ylim=(0, None))
+        place.set(xlabel=name, ylabel="ms per image", xticks=values)
+        place.set_ylim(bottom=0, top=1.08 * max(row["ms_per_image"] for row in shown))
         place.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
