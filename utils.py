@@ -198,7 +198,7 @@ def tune(model, device, precision, num_patches):
     glibc gives each large block back to the system when it is freed, and the next step pays for every page again:
     kept, a float32 step is up to 1.28 times as fast. Attention as plain matrix products is faster than the fused
     kernel, whose backward pass is slow here: in bf16 1.3 to 2.8 times a whole step, at up to 256 patches, as plain
-    products take memory with their square; in float32 1.1 to 1.2 times at up to 64.
+    products take memory with their square; in float32 0.97 to 1.2 times at up to 64.
     """
     if device.type != "cpu":
         return
