@@ -189,15 +189,18 @@ class MAE_Encoder(nn.Module):
         self.transformer = transformer(embed_dim, encoder_depth, num_heads)
         self.layer_norm = nn.LayerNorm(embed_dim)
 
-    def forward(self, images, ids_keep=None):
-        """Encode images (B, 3, H, W) to features (B, 1 + V, D), cls first; all N patches where ids_keep is None."""
+    def embed(self, images, ids_keep=None):
+        """Images (B, 3, H, W) to tokens (B, 1 + V, D), cls first; all N patches where ids_keep is None."""
         patches = patchify(images, self.patch_size)  # (B, N, P)
         position = self.pos_embedding.transpose(0, 1).expand(len(images), -1, -1)  # (B, N, D)
         if ids_keep is not None:  # before the embedding, so that hidden patches cost nothing
             patches, position = take(patches, ids_keep), take(position, ids_keep)  # (B, V, ...)
         tokens = F.linear(patches, self.patchify.weight.flatten(1), self.patchify.bias) + position  # the convolution
-        tokens = torch.cat([self.cls_token.expand(len(images), -1, -1), tokens], dim=1)  # (B, 1 + V, D)
-        return self.layer_norm(self.transformer(tokens))
+        return torch.cat([self.cls_token.expand(len(images), -1, -1), tokens], dim=1)  # (B, 1 + V, D)
+
+    def forward(self, images, ids_keep=None):
+        """Encode images (B, 3, H, W) to features (B, 1 + V, D), cls first."""
+        return self.layer_norm(self.transformer(self.embed(images, ids_keep)))
 
 
 class MAE_Decoder(nn.Module):
@@ -295,8 +298,23 @@ def mae_loss(pred, images, mask):
     return (error * mask).sum() / mask.sum()
 
 
+def cls_after(block, tokens):
+    """What a transformer block makes of the first of its tokens (B, N, D), without computing the others: (B, 1, D)."""
+    attn, normed, dim = block.attn, block.norm1(tokens), tokens.shape[-1]
+    to_q, to_kv = attn.qkv.weight.split([dim, 2 * dim])
+    q = rearrange(F.linear(normed[:, :1], to_q), "b n (h d) -> b h n d", h=attn.num_heads)  # (B, heads, 1, D / heads)
+    k, v = rearrange(F.linear(normed, to_kv), "b n (two h d) -> two b h n d", two=2, h=attn.num_heads)
+    attended = rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
+    cls = tokens[:, :1] + attn.proj(attended)
+    return cls + block.mlp(block.norm2(cls))
+
+
 class ViT_Classifier(MAE_Encoder):
-    """The MAE's encoder, without masking, and a linear layer on the cls token after the final LayerNorm."""
+    """The MAE's encoder, without masking, and a linear layer on the cls token after the final LayerNorm.
+
+    Its logits are self.head(features[:, 0]) for the features of MAE_Encoder.forward, computed without those tokens of
+    the last block that nobody asks for. For another head (mean of the patches, say) call super().forward(images).
+    """
 
     def __init__(self, img_size=32, patch_size=2, embed_dim=192, encoder_depth=12, num_heads=3, num_classes=10):
         super().__init__(img_size, patch_size, embed_dim, encoder_depth, num_heads)
@@ -312,4 +330,8 @@ class ViT_Classifier(MAE_Encoder):
 
     def forward(self, images):
         """Classify images (B, 3, H, W) in [-1, 1]: logits (B, num_classes)."""
-        return self.head(super().forward(images)[:, 0])
+        tokens = self.embed(images)  # (B, 1 + N, D)
+        *blocks, last = self.transformer
+        for block in blocks:
+            tokens = block(tokens)
+        return self.head(self.layer_norm(cls_after(last, tokens))[:, 0])

@@ -5,10 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import utils
 from model import (
     MASK_STRATEGIES,
+    MAE_Encoder,
     MAE_ViT,
     PatchShuffle,
     ViT_Classifier,
@@ -244,10 +246,13 @@ def test_forward_without_masks_draws_new_ones():
 needs_compiler = pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile on a CPU needs a C++ compiler")
 
 
-@pytest.mark.parametrize(
+fast_paths = pytest.mark.parametrize(
     ("precision", "compiled", "tolerance"),
     [("float32", False, 1e-5), ("bf16", False, 1e-2), pytest.param("float32", True, 1e-5, marks=needs_compiler)],
 )
+
+
+@fast_paths
 def test_the_fast_paths_have_the_plain_ones_loss_and_gradients(precision, compiled, tolerance):
     images = torch.rand(4, 3, 8, 8, generator=seeded()) * 2 - 1
 
@@ -282,7 +287,29 @@ def test_classifier_takes_the_encoder_and_keeps_its_own_head():
     classifier.load_encoder(model.state_dict())
     assert torch.equal(classifier.head.weight, head)
     images = torch.randn(2, 3, 8, 8)
-    assert torch.equal(classifier(images), classifier.head(model.encoder(images)[:, 0]))
+    torch.testing.assert_close(classifier(images), classifier.head(model.encoder(images)[:, 0]))
+
+
+@fast_paths
+def test_the_classifier_has_the_loss_and_gradients_of_computing_all_tokens(precision, compiled, tolerance):
+    images, labels = torch.rand(4, 3, 8, 8, generator=seeded()) * 2 - 1, torch.arange(4)
+    model = ViT_Classifier(8, 2, 24, 2, 3)
+
+    def whole(images):
+        return model.head(MAE_Encoder.forward(model, images)[:, 0])
+
+    def loss_and_gradients(forward, precision):
+        model.zero_grad()
+        with utils.autocast(precision, images.device):
+            logits = forward(images)
+        loss = F.cross_entropy(logits.float(), labels)
+        loss.backward()
+        return loss.detach(), torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+    plain = loss_and_gradients(whole, "float32")
+    fast = loss_and_gradients(torch.compile(model) if compiled else model, precision)
+    for ours, theirs in zip(fast, plain, strict=True):
+        assert (ours - theirs).norm() <= tolerance * theirs.norm()
 
 
 def test_a_tiny_model_learns_one_batch_by_heart():
