@@ -7,10 +7,14 @@ Tables go to the terminal and, as CSV, to --output. What is timed are the steps 
 train_classifier.py themselves, so this script imports them.
 """
 
+import contextlib
 import csv
+import ctypes
 import functools
+import itertools
 import multiprocessing
 import os
+import signal
 import statistics
 import tempfile
 import time
@@ -34,8 +38,9 @@ import data
 import mae_pretrain
 import train_classifier
 import utils
-from model import MAE_ViT, ViT_Classifier
+from model import MAE_Encoder, MAE_ViT, ViT_Classifier
 
+TURN = 5  # seconds
 NUM_IMAGES = 10_000  # drawn at random: what is in them does not matter here
 
 
@@ -143,7 +148,8 @@ def naive_fine_tuning(images, model_args, batch_size, precision, compiled):
 
     def step(i):
         batch, labels = (tensor.to(images.device) for tensor in next(loader))
-        return plain_step(optimizer, F.cross_entropy(model(batch), labels))
+        features = MAE_Encoder.forward(model, batch)  # of all tokens
+        return plain_step(optimizer, F.cross_entropy(model.head(features[:, 0]), labels))
 
     return step
 
@@ -239,18 +245,20 @@ PATHS = {
 }
 
 
-# --- measuring: every path in a process of its own, one step of each in turn ---
+# --- measuring: every path in processes of its own, a few steps of each in turn ---
 
 
 def serve(name, device, batch_size, model_args, rank, processes, meeting, pipe):
-    """The body of a process: build a path, take a step whenever asked, answer with its seconds.
+    """The body of a process: build a path, take a "step" whenever asked, answer with its seconds.
 
-    Asked for None, it answers with the precision and with the memory that building and stepping took, in MB.
+    Asked to "rest", it gives its free memory back; asked to "end", it answers with the precision and with the memory
+    that building and stepping took, in MB.
 
     Args:
         rank: this process's among the path's processes; meeting: a file, not there yet, for them to find each other.
     """
     warnings.simplefilter("ignore")  # of other libraries
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes; the first ends the others
     before = utils.peak_memory_mb(torch.device("cpu"))
     _, builder, precision, compiled, _ = PATHS[name]
     if processes > 1:
@@ -266,10 +274,19 @@ def serve(name, device, batch_size, model_args, rank, processes, meeting, pipe):
         pipe.send(error)
         return
     pipe.send(None)
-    while (i := pipe.recv()) is not None:
-        pipe.send(timed(step, i, device))
+    steps = itertools.count()
+    while (wish := pipe.recv()) != "end":
+        pipe.send(timed(step, next(steps), device) if wish == "step" else give_memory_back(device))
     pipe.send((precision, utils.peak_memory_mb(device) - (0 if device.type == "cuda" else before)))
     utils.leave_process_group()
+
+
+def give_memory_back(device):
+    """What an allocator keeps for the next step, so that the paths need not all fit beside each other."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    with contextlib.suppress(AttributeError, OSError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def timed(step, i, device):
@@ -300,7 +317,7 @@ def start(name, device, batch_size, model_args, meeting):
     return processes, pipes
 
 
-def ask(name, pipes, question):
+def ask(name, pipes, wish):
     """The answers of all processes of a path.
 
     Raises:
@@ -308,13 +325,27 @@ def ask(name, pipes, question):
     """
     try:
         for pipe in pipes:
-            pipe.send(question)
+            pipe.send(wish)
         return [pipe.recv() for pipe in pipes]
     except (EOFError, ConnectionError):
         raise ValueError(
-            f"The process of {name!r} has ended, by want of memory if nothing stands above: all paths are in memory at "
-            f"once; try fewer --paths or a smaller --batch_size."
+            f"The process of {name!r} has ended, by want of memory if nothing stands above: try a smaller --batch_size "
+            f"or fewer --paths."
         ) from None
+
+
+def take_turn(name, pipes, seconds, warm_up=1):
+    """Steps of one path alone, each in the seconds of its slowest process; at least one.
+
+    A turn's first steps are not timed: they get back the memory given up for the others' turns.
+    """
+    for _ in range(warm_up):
+        ask(name, pipes, "step")
+    times, end = [], time.monotonic() + seconds
+    while not times or time.monotonic() < end:
+        times.append(max(ask(name, pipes, "step")))
+    ask(name, pipes, "rest")
+    return times
 
 
 def measure(batch_sizes, device, model_args, seconds):
@@ -329,6 +360,7 @@ def measure(batch_sizes, device, model_args, seconds):
     # the arithmetic of this machine, before anything else runs on it
     gflops = {precision: matmul_gflops(device, precision) for precision in ("float32", "bf16")}
     gflop = {task: gflop_per_image(task, device, model_args) for task in {PATHS[name].task for name in batch_sizes}}
+    give_memory_back(device)
     processes, paths = [], {}
     try:
         with tempfile.TemporaryDirectory() as meeting:
@@ -337,15 +369,12 @@ def measure(batch_sizes, device, model_args, seconds):
                 processes += started
                 if pipes:
                     paths[name] = pipes
-            first = {name: max(ask(name, pipes, 0)) for name, pipes in paths.items()}
+            first = {name: max(take_turn(name, pipes, 0, warm_up=0)) for name, pipes in paths.items()}
         times, begun = {name: [] for name in paths}, time.monotonic()
         while any(len(taken) < 5 for taken in times.values()) or time.monotonic() - begun < seconds * len(paths):
-            for name, pipes in paths.items():  # a second each: else a loader's workers run ahead while others step
-                end_of_turn = time.monotonic() + 1
-                times[name].append(max(ask(name, pipes, len(times[name]) + 1)))
-                while time.monotonic() < end_of_turn:
-                    times[name].append(max(ask(name, pipes, len(times[name]) + 1)))
-        ends = {name: ask(name, pipes, None) for name, pipes in paths.items()}
+            for name, pipes in paths.items():
+                times[name] += take_turn(name, pipes, min(TURN, seconds))
+        ends = {name: ask(name, pipes, "end") for name, pipes in paths.items()}
         for process in processes:
             process.join()
     finally:
@@ -356,7 +385,7 @@ def measure(batch_sizes, device, model_args, seconds):
     rows = []
     for name, answers in ends.items():
         task, precision = PATHS[name].task, answers[0][0]
-        seconds_a_step = statistics.median(times[name][1:])
+        seconds_a_step = statistics.median(times[name])
         images_per_sec = batch_sizes[name] / seconds_a_step
         rows.append(
             {
@@ -364,7 +393,7 @@ def measure(batch_sizes, device, model_args, seconds):
                 "task": task,
                 "precision": precision,
                 "batch_size": batch_sizes[name],
-                "steps": len(times[name]) - 1,
+                "steps": len(times[name]),
                 "first_step_s": first[name],
                 "median_step_s": seconds_a_step,
                 "images_per_sec": images_per_sec,
