@@ -3,15 +3,17 @@
 python -m scripts.benchmark                  the paths in turn, against each other and against the machine's floor
 python -m scripts.benchmark --growth         how the cost grows with batch, patch, image and decoder depth
 
-Tables go to the terminal and, as CSV, to --output. What is timed are the steps of mae_pretrain.py and
-train_classifier.py themselves, so this script imports them.
+Tables go to the terminal and, as CSV with machine and versions in a JSON file beside it, to --output. What is timed are
+the steps of mae_pretrain.py and train_classifier.py themselves, so this script imports them.
 """
 
 import contextlib
 import csv
 import ctypes
 import functools
+import importlib.util
 import itertools
+import json
 import multiprocessing
 import os
 import signal
@@ -20,6 +22,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +39,7 @@ from torchvision import transforms
 
 import data
 import mae_pretrain
+import runs
 import train_classifier
 import utils
 from model import MAE_Encoder, MAE_ViT, ViT_Classifier
@@ -52,7 +56,7 @@ def parse_args(argv=None):
     parser.add_argument("--seconds", type=float, default=60, help="time for each path, about")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--embed_dim", type=utils.positive_int, default=utils.defaults(MAE_ViT)["embed_dim"])
-    parser.add_argument("--output", type=Path, default=Path("logs/benchmark"), help="directory for CSV and plot")
+    parser.add_argument("--output", type=Path, default=Path("logs/benchmark"), help="directory for CSV, JSON and plot")
     return parser.parse_args(argv)
 
 
@@ -397,6 +401,8 @@ def measure(batch_sizes, device, model_args, seconds):
                 "first_step_s": first[name],
                 "median_step_s": seconds_a_step,
                 "images_per_sec": images_per_sec,
+                "gflop_per_image": gflop[task],
+                "floor_gflops": gflops[precision],
                 "share_of_floor": images_per_sec * gflop[task] / gflops[precision],
                 "memory_mb": sum(memory for _, memory in answers),
             }
@@ -443,8 +449,10 @@ def growth(device, model_args, seconds):
 
 
 def report(rows, path):
-    """Print a table and write it as CSV."""
+    """Print a table and write it as CSV, and where and from what it was measured as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    versions = {name: metadata.version(name) for name in ("transformers", "lightly") if importlib.util.find_spec(name)}
+    path.with_suffix(".json").write_text(json.dumps(runs.environment() | versions, indent=2) + "\n")
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()

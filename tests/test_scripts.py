@@ -1,6 +1,7 @@
 """The scripts as a user starts them; mostly inside this process, where importing torch costs nothing."""
 
 import csv
+import json
 import math
 import os
 import re
@@ -577,6 +578,7 @@ def test_the_benchmark_times_paths_in_turn_and_several_processes_of_one(capsys):
     assert all(float(row["images_per_sec"]) == pytest.approx(8 / float(row["median_step_s"])) for row in rows.values())
     assert all(0 < float(row["share_of_floor"]) < 1 for row in rows.values())
     assert float(rows[paths[1]]["memory_mb"]) > 0
+    assert json.loads(Path("b/steps.json").read_text())["torch"] == torch.__version__
     assert "share_of_floor" in capsys.readouterr().out
 
 
