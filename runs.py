@@ -490,7 +490,7 @@ def environment():
     commit = git("rev-parse", "HEAD")
     cuda = torch.cuda.is_available()
     return {
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "commit": commit,
         "clean": git("status", "--porcelain") == "" if commit else None,

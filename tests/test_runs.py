@@ -1,6 +1,9 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -262,6 +265,15 @@ def test_a_machine_without_git_runs_too(monkeypatch):
     environment = runs.environment()
     assert environment["commit"] is None
     assert environment["clean"] is None
+
+
+def test_the_command_of_a_run_is_the_one_that_was_typed(tmp_path):
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "tell.py").write_text("import runs; print(runs.environment()['command'])")
+    typed = [sys.executable, "-m", "scripts.tell", "--output", "a b"]
+    paths = {**os.environ, "PYTHONPATH": str(Path(runs.__file__).parent)}
+    said = subprocess.check_output(typed, cwd=tmp_path, env=paths, text=True)
+    assert said.strip().endswith(" -m scripts.tell --output 'a b'")
 
 
 def test_a_finished_run_has_a_model_and_can_be_exported(tmp_path):
