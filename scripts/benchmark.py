@@ -11,7 +11,6 @@ import contextlib
 import csv
 import ctypes
 import functools
-import importlib.util
 import itertools
 import json
 import multiprocessing
@@ -23,6 +22,7 @@ import time
 import warnings
 from collections.abc import Callable
 from importlib import metadata
+from multiprocessing import connection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -302,35 +302,45 @@ def timed(step, i, device):
     return time.perf_counter() - started
 
 
-def start(name, device, batch_size, model_args, meeting):
-    """The processes of a path and the pipes to talk to them; none where a package is missing."""
-    context, processes, pipes = multiprocessing.get_context("spawn"), [], []
+def start(name, device, batch_size, model_args, meeting, processes):
+    """Add a path's processes to the list; the pipes to talk to them, none where a package is missing."""
+    context, pipes = multiprocessing.get_context("spawn"), []
     cores = torch.get_num_threads() if PATHS[name].a_process_a_core else 1
     count = max(n for n in range(1, cores + 1) if batch_size % n == 0)
     for rank in range(count):
         pipe, other = context.Pipe()
         args = (name, device, batch_size, model_args, rank, count, meeting, other)
-        processes.append(context.Process(target=serve, args=args))
-        processes[-1].start()
+        process = context.Process(target=serve, args=args)
+        process.start()
+        processes.append(process)
         other.close()
         pipes.append(pipe)
-    for pipe in pipes:
-        if error := pipe.recv():
+    for error in replies(name, pipes):
+        if error:
             print(f"{name} is left out: {error}. pip install -r requirements-dev.txt brings it.")
-            return [], []
-    return processes, pipes
+            return []
+    return pipes
 
 
 def ask(name, pipes, wish):
-    """The answers of all processes of a path.
+    """The replies of all processes of a path."""
+    for pipe in pipes:
+        with contextlib.suppress(ConnectionError):  # then it has no answer either
+            pipe.send(wish)
+    return replies(name, pipes)
+
+
+def replies(name, pipes):
+    """What each of a path's processes says next, in any order.
 
     Raises:
         ValueError: one of them has ended.
     """
+    said = {}
     try:
-        for pipe in pipes:
-            pipe.send(wish)
-        return [pipe.recv() for pipe in pipes]
+        while silent := [pipe for pipe in pipes if pipe not in said]:
+            said |= {pipe: pipe.recv() for pipe in connection.wait(silent)}
+        return [*said.values()]
     except (EOFError, ConnectionError):
         raise ValueError(
             f"The process of {name!r} has ended, by want of memory if nothing stands above: try a smaller --batch_size "
@@ -338,18 +348,17 @@ def ask(name, pipes, wish):
         ) from None
 
 
-def take_turn(name, pipes, seconds, warm_up=1):
-    """Steps of one path alone, each in the seconds of its slowest process; at least one.
+def take_turn(name, pipes, seconds):
+    """Steps of one path alone, each in the seconds of its slowest process: the first one and those after it.
 
-    A turn's first steps are not timed: they get back the memory given up for the others' turns.
+    The first gets back the memory given up for the others' turns. Whole seconds, as a naive loader's workers run ahead
+    while others step.
     """
-    for _ in range(warm_up):
-        ask(name, pipes, "step")
-    times, end = [], time.monotonic() + seconds
+    first, times, end = max(ask(name, pipes, "step")), [], time.monotonic() + seconds
     while not times or time.monotonic() < end:
         times.append(max(ask(name, pipes, "step")))
     ask(name, pipes, "rest")
-    return times
+    return first, times
 
 
 def measure(batch_sizes, device, model_args, seconds):
@@ -369,15 +378,13 @@ def measure(batch_sizes, device, model_args, seconds):
     try:
         with tempfile.TemporaryDirectory() as meeting:
             for i, (name, batch_size) in enumerate(batch_sizes.items()):
-                started, pipes = start(name, device, batch_size, model_args, f"{meeting}/{i}")
-                processes += started
-                if pipes:
+                if pipes := start(name, device, batch_size, model_args, f"{meeting}/{i}", processes):
                     paths[name] = pipes
-            first = {name: max(take_turn(name, pipes, 0, warm_up=0)) for name, pipes in paths.items()}
+            first = {name: take_turn(name, pipes, 0)[0] for name, pipes in paths.items()}
         times, begun = {name: [] for name in paths}, time.monotonic()
         while any(len(taken) < 5 for taken in times.values()) or time.monotonic() - begun < seconds * len(paths):
             for name, pipes in paths.items():
-                times[name] += take_turn(name, pipes, min(TURN, seconds))
+                times[name] += take_turn(name, pipes, min(TURN, seconds))[1]
         ends = {name: ask(name, pipes, "end") for name, pipes in paths.items()}
         for process in processes:
             process.join()
@@ -451,8 +458,11 @@ def growth(device, model_args, seconds):
 def report(rows, path):
     """Print a table and write it as CSV, and where and from what it was measured as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    versions = {name: metadata.version(name) for name in ("transformers", "lightly") if importlib.util.find_spec(name)}
-    path.with_suffix(".json").write_text(json.dumps(runs.environment() | versions, indent=2) + "\n")
+    facts = runs.environment()
+    for name in ("transformers", "lightly"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            facts[name] = metadata.version(name)
+    path.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n")
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()

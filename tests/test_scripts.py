@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import multiprocessing
 import os
 import re
 import runpy
@@ -580,6 +581,23 @@ def test_the_benchmark_times_paths_in_turn_and_several_processes_of_one(capsys):
     assert float(rows[paths[1]]["memory_mb"]) > 0
     assert json.loads(Path("b/steps.json").read_text())["torch"] == torch.__version__
     assert "share_of_floor" in capsys.readouterr().out
+
+
+def test_a_path_of_the_benchmark_that_dies_is_named_and_ends_the_others(monkeypatch):
+    monkeypatch.setitem(benchmark.PATHS, "gone", benchmark.PATHS["ours"])  # unknown in the process it starts
+    sizes = {"ours": 8, "gone": 8}
+    with pytest.raises(ValueError, match="The process of 'gone' has ended"):
+        benchmark.measure(sizes, torch.device("cpu"), {**utils.defaults(MAE_ViT), "embed_dim": 12}, seconds=0)
+    for process in multiprocessing.active_children():
+        process.join(10)
+        assert process.exitcode is not None
+
+
+def test_one_of_a_paths_processes_that_dies_is_not_waited_for_behind_the_others():
+    (alive, _), (dead, end) = (multiprocessing.Pipe() for _ in range(2))
+    end.close()
+    with pytest.raises(ValueError, match="has ended"):
+        benchmark.replies("two", [alive, dead])
 
 
 def test_paired_differences_and_what_they_decide():
