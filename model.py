@@ -299,7 +299,10 @@ def mae_loss(pred, images, mask):
 
 
 def cls_after(block, tokens):
-    """What a transformer block makes of the first of its tokens (B, N, D), without computing the others: (B, 1, D)."""
+    """What a block of `transformer` makes of the first of its tokens (B, N, D): (B, 1, D), the others not computed.
+
+    timm's Block, with all of that it does here: no bias of q, k and v, no layer scale, no dropout.
+    """
     attn, normed, dim = block.attn, block.norm1(tokens), tokens.shape[-1]
     to_q, to_kv = attn.qkv.weight.split([dim, 2 * dim])
     q = rearrange(F.linear(normed[:, :1], to_q), "b n (h d) -> b h n d", h=attn.num_heads)  # (B, heads, 1, D / heads)
