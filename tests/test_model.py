@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import data
 import utils
 from model import (
     MASK_STRATEGIES,
@@ -268,6 +270,20 @@ def test_the_fast_paths_have_the_plain_ones_loss_and_gradients(precision, compil
     utils.tune(fast, images.device, precision, num_patches=16)
     assert [model.encoder.transformer[0].attn.fused_attn for model in (plain, fast)] == [True, False]
     assert loss_and_norm(fast, precision, compiled) == pytest.approx(loss_and_norm(plain, "float32"), rel=tolerance)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_forward_pass_stays_on_the_gpu_and_never_waits_for_it(strategy):
+    # fake tensors have a device and no numbers: they need no GPU, do not mix devices, and refuse .item()
+    with FakeTensorMode():
+        with torch.device("cuda"):
+            model, classifier = MAE_ViT(mask_strategy=strategy), ViT_Classifier()
+        pixels = torch.zeros(4, 3, 32, 32, dtype=torch.uint8, device="cuda")
+        images = data.normalize(data.flip_and_crop(pixels, generator=None))
+        masks = model.shuffle(4, device=images.device)
+        pred, mask = model(images, masks)
+        results = masks, mae_loss(pred, images, mask), *model.reconstruct(images, masks), classifier(images)
+    assert {result.device.type for result in results} == {"cuda"}
 
 
 def test_reconstruction_keeps_visible_patches_and_greys_hidden_ones():
