@@ -102,6 +102,7 @@ def reconstruction_grid(model, images, masks):
     return make_grid(data.to_pixels(rows), nrow=len(images))
 
 
+@utils.exit_when_out_of_memory()
 def pretrain(args):
     """Train one run to its end, on from where it stopped; returns its directory."""
     with utils.exit_on_bad_input():

@@ -150,6 +150,7 @@ def load_pretrained(args):
     return pretrained, utils.fill_in(args, {**sizes, "encoder_digest": digest(pretrained["model"])})
 
 
+@utils.exit_when_out_of_memory()
 def train_classifier(args):
     """Train one run to its end, on from where it stopped; returns its directory."""
     with utils.exit_on_bad_input():

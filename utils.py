@@ -49,6 +49,22 @@ def exit_on_bad_input():
         sys.exit(2)
 
 
+@contextlib.contextmanager
+def exit_when_out_of_memory():
+    """Turn too little memory, the device's or this machine's, into one line and exit code 1."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # PyTorch has a class of its own for this on a GPU, none on a CPU
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        wanted = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
+        sys.exit(
+            f"Out of memory{f' ({wanted[1]} more were asked for)' if wanted else ''}. Give a smaller "
+            f"--max_device_batch_size, with which the same command goes on, or a smaller model."
+        )
+
+
 def positive_int(text):
     """An argparse type: 1, 2, 3, ..."""
     if not text.isdecimal() or int(text) == 0:

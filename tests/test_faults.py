@@ -58,7 +58,7 @@ def server():
         yield context
 
 
-def run_script(script, arguments, directory, save_every_step=True, environment=(), file_limit=None):
+def run_script(script, arguments, directory, save_every_step=True, environment=(), file_limit=None, memory=None):
     """The body of a process: the script with these arguments, few images, its output in directory/output."""
     directory.mkdir(exist_ok=True)
     os.chdir(directory)
@@ -74,6 +74,9 @@ def run_script(script, arguments, directory, save_every_step=True, environment=(
         runs.SAVE_INTERVAL = 0
     if file_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    if memory:  # bytes more than are in use now
+        limit = memory + int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     sys.argv = [f"{script}.py"]
     importlib.import_module(script).main(shlex.split(arguments))
 
@@ -185,6 +188,19 @@ def test_a_full_disk_ends_with_a_message_and_the_old_checkpoint_whole(start, tmp
     assert ends(start(CLS, f"{COMMAND[CLS]} --log_dir full")) == 0
     assert ends(whole) == 0
     assert same(only_run(tmp_path / "whole"), only_run(tmp_path / "full"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps to a limit on memory")
+def test_a_run_out_of_memory_says_so_and_goes_on_in_smaller_batches(start, tmp_path):
+    command = f"{COMMAND[MAE]} --patch_size 2 --embed_dim 256 --batch_size 80 --total_epoch 1"
+    command += " --precision float32 --log_dir logs"
+    assert ends(start(MAE, command, memory=600 * 2**20)) == 1
+    assert re.fullmatch(
+        r"Out of memory \(\d+ bytes more were asked for\). Give a smaller --max_device_batch_size, .*\n",
+        (tmp_path / "output").read_text(),
+    )
+    assert ends(start(MAE, f"{command} --max_device_batch_size 8", memory=600 * 2**20)) == 0
+    assert (only_run(tmp_path / "logs") / "model.pt").exists()
 
 
 def test_a_second_process_on_a_run_is_refused_while_the_first_lives(start, tmp_path):

@@ -92,3 +92,11 @@ def test_peak_memory_is_this_processs_own():
     mine = utils.peak_memory_mb(torch.device("cpu"))
     assert 100 < float(child.stdout) < mine - 50
     del large
+
+
+def test_too_little_memory_gets_one_line_and_another_error_its_traceback():
+    message = r"^Out of memory \(2.00 GiB more were asked for\). Give a smaller --max_device_batch_size"
+    with pytest.raises(SystemExit, match=message), utils.exit_when_out_of_memory():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity")
+    with pytest.raises(RuntimeError, match="shape"), utils.exit_when_out_of_memory():
+        raise RuntimeError("shape mismatch")
