@@ -20,6 +20,7 @@ from model import MAE_ViT, ViT_Classifier
 from runs import Run, classifier_run_name, digest, load_model, read_metrics, start_of
 
 SIZE = ("img_size", "patch_size", "embed_dim", "encoder_depth", "num_heads")
+DEVICE_BATCH_SIZE = {"cuda": 256, "cpu": 128}
 EVAL_BATCH = 500  # images at once
 REPORT_BATCH = 128  # the source report averages the accuracies of batches of so many
 NOT_TESTED = dict.fromkeys(("test/loss", "test/acc", "test/acc_mean_of_batches", "chosen_epoch"), math.nan)
@@ -41,7 +42,7 @@ def parse_args(argv=None):
         total_epoch=100,
         warmup="a twentieth",
         batch_size=128,
-        max_device_batch_size=256,
+        device_batch_size=DEVICE_BATCH_SIZE,
         base_learning_rate=1e-3,
     )
     utils.add_run_arguments(parser, log_dir="logs/classifier")
@@ -179,7 +180,7 @@ def train_classifier(args):
         model = model.to(device)
         precision = utils.pick_precision(args.precision, device, args.embed_dim)
         utils.tune(model, device, precision, (args.img_size // args.patch_size) ** 2)
-        plan = utils.plan_training(args, len(train.images), default_warmup=0.05, rank=rank, world_size=world_size)
+        plan = utils.plan_training(args, len(train.images), 0.05, DEVICE_BATCH_SIZE[device.type], rank, world_size)
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=plan.peak_lr, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True
         )

@@ -107,7 +107,7 @@ def add_size_arguments(group, names, note=""):
         group.add_argument(f"--{name}", type=positive_int, help=SIZE_HELP[name] + note)
 
 
-def add_optimisation_arguments(parser, warmup, **defaults):
+def add_optimisation_arguments(parser, warmup, device_batch_size, **defaults):
     group = parser.add_argument_group("optimisation")
     group.add_argument("--total_epoch", type=positive_int, help="epochs")
     group.add_argument(
@@ -115,7 +115,10 @@ def add_optimisation_arguments(parser, warmup, **defaults):
     )
     group.add_argument("--batch_size", type=positive_int, help="images an update, over all devices")
     group.add_argument(
-        "--max_device_batch_size", type=positive_int, help="images at once on a device; more are accumulated"
+        "--max_device_batch_size",
+        type=positive_int,
+        help=f"images at once on a device, more are accumulated; left out: {device_batch_size['cuda']} on a GPU and "
+        f"{device_batch_size['cpu']} on a CPU, or what comes next and divides the batch",
     )
     group.add_argument(
         "--base_learning_rate", type=non_negative_float, help="peak rate for a batch of 256; scaled with it"
@@ -272,7 +275,7 @@ class Plan(NamedTuple):
         return cosine_lr(step, peak=self.peak_lr, warmup_steps=self.warmup_steps, total_steps=self.total_steps)
 
 
-def plan_training(args, num_images, default_warmup, rank=0, world_size=1):
+def plan_training(args, num_images, default_warmup, default_device_batch_size, rank=0, world_size=1):
     """Cut the global batch by process and into micro-batches that fit the device; lay out the learning rate.
 
     An epoch's last short batch is dropped. The rate scales with the batch: peak = base * batch / 256 (Goyal et al.
@@ -280,6 +283,8 @@ def plan_training(args, num_images, default_warmup, rank=0, world_size=1):
 
     Args:
         default_warmup: the fraction of all epochs to warm up in where --warmup_epoch is left out.
+        default_device_batch_size: where --max_device_batch_size is left out, micro-batches are of this many images, or
+            the next number that divides the batch.
 
     Raises:
         ValueError: the batch cannot be cut evenly or is larger than the data, or the warm-up is longer than the run.
@@ -288,8 +293,10 @@ def plan_training(args, num_images, default_warmup, rank=0, world_size=1):
     if batch_size % world_size:
         raise ValueError(f"--batch_size {batch_size} is not a multiple of the {world_size} processes.")
     share = batch_size // world_size
-    micro = min(share, args.max_device_batch_size)
-    if share % micro:
+    micro = min(share, args.max_device_batch_size or default_device_batch_size)
+    if args.max_device_batch_size is None:
+        micro = next(size for size in range(micro, share + 1) if share % size == 0)
+    elif share % micro:
         fits = max(size for size in range(1, micro + 1) if share % size == 0)
         raise ValueError(
             f"--batch_size {batch_size} is not a multiple of --max_device_batch_size {args.max_device_batch_size}"

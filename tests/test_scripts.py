@@ -685,11 +685,13 @@ def test_the_defaults_are_the_references_recipe():
         "decoder_depth": 4,
     }
     expected |= {"mask_ratio": 0.75, "mask_strategy": "random", "total_epoch": 2000, "batch_size": 4096, "seed": 42}
-    expected |= {"max_device_batch_size": 512, "base_learning_rate": 1.5e-4, "weight_decay": 0.05, "dataset": "cifar10"}
+    expected |= {"base_learning_rate": 1.5e-4, "weight_decay": 0.05, "dataset": "cifar10"}
     assert {key: args[key] for key in expected} == expected
+    assert mae_pretrain.DEVICE_BATCH_SIZE["cuda"] == 512
     args = vars(train_classifier.parse_args([]))
-    expected = {"total_epoch": 100, "batch_size": 128, "max_device_batch_size": 256, "base_learning_rate": 1e-3}
+    expected = {"total_epoch": 100, "batch_size": 128, "base_learning_rate": 1e-3}
     assert {key: args[key] for key in expected} == expected
+    assert train_classifier.DEVICE_BATCH_SIZE["cuda"] == 256
 
 
 def test_utils_exit_turns_only_value_errors_into_a_line():

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 def plan(num_images=1000, rank=0, world_size=1, **changes):
     args = {"batch_size": 64, "max_device_batch_size": 16, "total_epoch": 10, "warmup_epoch": None}
     args = argparse.Namespace(**{**args, "base_learning_rate": 1e-3, **changes})
-    return utils.plan_training(args, num_images, default_warmup=0.1, rank=rank, world_size=world_size)
+    return utils.plan_training(args, num_images, 0.1, 10, rank, world_size)
 
 
 def test_schedule_hits_its_end_points():
@@ -44,6 +44,12 @@ def test_processes_and_micro_batches_share_the_global_batch_out():
     parts = [indexes[part] for rank in range(2) for part in plan(rank=rank, world_size=2).slices]
     assert [len(part) for part in parts] == [16] * 4
     assert torch.equal(torch.cat(parts), indexes)
+
+
+@pytest.mark.parametrize(("batch_size", "size"), [(8, 8), (20, 10), (64, 16), (101, 101)])
+def test_micro_batches_left_out_are_of_ten_or_the_next_size_that_fits(batch_size, size):
+    slices = plan(batch_size=batch_size, max_device_batch_size=None).slices
+    assert [part.stop - part.start for part in slices] == [size] * (batch_size // size)
 
 
 @pytest.mark.parametrize(
