@@ -69,15 +69,17 @@ def batches(images, batch_size):
     return lambda i: images[order[torch.arange(i * batch_size, (i + 1) * batch_size) % len(images)]]
 
 
-def micro_batches(batch_size, largest):
-    return [slice(start, start + min(batch_size, largest)) for start in range(0, batch_size, largest)]
+def micro_batches(batch_size, script, device):
+    """As the script cuts a batch that it divides evenly."""
+    size = script.DEVICE_BATCH_SIZE[device.type]
+    return [slice(start, min(start + size, batch_size)) for start in range(0, batch_size, size)]
 
 
 def ours_pretraining(images, model_args, batch_size, precision, compiled):
     model = MAE_ViT(**model_args).to(images.device)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05, fused=True)
     utils.tune(model, images.device, precision, (model_args["img_size"] // model_args["patch_size"]) ** 2)
-    batch, slices = batches(images, batch_size), micro_batches(batch_size, 512)
+    batch, slices = batches(images, batch_size), micro_batches(batch_size, mae_pretrain, images.device)
     train_step = functools.partial(mae_pretrain.train_step, torch.compile(model) if compiled else model, optimizer)
 
     def step(i):
@@ -91,7 +93,7 @@ def ours_fine_tuning(images, model_args, batch_size, precision, compiled):
     model = ViT_Classifier(**{name: model_args[name] for name in train_classifier.SIZE}).to(images.device)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05, fused=True)
     utils.tune(model, images.device, precision, (model_args["img_size"] // model_args["patch_size"]) ** 2)
-    batch, slices = batches(images, batch_size), micro_batches(batch_size, 256)
+    batch, slices = batches(images, batch_size), micro_batches(batch_size, train_classifier, images.device)
     labels = torch.randint(10, (batch_size,), device=images.device)
     train_step = functools.partial(train_classifier.train_step, torch.compile(model) if compiled else model, optimizer)
     return lambda i: train_step(slices, precision, batch(i), labels, 1e-4)
@@ -437,7 +439,7 @@ def growth(device, model_args, seconds):
     """Our pretraining step while one size changes; a row each."""
     batch = 16 if device.type == "cpu" else 512
     changes = {
-        "batch_size": [8, 16, 32, 64] if device.type == "cpu" else [64, 128, 256, 512, 1024, 2048, 4096],
+        "batch_size": [2**n for n in (range(3, 11) if device.type == "cpu" else range(6, 13))],
         "patch_size": [2, 4],
         "img_size": [32, 64, 96],
         "decoder_depth": [2, 4, 8],
@@ -481,7 +483,10 @@ def draw_growth(rows, path):
         shown = [row for row in rows if row["varied"] == name]
         values = [row["value"] for row in shown]
         place.plot(values, [row["ms_per_image"] for row in shown], "o-", color="#0072b2")
-        place.set(xlabel=name, ylabel="ms per image", xticks=values)
+        place.set(xlabel=name, ylabel="ms per image")
+        if len(values) > 4:
+            place.set_xscale("log", base=2)
+        place.set_xticks(values, values)
         place.set_ylim(bottom=0, top=1.08 * max(row["ms_per_image"] for row in shown))
         place.grid(alpha=0.3)
     figure.tight_layout()
