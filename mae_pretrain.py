@@ -54,12 +54,12 @@ def train_step(model, optimizer, slices, precision, images, masks, lr):
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
-    loss_sum = 0
+    loss_sum, count = 0, slices[-1].stop - slices[0].start
     for part in slices:
         x = data.normalize(images[part])
         with utils.autocast(precision, x.device):
             pred, mask = model(x, masks[part])
-        loss = mae_loss(pred, x, mask) / len(slices)  # parts of one size, each with equally many hidden patches
+        loss = mae_loss(pred, x, mask) * (len(x) / count)  # as each image has equally many hidden patches
         loss.backward()
         loss_sum += loss.detach()
     loss = utils.average_over_ranks(model, loss_sum)
@@ -126,11 +126,11 @@ def pretrain(args):
             model.parameters(), lr=plan.peak_lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
         )
         facts = utils.facts(args, model, plan, precision, train.digest())
-        run.open(facts, device=device.type, processes=world_size)
+        run.open(facts, device=device.type, processes=world_size, micro_batches=len(plan.slices))
         utils.barrier()
         progress = run.restore(model, optimizer)
 
-    compiled = torch.compile(model) if utils.pick_compile(args.compile, device) else model
+    compiled = utils.compiled(model, args.compile, device)
     step = functools.partial(train_step, compiled, optimizer, plan.slices, precision)
     shown = torch.randperm(len(test.images), generator=utils.generator("cpu", "shown"))[:16]
     shown = data.normalize(test.images[shown].to(device))

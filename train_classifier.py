@@ -58,11 +58,11 @@ def train_step(model, optimizer, slices, precision, images, labels, lr):
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
-    loss_sum = 0
+    loss_sum, count = 0, slices[-1].stop - slices[0].start
     for part in slices:
         with utils.autocast(precision, images.device):
             logits = model(data.normalize(images[part]))
-        loss = F.cross_entropy(logits.float(), labels[part]) / len(slices)  # parts of one size: a mean of means
+        loss = F.cross_entropy(logits.float(), labels[part]) * (len(logits) / count)
         loss.backward()
         loss_sum += loss.detach()
     loss = utils.average_over_ranks(model, loss_sum)
@@ -185,11 +185,11 @@ def train_classifier(args):
             model.parameters(), lr=plan.peak_lr, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True
         )
         facts = utils.facts(args, model, plan, precision, images_digest)
-        run.open(facts, device=device.type, processes=world_size)
+        run.open(facts, device=device.type, processes=world_size, micro_batches=len(plan.slices))
         utils.barrier()
         progress = run.restore(model, optimizer)
 
-    compiled = torch.compile(model) if utils.pick_compile(args.compile, device) else model
+    compiled = utils.compiled(model, args.compile, device)
     step = functools.partial(train_step, compiled, optimizer, plan.slices, precision)
     with run:
         run.start_bar(plan.steps_per_epoch * args.batch_size, args.batch_size, args.total_epoch, progress)

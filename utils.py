@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import hashlib
 import inspect
+import itertools
 import math
 import os
 import re
@@ -117,8 +118,8 @@ def add_optimisation_arguments(parser, warmup, device_batch_size, **defaults):
     group.add_argument(
         "--max_device_batch_size",
         type=positive_int,
-        help=f"images at once on a device, more are accumulated; left out: {device_batch_size['cuda']} on a GPU and "
-        f"{device_batch_size['cpu']} on a CPU, or what comes next and divides the batch",
+        help=f"images at once on a device, more are accumulated; left out: {device_batch_size['cuda']} on a GPU, "
+        f"{device_batch_size['cpu']} on a CPU",
     )
     group.add_argument(
         "--base_learning_rate", type=non_negative_float, help="peak rate for a batch of 256; scaled with it"
@@ -201,9 +202,10 @@ def pick_precision(name, device, embed_dim):
     return "bf16" if embed_dim >= 64 and {"avx512_bf16", "amx_bf16"} & set(flags) else "float32"
 
 
-def pick_compile(choice, device):
-    """Whether to torch.compile: as asked, else on CUDA only, where runs are long enough to pay for it."""
-    return device.type == "cuda" if choice is None else choice
+def compiled(model, choice, device):
+    """The model through torch.compile, or as it is: as asked, else on CUDA only, where runs are long enough to pay."""
+    wanted = device.type == "cuda" if choice is None else choice
+    return torch.compile(model, dynamic=False) if wanted else model
 
 
 def autocast(precision, device):
@@ -266,13 +268,20 @@ class Plan(NamedTuple):
     """What follows from the arguments, the number of images and this process's place among the others."""
 
     steps_per_epoch: int
-    slices: list  # of the global batch: this process's micro-batches, all of one size
+    slices: list  # of the global batch: this process's micro-batches
     total_steps: int
     warmup_steps: int
     peak_lr: float
 
     def lr(self, step):
         return cosine_lr(step, peak=self.peak_lr, warmup_steps=self.warmup_steps, total_steps=self.total_steps)
+
+
+def micro_batches(start, count, largest):
+    """Slices that cut `count` images from `start` on into the fewest parts of at most `largest`, as even as can be."""
+    parts = math.ceil(count / largest)
+    edges = [start + count * i // parts for i in range(parts + 1)]
+    return [slice(*pair) for pair in itertools.pairwise(edges)]
 
 
 def plan_training(args, num_images, default_warmup, default_device_batch_size, rank=0, world_size=1):
@@ -283,25 +292,15 @@ def plan_training(args, num_images, default_warmup, default_device_batch_size, r
 
     Args:
         default_warmup: the fraction of all epochs to warm up in where --warmup_epoch is left out.
-        default_device_batch_size: where --max_device_batch_size is left out, micro-batches are of this many images, or
-            the next number that divides the batch.
+        default_device_batch_size: the most images at once where --max_device_batch_size is left out.
 
     Raises:
-        ValueError: the batch cannot be cut evenly or is larger than the data, or the warm-up is longer than the run.
+        ValueError: the batch is no multiple of world_size or larger than the data, or the warm-up longer than the run.
     """
     batch_size = args.batch_size
     if batch_size % world_size:
         raise ValueError(f"--batch_size {batch_size} is not a multiple of the {world_size} processes.")
     share = batch_size // world_size
-    micro = min(share, args.max_device_batch_size or default_device_batch_size)
-    if args.max_device_batch_size is None:
-        micro = next(size for size in range(micro, share + 1) if share % size == 0)
-    elif share % micro:
-        fits = max(size for size in range(1, micro + 1) if share % size == 0)
-        raise ValueError(
-            f"--batch_size {batch_size} is not a multiple of --max_device_batch_size {args.max_device_batch_size}"
-            f"{f' times {world_size} processes' if world_size > 1 else ''}; try --max_device_batch_size {fits}."
-        )
     if batch_size > num_images:
         raise ValueError(f"--batch_size {batch_size} is more than the {num_images} training images; use at most that.")
     warmup_epochs = default_warmup * args.total_epoch if args.warmup_epoch is None else args.warmup_epoch
@@ -310,7 +309,7 @@ def plan_training(args, num_images, default_warmup, default_device_batch_size, r
     steps_per_epoch = num_images // batch_size
     return Plan(
         steps_per_epoch=steps_per_epoch,
-        slices=[slice(start, start + micro) for start in range(rank * share, (rank + 1) * share, micro)],
+        slices=micro_batches(rank * share, share, args.max_device_batch_size or default_device_batch_size),
         total_steps=args.total_epoch * steps_per_epoch,
         warmup_steps=round(warmup_epochs * steps_per_epoch),
         peak_lr=args.base_learning_rate * batch_size / 256,

@@ -53,7 +53,7 @@ def parse_args(argv=None):
     parser.add_argument("--growth", action="store_true", help="measure how the cost grows, of our pretraining only")
     parser.add_argument("--paths", nargs="+", choices=[*PATHS], default=[*PATHS], help="what to compare")
     parser.add_argument("--batch_size", type=utils.positive_int, help="left out: 64 on a CPU, the scripts' on CUDA")
-    parser.add_argument("--seconds", type=float, default=60, help="time for each path, about")
+    parser.add_argument("--seconds", type=float, default=60, help="time for each path, about; --growth: four sizes")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--embed_dim", type=utils.positive_int, default=utils.defaults(MAE_ViT)["embed_dim"])
     parser.add_argument("--output", type=Path, default=Path("logs/benchmark"), help="directory for CSV, JSON and plot")
@@ -69,18 +69,14 @@ def batches(images, batch_size):
     return lambda i: images[order[torch.arange(i * batch_size, (i + 1) * batch_size) % len(images)]]
 
 
-def micro_batches(batch_size, script, device):
-    """As the script cuts a batch that it divides evenly."""
-    size = script.DEVICE_BATCH_SIZE[device.type]
-    return [slice(start, min(start + size, batch_size)) for start in range(0, batch_size, size)]
-
-
 def ours_pretraining(images, model_args, batch_size, precision, compiled):
     model = MAE_ViT(**model_args).to(images.device)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05, fused=True)
     utils.tune(model, images.device, precision, (model_args["img_size"] // model_args["patch_size"]) ** 2)
-    batch, slices = batches(images, batch_size), micro_batches(batch_size, mae_pretrain, images.device)
-    train_step = functools.partial(mae_pretrain.train_step, torch.compile(model) if compiled else model, optimizer)
+    batch = batches(images, batch_size)
+    slices = utils.micro_batches(0, batch_size, mae_pretrain.DEVICE_BATCH_SIZE[images.device.type])
+    forward = utils.compiled(model, compiled, images.device)
+    train_step = functools.partial(mae_pretrain.train_step, forward, optimizer)
 
     def step(i):
         masks = model.shuffle(batch_size, utils.generator(images.device, i), images.device)
@@ -93,9 +89,11 @@ def ours_fine_tuning(images, model_args, batch_size, precision, compiled):
     model = ViT_Classifier(**{name: model_args[name] for name in train_classifier.SIZE}).to(images.device)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05, fused=True)
     utils.tune(model, images.device, precision, (model_args["img_size"] // model_args["patch_size"]) ** 2)
-    batch, slices = batches(images, batch_size), micro_batches(batch_size, train_classifier, images.device)
+    batch = batches(images, batch_size)
+    slices = utils.micro_batches(0, batch_size, train_classifier.DEVICE_BATCH_SIZE[images.device.type])
     labels = torch.randint(10, (batch_size,), device=images.device)
-    train_step = functools.partial(train_classifier.train_step, torch.compile(model) if compiled else model, optimizer)
+    forward = utils.compiled(model, compiled, images.device)
+    train_step = functools.partial(train_classifier.train_step, forward, optimizer)
     return lambda i: train_step(slices, precision, batch(i), labels, 1e-4)
 
 
@@ -484,7 +482,7 @@ def draw_growth(rows, path):
         values = [row["value"] for row in shown]
         place.plot(values, [row["ms_per_image"] for row in shown], "o-", color="#0072b2")
         place.set(xlabel=name, ylabel="ms per image")
-        if len(values) > 4:
+        if name == "batch_size":
             place.set_xscale("log", base=2)
         place.set_xticks(values, values)
         place.set_ylim(bottom=0, top=1.08 * max(row["ms_per_image"] for row in shown))

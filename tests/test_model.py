@@ -260,7 +260,7 @@ def test_the_fast_paths_have_the_plain_ones_loss_and_gradients(precision, compil
 
     def loss_and_norm(model, precision, compiled=False):
         with utils.autocast(precision, images.device):
-            pred, mask = (torch.compile(model) if compiled else model)(images, model.shuffle(4, seeded()))
+            pred, mask = utils.compiled(model, compiled, images.device)(images, model.shuffle(4, seeded()))
         loss = mae_loss(pred, images, mask)
         loss.backward()
         norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
@@ -323,7 +323,7 @@ def test_the_classifier_has_the_loss_and_gradients_of_computing_all_tokens(preci
         return loss.detach(), torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
     plain = loss_and_gradients(whole, "float32")
-    fast = loss_and_gradients(torch.compile(model) if compiled else model, precision)
+    fast = loss_and_gradients(utils.compiled(model, compiled, images.device), precision)
     for ours, theirs in zip(fast, plain, strict=True):
         assert (ours - theirs).norm() <= tolerance * theirs.norm()
 

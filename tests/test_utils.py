@@ -46,16 +46,17 @@ def test_processes_and_micro_batches_share_the_global_batch_out():
     assert torch.equal(torch.cat(parts), indexes)
 
 
-@pytest.mark.parametrize(("batch_size", "size"), [(8, 8), (20, 10), (64, 16), (101, 101)])
-def test_micro_batches_left_out_are_of_ten_or_the_next_size_that_fits(batch_size, size):
-    slices = plan(batch_size=batch_size, max_device_batch_size=None).slices
-    assert [part.stop - part.start for part in slices] == [size] * (batch_size // size)
+@pytest.mark.parametrize(("count", "sizes"), [(8, [8]), (16, [16]), (17, [8, 9]), (101, [14, 14, 15, 14, 15, 14, 15])])
+def test_micro_batches_are_as_few_and_even_as_can_be(count, sizes):
+    slices = utils.micro_batches(5, count, 16)
+    assert [part.stop - part.start for part in slices] == sizes
+    assert torch.equal(torch.cat([torch.arange(200)[part] for part in slices]), torch.arange(5, 5 + count))
+    assert plan(batch_size=count, max_device_batch_size=None).slices == utils.micro_batches(0, count, 10)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"max_device_batch_size": 24}, "64 is not a multiple of --max_device_batch_size 24; .* 16"),
         ({"batch_size": 2000}, "2000 is more than the 1000 training images"),
         ({"world_size": 3}, "not a multiple of the 3 processes"),
         ({"warmup_epoch": 11.0}, "--warmup_epoch 11 is not within 0 to --total_epoch 10"),
