@@ -20,6 +20,8 @@ import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+NO_MEMORY = "out of memory|can't allocate memory|bad_alloc|ALLOC_FAILED"  # PyTorch has a class for the first only
+
 # --- command line ---
 
 
@@ -52,17 +54,16 @@ def exit_on_bad_input():
 
 @contextlib.contextmanager
 def exit_when_out_of_memory():
-    """Turn too little memory, the device's or this machine's, into one line and exit code 1."""
+    """Turn a refusal of memory, by the device or this machine, into one line and exit code 1."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # PyTorch has a class of its own for this on a GPU, none on a CPU
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+        if not isinstance(error, MemoryError) and not re.search(NO_MEMORY, str(error), re.IGNORECASE):
             raise
         wanted = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
         sys.exit(
-            f"Out of memory{f' ({wanted[1]} more were asked for)' if wanted else ''}. Give a smaller "
-            f"--max_device_batch_size, with which the same command goes on, or a smaller model."
+            f"Out of memory{f' ({wanted[1]} more were asked for)' if wanted else ''}. A smaller model or "
+            f"--max_device_batch_size needs less."
         )
 
 

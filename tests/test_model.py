@@ -273,7 +273,7 @@ def test_the_fast_paths_have_the_plain_ones_loss_and_gradients(precision, compil
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_forward_pass_stays_on_the_gpu_and_never_waits_for_it(strategy):
+def test_a_forward_pass_keeps_to_the_gpu_and_reads_no_number_back(strategy):
     # fake tensors have a device and no numbers: they need no GPU, do not mix devices, and refuse .item()
     with FakeTensorMode():
         with torch.device("cuda"):
