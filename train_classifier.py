@@ -20,7 +20,7 @@ from model import MAE_ViT, ViT_Classifier
 from runs import Run, classifier_run_name, digest, load_model, read_metrics, start_of
 
 SIZE = ("img_size", "patch_size", "embed_dim", "encoder_depth", "num_heads")
-DEVICE_BATCH_SIZE = {"cuda": 256, "cpu": 128}
+DEVICE_BATCH_SIZE = utils.DEVICE_BATCH_SIZE["fine-tuning"]
 EVAL_BATCH = 500  # images at once
 REPORT_BATCH = 128  # the source report averages the accuracies of batches of so many
 NOT_TESTED = dict.fromkeys(("test/loss", "test/acc", "test/acc_mean_of_batches", "chosen_epoch"), math.nan)
@@ -51,24 +51,18 @@ def parse_args(argv=None):
 
 
 def train_step(model, optimizer, slices, precision, images, labels, lr):
-    """One update on the global batch, micro-batch by micro-batch; its mean loss.
+    """One update on the global batch; its mean loss.
 
     Args:
         slices: this process's parts; images: (B, 3, H, W) uint8; labels: (B,) int64.
     """
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    loss_sum, count = 0, slices[-1].stop - slices[0].start
-    for part in slices:
+
+    def loss_of(part):
         with utils.autocast(precision, images.device):
             logits = model(data.normalize(images[part]))
-        loss = F.cross_entropy(logits.float(), labels[part]) * (len(logits) / count)
-        loss.backward()
-        loss_sum += loss.detach()
-    loss = utils.average_over_ranks(model, loss_sum)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return loss
+        return F.cross_entropy(logits.float(), labels[part])
+
+    return utils.update(model, optimizer, slices, lr, loss_of)
 
 
 def train_one_epoch(step, train, plan, args, progress, tick):

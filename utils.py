@@ -278,6 +278,10 @@ class Plan(NamedTuple):
         return cosine_lr(step, peak=self.peak_lr, warmup_steps=self.warmup_steps, total_steps=self.total_steps)
 
 
+# images at once on a device: on a GPU the reference's; on a CPU 512 are no faster and take 12 GB of memory instead of 4
+DEVICE_BATCH_SIZE = {"pretraining": {"cuda": 512, "cpu": 128}, "fine-tuning": {"cuda": 256, "cpu": 128}}
+
+
 def micro_batches(start, count, largest):
     """Slices that cut `count` images from `start` on into the fewest parts of at most `largest`, as even as can be."""
     parts = math.ceil(count / largest)
@@ -382,6 +386,28 @@ def average_over_ranks(model, loss):
     flat = sum_over_ranks(torch.cat([tensor.flatten() for tensor in tensors])) / dist.get_world_size()
     for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(mean.view_as(tensor))
+    return loss
+
+
+def update(model, optimizer, slices, lr, loss_of):
+    """One step of the optimizer on the global batch, its gradient added up over micro-batches and processes.
+
+    Args:
+        slices: this process's micro-batches; loss_of: slice -> the mean loss over its images.
+
+    Returns:
+        The mean loss over the global batch.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    loss_sum, count = 0, slices[-1].stop - slices[0].start
+    for part in slices:
+        loss = loss_of(part) * ((part.stop - part.start) / count)
+        loss.backward()
+        loss_sum += loss.detach()
+    loss = average_over_ranks(model, loss_sum)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
     return loss
 
 

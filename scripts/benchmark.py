@@ -3,8 +3,8 @@
 python -m scripts.benchmark                  the paths in turn, against each other and against the machine's floor
 python -m scripts.benchmark --growth         how the cost grows with batch, patch, image and decoder depth
 
-Tables go to the terminal and, as CSV with machine and versions in a JSON file beside it, to --output. What is timed are
-the steps of mae_pretrain.py and train_classifier.py themselves, so this script imports them.
+Tables go to the terminal and, as CSV with machine and versions in a JSON file beside it, to --output. Our paths step as
+mae_pretrain.py and train_classifier.py do: the same models, losses, masks, micro-batches and update.
 """
 
 import contextlib
@@ -38,11 +38,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 import data
-import mae_pretrain
 import runs
-import train_classifier
 import utils
-from model import MAE_Encoder, MAE_ViT, ViT_Classifier
+from model import MAE_Encoder, MAE_ViT, ViT_Classifier, mae_loss
 
 TURN = 5  # seconds
 NUM_IMAGES = 10_000  # drawn at random: what is in them does not matter here
@@ -69,32 +67,54 @@ def batches(images, batch_size):
     return lambda i: images[order[torch.arange(i * batch_size, (i + 1) * batch_size) % len(images)]]
 
 
+def classifier(images, model_args):
+    sizes = {name: model_args[name] for name in utils.defaults(ViT_Classifier) if name in model_args}
+    return ViT_Classifier(**sizes).to(images.device)
+
+
+def our_update(task, model, images, model_args, batch_size, precision, compiled):
+    """What our paths have in common: i -> the batch of step i, the model to call, and loss_of -> one update."""
+    utils.tune(model, images.device, precision, (model_args["img_size"] // model_args["patch_size"]) ** 2)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+    slices = utils.micro_batches(0, batch_size, utils.DEVICE_BATCH_SIZE[task][images.device.type])
+    update = functools.partial(utils.update, model, optimizer, slices, 1e-4)
+    return batches(images, batch_size), utils.compiled(model, compiled, images.device), update
+
+
 def ours_pretraining(images, model_args, batch_size, precision, compiled):
     model = MAE_ViT(**model_args).to(images.device)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05, fused=True)
-    utils.tune(model, images.device, precision, (model_args["img_size"] // model_args["patch_size"]) ** 2)
-    batch = batches(images, batch_size)
-    slices = utils.micro_batches(0, batch_size, mae_pretrain.DEVICE_BATCH_SIZE[images.device.type])
-    forward = utils.compiled(model, compiled, images.device)
-    train_step = functools.partial(mae_pretrain.train_step, forward, optimizer)
+    batch, forward, update = our_update("pretraining", model, images, model_args, batch_size, precision, compiled)
 
     def step(i):
-        masks = model.shuffle(batch_size, utils.generator(images.device, i), images.device)
-        return train_step(slices, precision, batch(i), masks, 1e-4)
+        pixels, masks = batch(i), model.shuffle(batch_size, utils.generator(images.device, i), images.device)
+
+        def loss_of(part):
+            x = data.normalize(pixels[part])
+            with utils.autocast(precision, x.device):
+                pred, mask = forward(x, masks[part])
+            return mae_loss(pred, x, mask)
+
+        return update(loss_of)
 
     return step
 
 
 def ours_fine_tuning(images, model_args, batch_size, precision, compiled):
-    model = ViT_Classifier(**{name: model_args[name] for name in train_classifier.SIZE}).to(images.device)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05, fused=True)
-    utils.tune(model, images.device, precision, (model_args["img_size"] // model_args["patch_size"]) ** 2)
-    batch = batches(images, batch_size)
-    slices = utils.micro_batches(0, batch_size, train_classifier.DEVICE_BATCH_SIZE[images.device.type])
+    model = classifier(images, model_args)
+    batch, forward, update = our_update("fine-tuning", model, images, model_args, batch_size, precision, compiled)
     labels = torch.randint(10, (batch_size,), device=images.device)
-    forward = utils.compiled(model, compiled, images.device)
-    train_step = functools.partial(train_classifier.train_step, forward, optimizer)
-    return lambda i: train_step(slices, precision, batch(i), labels, 1e-4)
+
+    def step(i):
+        pixels = batch(i)
+
+        def loss_of(part):
+            with utils.autocast(precision, images.device):
+                logits = forward(data.normalize(pixels[part]))
+            return F.cross_entropy(logits.float(), labels[part])
+
+        return update(loss_of)
+
+    return step
 
 
 class PilImages(Dataset):
@@ -141,13 +161,13 @@ def naive_pretraining(images, model_args, batch_size, precision, compiled):
         batch = batch.to(images.device)
         masks = np.stack([np.random.permutation(num_patches) for _ in batch])
         pred, mask = model(batch, torch.from_numpy(masks).to(images.device))
-        return plain_step(optimizer, mae_pretrain.mae_loss(pred, batch, mask))
+        return plain_step(optimizer, mae_loss(pred, batch, mask))
 
     return step
 
 
 def naive_fine_tuning(images, model_args, batch_size, precision, compiled):
-    model = ViT_Classifier(**{name: model_args[name] for name in train_classifier.SIZE}).to(images.device)
+    model = classifier(images, model_args)
     optimizer, loader = torch.optim.AdamW(model.parameters(), weight_decay=0.05), naive_loader(images, batch_size)
 
     def step(i):
