@@ -1,5 +1,5 @@
 """What both training scripts share and no other file owns: errors a user can mend, random generators, device and
-precision, the learning-rate schedule, batches cut by rank, the process group."""
+precision, the learning-rate schedule, batches cut by rank, the update, the process group."""
 
 import argparse
 import contextlib

@@ -9,18 +9,15 @@ python visualize_predictions.py --masks
 import math
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 
 import data
 import utils
+from figures import STYLES, plt, save, show
 from model import MASK_STRATEGIES, MAE_ViT, PatchShuffle, ViT_Classifier, mae_loss
 from runs import load_model
 
-RIGHT, WRONG = "#0072b2", "#d55e00"  # blue and vermilion of Okabe and Ito's palette for all kinds of colour vision
+(RIGHT, _), (WRONG, _) = STYLES[:2]  # blue and vermilion
 DRAWS = 1000  # masks behind a strategy's visibility map
 
 
@@ -42,15 +39,6 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def show(axes, image):
-    """Draw one image, (3, H, W) in the model's range or (H, W) in [0, 1], without axes."""
-    if image.ndim == 3:
-        image = data.to_pixels(image).permute(1, 2, 0)
-    axes.imshow(image.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    axes.set_xticks([])
-    axes.set_yticks([])
-
-
 def draw_reconstructions(model, images, args):
     """Masked input, reconstruction and original of each image, a row each."""
     trained = model.shuffle
@@ -65,7 +53,7 @@ def draw_reconstructions(model, images, args):
     figure, axes = plt.subplots(3, len(images), figsize=(1.3 * len(images) + 1, 4.5), squeeze=False)
     for row, (name, pictures) in enumerate(rows.items()):
         axes[row, 0].set_ylabel(name, fontsize=11)
-        for column, picture in enumerate(pictures):
+        for column, picture in enumerate(data.to_pixels(pictures)):
             show(axes[row, column], picture)
     figure.suptitle(
         f"{strategy} masks, {mask.float().mean():.0%} hidden (trained with {trained.mask_strategy}); "
@@ -86,7 +74,7 @@ def draw_predictions(model, names, images, labels, args):
         place.axis("off")
     for place, image, label, guess, sure in zip(axes.flat, images, labels, predicted, confidence, strict=False):
         right = bool(label == guess)
-        show(place, image)
+        show(place, data.to_pixels(image))
         for spine in place.spines.values():
             spine.set(color=RIGHT if right else WRONG, linewidth=2 if right else 4)
         place.set_title(f"{names[label]}", fontsize=9, pad=3)
@@ -154,10 +142,7 @@ def main(argv=None):
             place = Path(args.model_path)
             output = (place if place.is_dir() else place.parent) / f"{name}.png"
         output = Path(args.output or output)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        figure.tight_layout()
-        figure.savefig(output, dpi=150)
-        plt.close(figure)
+        save(figure, output)
     print(output)
 
 

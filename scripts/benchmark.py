@@ -26,10 +26,6 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -40,6 +36,7 @@ from torchvision import transforms
 import data
 import runs
 import utils
+from figures import STYLES, plt, save
 from model import MAE_Encoder, MAE_ViT, ViT_Classifier, mae_loss
 
 TURN = 5  # seconds
@@ -500,15 +497,14 @@ def draw_growth(rows, path):
     for place, name in zip(axes, names, strict=True):
         shown = [row for row in rows if row["varied"] == name]
         values = [row["value"] for row in shown]
-        place.plot(values, [row["ms_per_image"] for row in shown], "o-", color="#0072b2")
+        place.plot(values, [row["ms_per_image"] for row in shown], "o-", color=STYLES[0][0])
         place.set(xlabel=name, ylabel="ms per image")
         if name == "batch_size":
             place.set_xscale("log", base=2)
         place.set_xticks(values, values)
         place.set_ylim(bottom=0, top=1.08 * max(row["ms_per_image"] for row in shown))
         place.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    save(figure, path)
     print(path)
 
 

@@ -9,23 +9,20 @@ import itertools
 import math
 import shutil
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 import data
 import utils
-import visualize_predictions
+from figures import STYLES, plt, save, show
 from model import MASK_STRATEGIES, MAE_ViT, PatchShuffle, ViT_Classifier, mae_loss
 from runs import FREE_ARGUMENTS, load_model, read_config, read_metrics
 
-STYLES = [("#0072b2", "-"), ("#d55e00", "--"), ("#009e73", "-."), ("#cc79a7", ":"), ("#000000", (0, (5, 1)))]
 # 97.5 % points of Student's t for 1, 2, ... degrees of freedom; beyond, the last one, which is a little wide
 STUDENT_T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
 STUDENT_T += [2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042]
@@ -203,12 +200,6 @@ def draw_curves(groups, metric, ylabel, path):
     save(figure, path)
 
 
-def save(figure, path):
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
 def draw_reconstructions_of(models, images, path):
     """What each MAE, by name, is shown and what it makes of it, and the originals below; one strategy, one mask."""
     rows, shown = [], None
@@ -224,8 +215,8 @@ def draw_reconstructions_of(models, images, path):
     figure, axes = plt.subplots(len(rows), len(images), figsize=(1.15 * len(images) + 1.4, 1.2 * len(rows) + 0.4))
     for places, (name, pictures) in zip(axes, rows, strict=True):
         places[0].set_ylabel(name, fontsize=9)
-        for place, picture in zip(places, pictures, strict=True):
-            visualize_predictions.show(place, picture)
+        for place, picture in zip(places, data.to_pixels(pictures), strict=True):
+            show(place, picture)
     save(figure, path)
 
 
@@ -257,7 +248,7 @@ def draw_disagreements(test, one, other, path, columns=8):
         order = torch.randperm(len(chosen), generator=utils.generator("cpu", "report"))
         for place, i in zip(places, order[chosen[order]].tolist(), strict=False):
             place.set_frame_on(True)
-            visualize_predictions.show(place, data.normalize(test.images[i]))
+            show(place, test.images[i])
             wrong = other[i] if right[i] else one[i]
             place.set_title(test.classes[test.labels[i]], fontsize=9)
             place.set_xlabel(f"not {test.classes[wrong]}", fontsize=9)
@@ -448,10 +439,17 @@ def draw_all(results, output, bank, device):
     chosen = torch.randperm(len(test.images), generator=utils.generator("cpu", "report"))
     images = data.normalize(test.images[chosen[:bank]])
     captions = draw_all_curves(results, output) | draw_all_reconstructions(results, images, output, device)
-    visualize_predictions.main(["--model_path", str(base.classifier), "--output", str(output / "figure06.png")])
+    visualize(base.classifier, output / "figure06.png")
     captions["figure06"] = "Predictions on random test images."
     captions |= draw_answers(results, test, output, device)
     return dict(sorted(captions.items(), key=lambda item: (not item[0].startswith("figure"), item[0])))
+
+
+def visualize(run, path):
+    """What visualize_predictions.py draws of a run."""
+    script = Path(__file__).parents[1] / "visualize_predictions.py"
+    if code := subprocess.call([sys.executable, script, "--model_path", run, "--output", path]):
+        sys.exit(code)  # it has said why
 
 
 def draw_all_curves(results, output):
@@ -474,7 +472,7 @@ def draw_all_curves(results, output):
 
 def draw_all_reconstructions(results, images, output, device):
     """Of the first seeds, on the same images and masks, and the error of every strategy under every other."""
-    visualize_predictions.main(["--model_path", str(results[BASE][0].mae), "--output", str(output / "figure03.png")])
+    visualize(results[BASE][0].mae, output / "figure03.png")
     trained = [strategy for strategy, setting in MASKS.items() if setting in results]
     for name, settings in {"figure11": MASKS, "reconstructions_by_depth": DEPTHS}.items():
         found = {label: results[setting][0].mae for label, setting in settings.items() if setting in results}

@@ -6,13 +6,10 @@ python -m scripts.plot_curves logs/classifier/* --metric train/loss test/acc --o
 import math
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 import utils
+from figures import STYLES, plt, save
 from runs import read_metrics
 
 NAMES = {
@@ -24,7 +21,6 @@ NAMES = {
     "lr": "learning rate",
     "speed/images_per_sec": "images/s",
 }
-STYLES = [("#0072b2", "-"), ("#d55e00", "--"), ("#009e73", "-."), ("#cc79a7", ":"), ("#000000", "-")]  # Okabe and Ito
 
 
 def parse_args(argv=None):
@@ -64,17 +60,15 @@ def main(argv=None):
             colour, line = STYLES[i % len(STYLES)]
             epochs, values = [row["epoch"] for row in table], [row[metric] for row in table]
             few = sum(map(math.isfinite, values)) < 20  # the test set may have been used once
-            place.plot(epochs, values, line, color=colour, label=label, marker="o" if few else None)
+            place.plot(epochs, values, linestyle=line, color=colour, label=label, marker="o" if few else None)
         place.set(xlabel="epoch", ylabel=NAMES.get(metric, metric))
         place.xaxis.set_major_locator(MaxNLocator(integer=True))
         place.grid(alpha=0.3)
         place.legend()
         if metric.endswith("/acc"):
             place.yaxis.set_major_formatter(PercentFormatter(1))
-    figure.tight_layout()
     with utils.exit_on_bad_input():
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(args.output, dpi=150)
+        save(figure, args.output)
     print(args.output)
 
 
