@@ -19,7 +19,7 @@ def show(axes, image):
 
 
 def save(figure, path):
-    """Write a figure as PNG, its directory made where missing, and close it."""
+    """Write a figure, its directory made where missing, and close it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
     figure.savefig(path, dpi=150)

@@ -278,7 +278,8 @@ class Plan(NamedTuple):
         return cosine_lr(step, peak=self.peak_lr, warmup_steps=self.warmup_steps, total_steps=self.total_steps)
 
 
-# images at once on a device: on a GPU the reference's; on a CPU 512 are no faster and take 12 GB of memory instead of 4
+# Images at once on a device: on a GPU the reference's. On a CPU, pretraining with 512 is no faster and takes 12 GB of
+# memory instead of 4.
 DEVICE_BATCH_SIZE = {"pretraining": {"cuda": 512, "cpu": 128}, "fine-tuning": {"cuda": 256, "cpu": 128}}
 
 
@@ -390,7 +391,7 @@ def average_over_ranks(model, loss):
 
 
 def update(model, optimizer, slices, lr, loss_of):
-    """One step of the optimizer on the global batch, its gradient added up over micro-batches and processes.
+    """One step of the optimizer on the global batch: gradients of micro-batches added up, of processes averaged.
 
     Args:
         slices: this process's micro-batches; loss_of: slice -> the mean loss over its images.

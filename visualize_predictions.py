@@ -72,9 +72,11 @@ def draw_predictions(model, names, images, labels, args):
     figure, axes = plt.subplots(rows, columns, figsize=(1.6 * columns, 2.1 * rows + 0.6), squeeze=False)
     for place in axes.flat[len(images) :]:
         place.axis("off")
-    for place, image, label, guess, sure in zip(axes.flat, images, labels, predicted, confidence, strict=False):
+    for place, image, label, guess, sure in zip(
+        axes.flat, data.to_pixels(images), labels, predicted, confidence, strict=False
+    ):
         right = bool(label == guess)
-        show(place, data.to_pixels(image))
+        show(place, image)
         for spine in place.spines.values():
             spine.set(color=RIGHT if right else WRONG, linewidth=2 if right else 4)
         place.set_title(f"{names[label]}", fontsize=9, pad=3)

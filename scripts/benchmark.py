@@ -69,10 +69,9 @@ def classifier(images, model_args):
     return ViT_Classifier(**sizes).to(images.device)
 
 
-def our_update(task, model, images, model_args, batch_size, precision, compiled):
+def our_update(task, model, optimizer, images, model_args, batch_size, precision, compiled):
     """What our paths have in common: i -> the batch of step i, the model to call, and loss_of -> one update."""
     utils.tune(model, images.device, precision, (model_args["img_size"] // model_args["patch_size"]) ** 2)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05, fused=True)
     slices = utils.micro_batches(0, batch_size, utils.DEVICE_BATCH_SIZE[task][images.device.type])
     update = functools.partial(utils.update, model, optimizer, slices, 1e-4)
     return batches(images, batch_size), utils.compiled(model, compiled, images.device), update
@@ -80,7 +79,10 @@ def our_update(task, model, images, model_args, batch_size, precision, compiled)
 
 def ours_pretraining(images, model_args, batch_size, precision, compiled):
     model = MAE_ViT(**model_args).to(images.device)
-    batch, forward, update = our_update("pretraining", model, images, model_args, batch_size, precision, compiled)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+    batch, forward, update = our_update(
+        "pretraining", model, optimizer, images, model_args, batch_size, precision, compiled
+    )
 
     def step(i):
         pixels, masks = batch(i), model.shuffle(batch_size, utils.generator(images.device, i), images.device)
@@ -98,7 +100,10 @@ def ours_pretraining(images, model_args, batch_size, precision, compiled):
 
 def ours_fine_tuning(images, model_args, batch_size, precision, compiled):
     model = classifier(images, model_args)
-    batch, forward, update = our_update("fine-tuning", model, images, model_args, batch_size, precision, compiled)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05, fused=True)
+    batch, forward, update = our_update(
+        "fine-tuning", model, optimizer, images, model_args, batch_size, precision, compiled
+    )
     labels = torch.randint(10, (batch_size,), device=images.device)
 
     def step(i):

@@ -449,7 +449,7 @@ def visualize(run, path):
     """What visualize_predictions.py draws of a run."""
     script = Path(__file__).parents[1] / "visualize_predictions.py"
     if code := subprocess.call([sys.executable, script, "--model_path", run, "--output", path]):
-        sys.exit(code)  # it has said why
+        sys.exit(f"{script.name} could not draw {run} (exit code {code}).")
 
 
 def draw_all_curves(results, output):

@@ -4,7 +4,7 @@ import figures
 from figures import plt
 
 
-def test_an_image_is_shown_pixel_by_pixel_and_grey_from_0_to_1():
+def test_an_image_is_shown_upright_and_grey_from_0_to_1():
     _, axes = plt.subplots(1, 2)
     pixels = torch.arange(3 * 4 * 5, dtype=torch.uint8).view(3, 4, 5)
     figures.show(axes[0], pixels)

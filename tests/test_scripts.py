@@ -23,7 +23,7 @@ import mae_pretrain
 import train_classifier
 import utils
 import visualize_predictions
-from model import MASK_STRATEGIES, MAE_ViT
+from model import MASK_STRATEGIES, MAE_ViT, ViT_Classifier
 from runs import Run, digest, load_file, read_config, read_metrics
 from scripts import benchmark, make_report, plot_curves
 
@@ -520,6 +520,33 @@ for i in {1..200}; do sleep 0.1; done
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=20) == 130
     assert len(list(tmp_path.glob("*.saved"))) == int(jobs)
+
+
+def test_the_benchmark_steps_as_the_scripts_do():
+    images = torch.randint(256, (40, 3, 32, 32), dtype=torch.uint8)
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 12, "encoder_depth": 1, "num_heads": 2}
+    mae = {**sizes, "decoder_depth": 1, "mask_ratio": 0.75, "mask_strategy": "random"}
+    arguments, whole = (images, mae, 16, "float32", False), [slice(0, 16)]
+
+    torch.manual_seed(0)
+    timed = benchmark.ours_pretraining(*arguments)(0)
+    torch.manual_seed(0)
+    model = MAE_ViT(**mae)
+    optimizer, batch = torch.optim.AdamW(model.parameters()), benchmark.batches(images, 16)
+    masks = model.shuffle(16, utils.generator(images.device, 0))
+    torch.testing.assert_close(
+        timed, mae_pretrain.train_step(model, optimizer, whole, "float32", batch(0), masks, 1e-4)
+    )
+
+    torch.manual_seed(0)
+    timed = benchmark.ours_fine_tuning(*arguments)(0)
+    torch.manual_seed(0)
+    model = ViT_Classifier(**sizes)
+    optimizer, batch = torch.optim.AdamW(model.parameters()), benchmark.batches(images, 16)
+    labels = torch.randint(10, (16,))
+    torch.testing.assert_close(
+        timed, train_classifier.train_step(model, optimizer, whole, "float32", batch(0), labels, 1e-4)
+    )
 
 
 def test_the_report_of_a_small_sweep():
