@@ -1,0 +1,222 @@
+"""The training loop, held against loops written here from the recipe alone, and against facts that need no program.
+
+A plain loop uses nothing of the program but its models, drawn images and files: torch's AdamW, the learning rate by
+formula, the whole batch at once, augmentation image by image.
+"""
+
+import hashlib
+import math
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+import data
+import mae_pretrain
+import train_classifier
+from model import MAE_Encoder, MAE_ViT, PatchShuffle, ViT_Classifier
+from runs import load_model, read_metrics
+
+SIZE = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "encoder_depth": 2, "num_heads": 3}
+SEED, BATCH, EPOCHS, STEPS, WARMUP = 5, 14, 2, 3, 4  # 50 images: 3 steps an epoch, 8 images left over
+PEAK = 1e-3 * BATCH / 256
+RUN = f"--device cpu --precision float32 --seed {SEED} --dataset shapes --train_images 50 --batch_size {BATCH} "
+RUN += f"--total_epoch {EPOCHS} --warmup_epoch {WARMUP / STEPS} --base_learning_rate 1e-3"
+SIZE_FLAGS = " ".join(f"--{name} {value}" for name, value in SIZE.items())
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_directory(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def few_shapes(monkeypatch):
+    """Drawn sets: 50 images for training, 140 for testing."""
+    draw = data.shapes
+    monkeypatch.setattr(data, "shapes", lambda count, size, seed: draw(140 if seed else 50, size, seed))
+
+
+def pretrain(flags):
+    return mae_pretrain.pretrain(mae_pretrain.parse_args(shlex.split(flags)))
+
+
+def classify(flags):
+    return train_classifier.train_classifier(train_classifier.parse_args(shlex.split(flags)))
+
+
+# --- plain loops ---
+
+
+def drawn_from(*key):
+    """The documented generator: seeded by 63 bits of the BLAKE2b digest of the key as Python prints it."""
+    seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") // 2
+    return torch.Generator().manual_seed(seed)
+
+
+def batch_of(images, epoch, step, augment):
+    """The indices and the pixels in [-1, 1] of one batch."""
+    ids = torch.randperm(len(images), generator=drawn_from(SEED, epoch, "order"))[step * BATCH : (step + 1) * BATCH]
+    pixels = images[ids]
+    if augment:
+        draw = drawn_from(SEED, epoch, step, "augment")
+        down, right = (torch.randint(-4, 5, (BATCH, 1), generator=draw).flatten().tolist() for _ in range(2))
+        mirrored = (torch.rand(BATCH, 1, generator=draw) < 0.5).flatten().tolist()
+        size = SIZE["img_size"]
+        moved = []
+        for image, dy, dx, mirror in zip(pixels, down, right, mirrored, strict=True):
+            padded = F.pad(image[None].float(), (4, 4, 4, 4), mode="replicate")[0]
+            image = padded[:, 4 + dy : 4 + dy + size, 4 + dx : 4 + dx + size]
+            moved.append(image.flip(2) if mirror else image)
+        pixels = torch.stack(moved)
+    return ids, (pixels / 255 - 0.5) / 0.5
+
+
+def rate(step):
+    """Linear warm-up to the peak, then half a cosine that would be 0 one step after the last."""
+    if step < WARMUP:
+        return PEAK * (step + 1) / WARMUP
+    return PEAK * (1 + math.cos(math.pi * (step - WARMUP + 1) / (EPOCHS * STEPS - WARMUP + 1))) / 2
+
+
+def plain_loop(model, betas, loss_of, evaluate=lambda model: {}):
+    """Train the model; a row of metrics an epoch."""
+    optimizer, rows = torch.optim.AdamW(model.parameters(), betas=betas, weight_decay=0.05), []
+    for epoch in range(EPOCHS):
+        losses = []
+        for step in range(STEPS):
+            lr = rate(epoch * STEPS + step)
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.zero_grad()
+            loss = loss_of(model, epoch, step)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        rows.append({"train/loss": sum(losses) / STEPS, "lr": lr, **evaluate(model)})
+    return rows
+
+
+def check_same(directory, kind, model, rows):
+    """A finished run has these weights and these metrics."""
+    trained, _ = load_model(directory, kind)
+    for (name, ours), theirs in zip(trained.state_dict().items(), model.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+    for ours, theirs in zip(read_metrics(directory), rows, strict=True):
+        assert {name: ours[name] for name in theirs} == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.parametrize("augment", [False, True])
+@pytest.mark.parametrize("parts", [14, 5])  # at once; 5 makes parts of 4, 5 and 5
+def test_pretraining_ends_with_the_weights_of_a_plain_loop(augment, parts, few_shapes):
+    flags = f"{RUN} {SIZE_FLAGS} --decoder_depth 1 --max_device_batch_size {parts} {'--augment' if augment else ''}"
+    run = pretrain(flags)
+    images = data.shapes(50, 16, seed=0).images
+
+    def loss_of(model, epoch, step):
+        _, x = batch_of(images, epoch, step, augment)
+        order = torch.rand(BATCH, 16, generator=drawn_from(SEED, epoch, step, "masks")).argsort(1)
+        pred, _ = model(x, order)
+        total = 0
+        for image, prediction, hidden in zip(x, pred, order[:, 4:].tolist(), strict=True):  # a quarter is visible
+            for patch in hidden:
+                row, column = patch // 4 * 4, patch % 4 * 4
+                pixels = image[:, row : row + 4, column : column + 4]
+                total = total + ((prediction[patch].view(3, 4, 4) - pixels) ** 2).mean()
+        return total / (BATCH * 12)
+
+    torch.manual_seed(SEED)
+    model = MAE_ViT(**SIZE, decoder_depth=1)
+    check_same(run, MAE_ViT, model, plain_loop(model, (0.9, 0.95), loss_of))
+
+
+@pytest.mark.parametrize("augment", [False, True])
+@pytest.mark.parametrize("parts", [14, 5])
+@pytest.mark.parametrize("start", ["pretrained", "scratch"])
+def test_a_classifier_ends_with_the_weights_of_a_plain_loop(augment, parts, start, few_shapes):
+    flags = f"{RUN} --max_device_batch_size {parts} {'--augment' if augment else ''} "
+    mae = pretrain(f"{RUN} {SIZE_FLAGS} --decoder_depth 1 --seed 1") if start == "pretrained" else None
+    run = classify(flags + (f"--pretrained_model_path {mae}" if mae else SIZE_FLAGS))
+    train, test = data.shapes(50, 16, seed=0), data.shapes(140, 16, seed=1)
+
+    def logits_of(model, x):
+        return model.head(MAE_Encoder.forward(model, x)[:, 0])
+
+    def loss_of(model, epoch, step):
+        ids, x = batch_of(train.images, epoch, step, augment)
+        right = logits_of(model, x).log_softmax(1)[torch.arange(BATCH), train.labels[ids]]
+        return -right.mean()
+
+    def evaluate(model):
+        with torch.no_grad():
+            logits = logits_of(model, (test.images / 255 - 0.5) / 0.5)
+        right = (logits.argmax(1) == test.labels).tolist()
+        batches = [right[:128], right[128:]]
+        means = [sum(batch) / len(batch) for batch in batches]
+        loss = F.cross_entropy(logits, test.labels).item()
+        return {"test/acc": sum(right) / 140, "test/acc_mean_of_batches": sum(means) / 2, "test/loss": loss}
+
+    torch.manual_seed(SEED)
+    model = ViT_Classifier(**SIZE, num_classes=10)
+    if mae:
+        encoder = load_model(mae, MAE_ViT)[0].encoder.state_dict()
+        model.load_state_dict({**encoder, "head.weight": model.head.weight, "head.bias": model.head.bias})
+    check_same(run, ViT_Classifier, model, plain_loop(model, (0.9, 0.999), loss_of, evaluate))
+
+
+def test_the_logged_rate_is_the_one_that_the_optimizer_used(few_shapes):
+    used = []
+    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: used.append(optimizer.param_groups[0]["lr"]))
+    runs = pretrain(f"{RUN} {SIZE_FLAGS} --decoder_depth 1"), classify(f"{RUN} {SIZE_FLAGS}")
+    hook.remove()
+    assert used == [rate(step) for step in range(EPOCHS * STEPS)] * 2
+    for run in runs:
+        assert [row["lr"] for row in read_metrics(run)] == [used[2], used[5]]
+
+
+# --- facts ---
+
+
+def draw_folder(root, counts):
+    """Three classes of noisy 8 x 8 images, each lit from another side: so many images of each in train/ and test/."""
+    noise = torch.Generator().manual_seed(0)
+    ramp = torch.linspace(0, 120, 8).expand(8, 8)
+    lit = {"above": ramp.T.flip(0), "below": ramp.T, "left": ramp.flip(1)}  # also when mirrored
+    for part, count in counts.items():
+        for name, light in lit.items():
+            (root / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = light[..., None] + torch.randint(136, (8, 8, 3), generator=noise)
+                Image.fromarray(pixels.byte().numpy()).save(root / part / name / f"{i}.png")
+
+
+@pytest.mark.parametrize("held_out", ["", "--val_images 15"])
+def test_a_classifier_tells_classes_apart_that_differ_plainly(held_out, capsys):
+    draw_folder(Path("lights"), {"train": 40, "test": 20})
+    size = "--img_size 8 --patch_size 4 --embed_dim 24 --encoder_depth 1 --num_heads 2"
+    flags = f"--dataset folder --data_dir lights {size} --total_epoch 12 --batch_size 15 --base_learning_rate 5e-2"
+    train_classifier.main(shlex.split(f"{flags} --augment --device cpu {held_out}"))
+    (run,) = Path("logs/classifier").iterdir()
+    assert read_metrics(run)[-1]["test/acc"] >= 0.95
+    assert f"test accuracy {read_metrics(run)[-1]['test/acc']:.2%}" in capsys.readouterr().out
+
+
+def test_pretraining_beats_the_mean_visible_colour():
+    """Predicting an image's hidden pixels by the mean of its visible ones needs no learning."""
+    flags = "--dataset shapes --train_images 1000 --img_size 16 --patch_size 4 --embed_dim 32 --encoder_depth 2 "
+    flags += "--num_heads 2 --decoder_depth 1 --batch_size 50 --total_epoch 14 --base_learning_rate 2e-2 --device cpu"
+    model, _ = load_model(pretrain(flags), MAE_ViT)
+    images = data.shapes(1000, 16, seed=1).images / 127.5 - 1
+    masks = PatchShuffle(4, 0.75, "random")(1000, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        pred, hidden = model(images, masks)  # (1000, 16, 48), (1000, 16)
+    patches = images.view(1000, 3, 4, 4, 4, 4).permute(0, 2, 4, 1, 3, 5).reshape(1000, 16, 3, 16)
+    colours, visible = patches.mean(3), (~hidden)[..., None]  # (1000, 16, 3), (1000, 16, 1)
+    mean_colour = (colours * visible).sum(1) / visible.sum(1)  # (1000, 3)
+    learned, guessed = (
+        ((guess - patches) ** 2)[hidden].mean() for guess in (pred.view_as(patches), mean_colour[:, None, :, None])
+    )
+    assert learned < 0.95 * guessed
