@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from torchvision import datasets
 
+from errors import UserError, as_user_error
+
 DATASETS = ("cifar10", "cifar100", "folder", "shapes")
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".webp", ".tif", ".tiff"}
 
@@ -38,6 +40,12 @@ class ImageSet(NamedTuple):
 
     def to(self, device):
         return self._replace(images=self.images.to(device), labels=self.labels.to(device))
+
+
+def name_of(args):
+    """The data set as part of a run's name; a folder goes by its own name."""
+    name = Path(args.data_dir).resolve().name if args.dataset == "folder" else args.dataset
+    return name if args.train_images is None else f"{name}-{args.train_images}"
 
 
 @contextlib.contextmanager
@@ -63,10 +71,11 @@ def load_dataset(name, data_dir, img_size, train_images=None):
         train_images: keep this many training images, the first ones of each class, equally many of each; None: all.
 
     Raises:
-        ValueError: unknown name, missing or unreadable files, more images asked for than there are.
+        UserError: unknown name, missing or unreadable files, more images asked for than there are.
     """
     if name in ("cifar10", "cifar100"):
-        Path(data_dir).mkdir(parents=True, exist_ok=True)
+        with as_user_error(OSError):
+            Path(data_dir).mkdir(parents=True, exist_ok=True)
         with one_at_a_time(data_dir):
             train, test = (cifar(name, data_dir, img_size, train=part) for part in (True, False))
     elif name == "folder":
@@ -77,7 +86,7 @@ def load_dataset(name, data_dir, img_size, train_images=None):
     elif name == "shapes":
         train, test = shapes(5000, img_size, seed=0), shapes(1000, img_size, seed=1)
     else:
-        raise ValueError(f"--dataset {name!r} is unknown; choose from {', '.join(DATASETS)}.")
+        raise UserError(f"--dataset {name!r} is unknown; choose from {', '.join(DATASETS)}.")
     if train_images is not None:
         train = first_of_each_class(train, train_images)
     return train, test
@@ -95,7 +104,7 @@ def hold_out(images, count, train_images=None):
         train_images: as in `load_dataset`, and the same images as there; None: all the rest.
 
     Raises:
-        ValueError: count or train_images is not equally many of each class, or the rest has no or too few images.
+        UserError: count or train_images is not equally many of each class, or the rest has no or too few images.
     """
     rank_from_last = rank_in_class(images.labels.flip(0)).flip(0)
     held_out = rank_from_last <= count_per_class(images, count, "--val_images", spared=1)
@@ -118,7 +127,7 @@ def count_per_class(images, count, flag, spared=0):
     most = int(images.labels.bincount(minlength=classes).min()) - spared
     if rest or not 0 < per_class <= most:
         way_out = f"try {classes * min(max(per_class, 1), most)}" if most else "leave it out"
-        raise ValueError(f"{flag} {count} is not {classes} classes times 1 to {most} images; {way_out}.")
+        raise UserError(f"{flag} {count} is not {classes} classes times 1 to {most} images; {way_out}.")
     return per_class
 
 
@@ -139,7 +148,7 @@ def cifar(name, data_dir, img_size, train):
         try:
             files = kind(data_dir, train=train, download=True)
         except (OSError, RuntimeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"No {name} in {data_dir}: {Path(data_dir) / folder_name} is missing or damaged, and {kind.url} cannot "
                 f"be downloaded ({error}). Put {kind.filename} into {data_dir} and run again, point --data_dir at the "
                 f"folder that holds {folder_name}, or use --dataset shapes, which needs no files."
@@ -171,7 +180,7 @@ def folder(data_dir, img_size):
     parts = {part: list_images(root / part) for part in ("train", "test")}
     classes = sorted({path.parent.name for path in parts["train"]})
     if others := set(classes) ^ {path.parent.name for path in parts["test"]}:
-        raise ValueError(
+        raise UserError(
             f"{root}: train and test do not have the same classes; only one has {', '.join(sorted(others))}."
         )
     cache = root / f".cache-{img_size}-{folder_key(root, parts)}.npz"
@@ -193,7 +202,7 @@ def list_images(directory):
     paths = sorted(path for path in directory.glob("*/*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
         state = "holds no images" if directory.is_dir() else "is missing"
-        raise ValueError(
+        raise UserError(
             f"{directory} {state}. --data_dir must hold train/<class>/* and test/<class>/*, images ending in "
             f"{' '.join(sorted(IMAGE_SUFFIXES))}."
         )
@@ -217,7 +226,7 @@ def decode(paths, img_size):
             with Image.open(path) as image:
                 rgb = to_rgb(image)
         except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            raise ValueError(f"Cannot read {path} as an image: {error}. Mend or remove it.") from error
+            raise UserError(f"Cannot read {path} as an image: {error}. Mend or remove it.") from error
         if rgb.size != (img_size, img_size):
             resized += 1
             rgb = rgb.resize((img_size, img_size), Image.Resampling.BILINEAR)

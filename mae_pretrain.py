@@ -8,19 +8,22 @@ Recipe: He et al. 2021 (arXiv:2111.06377), appendix A.1, at CIFAR size.
 """
 
 import functools
-import tempfile
-import time
 
 import torch
 from torchvision.utils import make_grid
 
 import data
+import training
 import utils
+from checkpoints import load_model
+from errors import exit_in_one_line
 from model import MASK_STRATEGIES, MAE_ViT, mae_loss
-from runs import Run, load_model, mae_run_name, start_of
+from runs import Run
 
 SIZE = ("img_size", "patch_size", "embed_dim", "encoder_depth", "num_heads", "decoder_depth")
-DEVICE_BATCH_SIZE = utils.DEVICE_BATCH_SIZE["pretraining"]
+WARMUP = 0.1  # of all epochs
+# Images at once on a device: on a GPU the reference's; on a CPU 512 are no faster and take 12 GB of memory, not 4.
+DEVICE_BATCH_SIZE = {"cuda": 512, "cpu": 128}
 IMAGE_LOGS = 50  # reconstructions shown in TensorBoard over a run
 
 
@@ -35,7 +38,7 @@ def parse_args(argv=None):
     utils.add_optimisation_arguments(
         parser,
         total_epoch=2000,
-        warmup="a tenth",
+        warmup=WARMUP,
         batch_size=4096,
         device_batch_size=DEVICE_BATCH_SIZE,
         base_learning_rate=1.5e-4,
@@ -46,49 +49,38 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def train_step(model, optimizer, slices, precision, images, masks, lr):
-    """One update on the global batch; its mean loss.
+def run_name(args):
+    """For example mae_cifar10_i32_p2_w192_e12_h3_d4_random_r0.75_ep2000_b4096_s42."""
+    size = "i{img_size}_p{patch_size}_w{embed_dim}_e{encoder_depth}_h{num_heads}_d{decoder_depth}"
+    rest = "{mask_strategy}_r{mask_ratio}_ep{total_epoch}_b{batch_size}_s{seed}"
+    return f"mae_{data.name_of(args)}_{f'{size}_{rest}'.format(**vars(args))}{'_aug' if args.augment else ''}"
+
+
+def build_optimizer(model, lr, weight_decay):
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
+
+
+def batch_loss(forward, shuffle, images, args, precision, ids, epoch, step):
+    """Draw one batch and its masks; what a part of it costs.
 
     Args:
-        slices: this process's parts; images: (B, 3, H, W) uint8; masks: (B, N) int64, the patches in shuffled order.
+        forward: the model, compiled or not; shuffle: its PatchShuffle; images: (N, 3, H, W) uint8; ids: (B,) int64.
+
+    Returns:
+        loss_of: a slice of the batch -> the mean loss of its images.
     """
+    batch, device = images[ids], images.device
+    if args.augment:
+        batch = data.flip_and_crop(batch, utils.generator(device, args.seed, epoch, step, "augment"))
+    masks = shuffle(len(batch), utils.generator(device, args.seed, epoch, step, "masks"), device)
 
     def loss_of(part):
-        x = data.normalize(images[part])
-        with utils.autocast(precision, x.device):
-            pred, mask = model(x, masks[part])
+        x = data.normalize(batch[part])
+        with utils.autocast(precision, device):
+            pred, mask = forward(x, masks[part])
         return mae_loss(pred, x, mask)  # each image has equally many hidden patches
 
-    return utils.update(model, optimizer, slices, lr, loss_of)
-
-
-def train_one_epoch(step, shuffle, images, plan, args, progress, tick):
-    """The rest of the epoch that progress stands in; returns its metrics.
-
-    Every draw follows from (seed, epoch, step) and is made for the global batch: neither a stop in between nor the
-    number of processes changes which images are seen, and under which masks.
-
-    Args:
-        step: (images, masks, lr) -> mean loss; images: (N, 3, H, W) uint8; tick: called after each step.
-    """
-    device, epoch, started = images.device, progress["epoch"], time.monotonic()
-    order = torch.randperm(len(images), generator=utils.generator("cpu", args.seed, epoch, "order")).to(device)
-    for i in range(progress["step"], plan.steps_per_epoch):
-        batch = images[order[i * args.batch_size : (i + 1) * args.batch_size]]
-        if args.augment:
-            batch = data.flip_and_crop(batch, utils.generator(device, args.seed, epoch, i, "augment"))
-        masks = shuffle(args.batch_size, utils.generator(device, args.seed, epoch, i, "masks"), device)
-        lr = plan.lr(epoch * plan.steps_per_epoch + i)
-        progress["loss_sum"] = progress["loss_sum"] + step(batch, masks, lr)
-        progress["step"] = i + 1
-        progress["seconds"], started = progress["seconds"] + time.monotonic() - started, time.monotonic()
-        tick(progress)
-    loss = float(progress["loss_sum"]) / plan.steps_per_epoch  # waits for the device
-    seconds = progress["seconds"] + time.monotonic() - started
-    speed = plan.steps_per_epoch * args.batch_size / seconds
-    lr = plan.lr((epoch + 1) * plan.steps_per_epoch - 1)
-    memory = utils.peak_memory_mb(device)
-    return {"train/loss": loss, "lr": lr, "speed/images_per_sec": speed, "seconds": seconds, "memory/peak_mb": memory}
+    return loss_of
 
 
 def reconstruction_grid(model, images, masks):
@@ -97,69 +89,58 @@ def reconstruction_grid(model, images, masks):
     return make_grid(data.to_pixels(rows), nrow=len(images))
 
 
-@utils.exit_when_out_of_memory()
+@exit_in_one_line()
 def pretrain(args):
     """Train one run to its end, on from where it stopped; returns its directory."""
-    with utils.exit_on_bad_input():
-        rank, world_size, device = utils.start_process_group(args.device)
-        run = Run(args.log_dir, mae_run_name(vars(args)), vars(args), args.overwrite, writer=rank == 0)
-        if run.finished:
-            print(f"Finished already: {run.directory}")
-            run.export(args.model_path)
-            return run.directory
+    device = utils.pick_device(args.device)
+    rank, world_size = training.join_processes(device)
+    run = Run(args.log_dir, run_name(args), vars(args), args.overwrite, writer=rank == 0)
+    if run.finished:
+        print(f"Finished already: {run.directory}")
+        run.export(args.model_path)
+        return run.directory
 
-        torch.manual_seed(args.seed)
-        model_args = {name: getattr(args, name) for name in utils.defaults(MAE_ViT)}
-        model = MAE_ViT(**model_args).to(device)
-        precision = utils.pick_precision(args.precision, device, args.embed_dim)
-        utils.tune(model, device, precision, (args.img_size // args.patch_size) ** 2)
-        train, test = data.load_dataset(args.dataset, args.data_dir, args.img_size, args.train_images)
-        images = train.images.to(device)
-        plan = utils.plan_training(args, len(images), 0.1, DEVICE_BATCH_SIZE[device.type], rank, world_size)
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=plan.peak_lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
-        )
-        facts = utils.facts(args, model, plan, precision, train.digest())
-        run.open(facts, device=device.type, processes=world_size, micro_batches=len(plan.slices))
-        utils.barrier()
-        progress = run.restore(model, optimizer)
-
-    compiled = utils.compiled(model, args.compile, device)
-    step = functools.partial(train_step, compiled, optimizer, plan.slices, precision)
+    torch.manual_seed(args.seed)
+    model_args = {name: getattr(args, name) for name in utils.defaults(MAE_ViT)}
+    model = MAE_ViT(**model_args).to(device)
+    precision = utils.pick_precision(args.precision, device, args.embed_dim)
+    utils.tune(model, device, precision, model.shuffle.grid_size**2)
+    train, test = data.load_dataset(args.dataset, args.data_dir, args.img_size, args.train_images)
+    images = train.images.to(device)
+    at_once = DEVICE_BATCH_SIZE[device.type]
+    plan = training.plan_training(args, len(images), WARMUP, at_once, rank, world_size)
+    optimizer = build_optimizer(model, plan.peak_lr, args.weight_decay)
+    forward = utils.compiled(model, args.compile, device)
+    loss = functools.partial(batch_loss, forward, model.shuffle, images, args, precision)
     shown = torch.randperm(len(test.images), generator=utils.generator("cpu", "shown"))[:16]
     shown = data.normalize(test.images[shown].to(device))
     shown_masks = model.shuffle(len(shown), utils.generator(device, "shown"), device)
 
-    with run:
-        run.start_bar(plan.steps_per_epoch * args.batch_size, args.batch_size, args.total_epoch, progress)
-        for epoch in range(progress["epoch"], args.total_epoch):
-            metrics = train_one_epoch(step, model.shuffle, images, plan, args, progress, run.tick)
-            run.check_finite(metrics["train/loss"], epoch, plan.steps_per_epoch)
-            last = epoch + 1 == args.total_epoch
-            if last or epoch % max(1, args.total_epoch // IMAGE_LOGS) == 0:
-                run.log_image(epoch + 1, "reconstruction", reconstruction_grid(model, shown, shown_masks))
-            progress = start_of(epoch + 1)
-            run.end_epoch(progress, metrics, last)
+    facts = {"parameters": utils.count_parameters(model), "precision": precision, "images": train.digest()}
+    start = {"device": device.type, "processes": world_size, "micro_batches": len(plan.slices)}
+    with run.open(model, optimizer, plan, facts | plan.facts(), utils.environment() | start) as session:
+        for epoch in range(session.progress["epoch"], args.total_epoch):
+            order = utils.epoch_order(len(images), args.seed, epoch, device)
+            metrics = training.train_one_epoch(model, optimizer, plan, order, loss, session.progress, session.tick)
+            metrics["memory/peak_mb"] = utils.peak_memory_mb(device)
+            if epoch + 1 == args.total_epoch or epoch % max(1, args.total_epoch // IMAGE_LOGS) == 0:
+                session.log_image("reconstruction", reconstruction_grid(model, shown, shown_masks))
+            session.end_epoch(metrics)
         trained_on = {"dataset": args.dataset, "data_dir": args.data_dir}
-        run.finish({"kind": "MAE_ViT", "model_args": model_args, "model": model.state_dict(), **trained_on})
-        run.export(args.model_path)
+        session.finish({"kind": "MAE_ViT", "model_args": model_args, "model": model.state_dict(), **trained_on})
+    run.export(args.model_path)
     return run.directory
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    if not args.dry_run:
+    with utils.shrunk_if_dry(parse_args(argv)) as args:
         directory = pretrain(args)
-        utils.leave_process_group()
-        if utils.is_first_process():
-            print(f"Pretrained: {directory / 'model.pt'}")
-        return
-    with tempfile.TemporaryDirectory() as log_dir:
-        directory = pretrain(utils.dry(args, log_dir))
-        utils.leave_process_group()
-        if utils.is_first_process():
+        training.leave_processes()
+        if training.is_first_process():
             load_model(directory, MAE_ViT)
-            print("Dry run: trained, logged, saved and reloaded.")
+            print(
+                "Dry run: trained, logged, saved and reloaded." if args.dry_run else f"Pretrained: {directory}/model.pt"
+            )
 
 
 if __name__ == "__main__":

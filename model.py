@@ -15,6 +15,8 @@ from timm.layers import trunc_normal_
 from timm.models.vision_transformer import Block
 from torch import nn
 
+from errors import UserError
+
 # --- patches ---
 
 
@@ -136,18 +138,18 @@ class PatchShuffle(nn.Module):
     sees a full rectangle of tokens (MAE paper, section 3, "Simple implementation").
 
     Raises:
-        ValueError: the strategy is unknown, or mask_ratio leaves nothing visible or nothing hidden.
+        UserError: the strategy is unknown, or mask_ratio leaves nothing visible or nothing hidden.
     """
 
     def __init__(self, grid_size, mask_ratio, mask_strategy):
         super().__init__()
         if mask_strategy not in MASK_STRATEGIES:
-            raise ValueError(f"mask_strategy {mask_strategy!r} is unknown; choose from {', '.join(MASK_STRATEGIES)}.")
+            raise UserError(f"mask_strategy {mask_strategy!r} is unknown; choose from {', '.join(MASK_STRATEGIES)}.")
         num_patches = grid_size**2
         self.num_visible = int(num_patches * (1 - mask_ratio)) if 0 < mask_ratio < 1 else 0
         if not 0 < self.num_visible < num_patches:
             least = math.ceil(1000 / num_patches) / 1000
-            raise ValueError(
+            raise UserError(
                 f"mask_ratio {mask_ratio} does not split {num_patches} patches: at least one must stay visible and one "
                 f"be hidden; use {least} to {1 - least:.3f}."
             )
@@ -167,7 +169,7 @@ def transformer(embed_dim, depth, num_heads):
     """Pre-norm blocks (Dosovitskiy et al. 2020) as the reference has them: LayerNorm eps 1e-5, qkv without bias."""
     if embed_dim % num_heads:
         divisors = ", ".join(str(n) for n in range(1, min(embed_dim, 32) + 1) if embed_dim % n == 0)
-        raise ValueError(f"num_heads {num_heads} does not divide embed_dim {embed_dim}; these do: {divisors}.")
+        raise UserError(f"num_heads {num_heads} does not divide embed_dim {embed_dim}; these do: {divisors}.")
     return nn.Sequential(*(Block(embed_dim, num_heads, norm_layer=nn.LayerNorm) for _ in range(depth)))
 
 
@@ -181,7 +183,7 @@ class MAE_Encoder(nn.Module):
     def __init__(self, img_size, patch_size, embed_dim, encoder_depth, num_heads):
         super().__init__()
         if img_size % patch_size:
-            raise ValueError(f"patch_size {patch_size} does not divide img_size {img_size}.")
+            raise UserError(f"patch_size {patch_size} does not divide img_size {img_size}.")
         self.patch_size = patch_size
         self.cls_token = init_token(1, 1, embed_dim)
         self.pos_embedding = init_token((img_size // patch_size) ** 2, 1, embed_dim)
@@ -235,7 +237,7 @@ class MAE_ViT(nn.Module):
         mask_strategy: a key of MASK_STRATEGIES.
 
     Raises:
-        ValueError: the sizes do not fit each other, or the mask leaves nothing to see or to predict.
+        UserError: the sizes do not fit each other, or the mask leaves nothing to see or to predict.
     """
 
     def __init__(

@@ -8,19 +8,21 @@ End-to-end fine-tuning on the cls token (He et al. 2021, arXiv:2111.06377, secti
 
 import functools
 import math
-import tempfile
-import time
 
 import torch
 import torch.nn.functional as F
 
 import data
+import training
 import utils
+from checkpoints import digest, load_model
+from errors import UserError, exit_in_one_line
 from model import MAE_ViT, ViT_Classifier
-from runs import Run, classifier_run_name, digest, load_model, read_metrics, start_of
+from runs import Run, read_metrics
 
 SIZE = ("img_size", "patch_size", "embed_dim", "encoder_depth", "num_heads")
-DEVICE_BATCH_SIZE = utils.DEVICE_BATCH_SIZE["fine-tuning"]
+WARMUP = 0.05  # of all epochs
+DEVICE_BATCH_SIZE = {"cuda": 256, "cpu": 128}  # images at once on a device
 EVAL_BATCH = 500  # images at once
 REPORT_BATCH = 128  # the source report averages the accuracies of batches of so many
 NOT_TESTED = dict.fromkeys(("test/loss", "test/acc", "test/acc_mean_of_batches", "chosen_epoch"), math.nan)
@@ -40,7 +42,7 @@ def parse_args(argv=None):
     utils.add_optimisation_arguments(
         parser,
         total_epoch=100,
-        warmup="a twentieth",
+        warmup=WARMUP,
         batch_size=128,
         device_batch_size=DEVICE_BATCH_SIZE,
         base_learning_rate=1e-3,
@@ -50,49 +52,45 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def train_step(model, optimizer, slices, precision, images, labels, lr):
-    """One update on the global batch; its mean loss.
+def run_name(args, encoder_name):
+    """For example cls_cifar10_ep100_b128_s42_from_mae_..., or cls_cifar10_val5000_ep100_..._scratch_i32_p2_w192_e12_h3.
 
     Args:
-        slices: this process's parts; images: (B, 3, H, W) uint8; labels: (B,) int64.
+        encoder_name: the run the encoder comes from; None: from scratch.
     """
+    size = "scratch_i{img_size}_p{patch_size}_w{embed_dim}_e{encoder_depth}_h{num_heads}".format(**vars(args))
+    val = f"_val{args.val_images}" if args.val_images else ""
+    name = f"cls_{data.name_of(args)}{val}_ep{args.total_epoch}_b{args.batch_size}_s{args.seed}"
+    return f"{name}{'_aug' if args.augment else ''}_{f'from_{encoder_name}' if encoder_name else size}"
+
+
+def build_optimizer(model, lr, weight_decay):
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=weight_decay, fused=True)
+
+
+def batch_loss(forward, train, args, precision, ids, epoch, step):
+    """Draw one batch; what a part of it costs.
+
+    Args:
+        forward: the model, compiled or not; train: ImageSet; ids: (B,) int64.
+
+    Returns:
+        loss_of: a slice of the batch -> the mean loss of its images.
+    """
+    batch, labels, device = train.images[ids], train.labels[ids], ids.device
+    if args.augment:
+        batch = data.flip_and_crop(batch, utils.generator(device, args.seed, epoch, step, "augment"))
 
     def loss_of(part):
-        with utils.autocast(precision, images.device):
-            logits = model(data.normalize(images[part]))
+        with utils.autocast(precision, device):
+            logits = forward(data.normalize(batch[part]))
         return F.cross_entropy(logits.float(), labels[part])
 
-    return utils.update(model, optimizer, slices, lr, loss_of)
-
-
-def train_one_epoch(step, train, plan, args, progress, tick):
-    """The rest of the epoch that progress stands in; returns its metrics. Draws follow from (seed, epoch, step) only.
-
-    Args:
-        step: (images, labels, lr) -> mean loss; tick: called after each step.
-    """
-    device, epoch, started = train.images.device, progress["epoch"], time.monotonic()
-    order = torch.randperm(len(train.images), generator=utils.generator("cpu", args.seed, epoch, "order")).to(device)
-    for i in range(progress["step"], plan.steps_per_epoch):
-        ids = order[i * args.batch_size : (i + 1) * args.batch_size]
-        batch = train.images[ids]
-        if args.augment:
-            batch = data.flip_and_crop(batch, utils.generator(device, args.seed, epoch, i, "augment"))
-        lr = plan.lr(epoch * plan.steps_per_epoch + i)
-        progress["loss_sum"] = progress["loss_sum"] + step(batch, train.labels[ids], lr)
-        progress["step"] = i + 1
-        progress["seconds"], started = progress["seconds"] + time.monotonic() - started, time.monotonic()
-        tick(progress)
-    loss = float(progress["loss_sum"]) / plan.steps_per_epoch  # waits for the device
-    seconds = progress["seconds"] + time.monotonic() - started
-    speed = plan.steps_per_epoch * args.batch_size / seconds
-    lr = plan.lr((epoch + 1) * plan.steps_per_epoch - 1)
-    memory = utils.peak_memory_mb(device)
-    return {"train/loss": loss, "lr": lr, "speed/images_per_sec": speed, "seconds": seconds, "memory/peak_mb": memory}
+    return loss_of
 
 
 @torch.no_grad()
-def evaluate(model, images, precision, rank, world_size, name="test"):
+def evaluate(model, images, precision, name="test"):
     """Loss and accuracy over all test (or val) images, each counted once, whatever the batches and processes.
 
     test/acc_mean_of_batches is the source report's figure: the mean of the accuracies of batches of 128, in which a
@@ -101,13 +99,12 @@ def evaluate(model, images, precision, rank, world_size, name="test"):
     pixels, labels, _ = images
     device = pixels.device
     loss, correct = torch.zeros((), device=device), torch.zeros(len(labels), device=device)
-    for start in range(rank * EVAL_BATCH, len(labels), world_size * EVAL_BATCH):
-        part = slice(start, start + EVAL_BATCH)
+    for part in training.shared_out(len(labels), EVAL_BATCH):
         with utils.autocast(precision, device):
             logits = model(data.normalize(pixels[part])).float()
         correct[part] = (logits.argmax(dim=1) == labels[part]).float()
         loss += F.cross_entropy(logits, labels[part], reduction="sum")
-    correct, loss = utils.sum_over_ranks(correct), utils.sum_over_ranks(loss)
+    correct, loss = training.sum_over_ranks(correct), training.sum_over_ranks(loss)
     scores = {f"{name}/loss": loss.item() / len(correct), f"{name}/acc": correct.mean(dtype=torch.float64).item()}
     if name == "test":
         batches = torch.stack([part.mean() for part in correct.split(REPORT_BATCH)])
@@ -130,7 +127,7 @@ def load_pretrained(args):
     """The MAE file named on the command line and the arguments completed by its sizes; (None, ...) from scratch.
 
     Raises:
-        ValueError: no such file, not a MAE, or a size flag that contradicts it.
+        UserError: no such file, not a MAE, or a size flag that contradicts it.
     """
     if not args.pretrained_model_path:
         return None, utils.fill_in(args, {name: utils.defaults(ViT_Classifier)[name] for name in SIZE})
@@ -138,90 +135,96 @@ def load_pretrained(args):
     sizes = {name: pretrained["model_args"][name] for name in SIZE}
     for name, stored in sizes.items():
         if getattr(args, name) not in (None, stored):
-            raise ValueError(
+            raise UserError(
                 f"{args.pretrained_model_path} has {name}={stored} but --{name} is {getattr(args, name)}. Leave the "
                 f"flag out to use the stored value."
             )
     return pretrained, utils.fill_in(args, {**sizes, "encoder_digest": digest(pretrained["model"])})
 
 
-@utils.exit_when_out_of_memory()
+def load_images(args, device):
+    """(train, val, test, digest of the training images as they are on disk); val is None without --val_images."""
+    loaded = None if args.val_images else args.train_images  # hold_out needs all
+    train, test = data.load_dataset(args.dataset, args.data_dir, args.img_size, loaded)
+    images_digest, val = train.digest(), None
+    if args.val_images:
+        train, val = data.hold_out(train, args.val_images, args.train_images)
+        val = val.to(device)
+    return train.to(device), val, test.to(device), images_digest
+
+
+def scores_of_epoch(model, val, test, precision, session, last):
+    """What the epoch's weights are worth: on the test images, or on the held-out ones.
+
+    With those, the test images are used once, after the last epoch, by the best epoch's weights; from then on these are
+    the model's, in the checkpoint too.
+    """
+    if val is None:
+        return evaluate(model, test, precision)
+    scores = {**evaluate(model, val, precision, "val"), **NOT_TESTED}
+    best = best_of(session.progress.get("best"), model, session.progress["epoch"] + 1, scores["val/acc"])
+    session.progress["best"] = best
+    if last:
+        model.load_state_dict(best["model"])
+        scores |= evaluate(model, test, precision) | {"chosen_epoch": best["epoch"]}
+    return scores
+
+
+@exit_in_one_line()
 def train_classifier(args):
     """Train one run to its end, on from where it stopped; returns its directory."""
-    with utils.exit_on_bad_input():
-        rank, world_size, device = utils.start_process_group(args.device)
-        pretrained, args = load_pretrained(args)
-        name = classifier_run_name(vars(args), pretrained and pretrained["run_name"])
-        run = Run(args.log_dir, name, vars(args), args.overwrite, writer=rank == 0)
-        if run.finished:
-            print(f"Finished already: {run.directory}")
-            run.export(args.output_model_path)
-            return run.directory
-
-        ViT_Classifier(**{name: getattr(args, name) for name in SIZE})  # bad sizes end here, before the data is read
-        loaded = None if args.val_images else args.train_images  # hold_out needs all
-        train, test = data.load_dataset(args.dataset, args.data_dir, args.img_size, loaded)
-        images_digest = train.digest()
-        if args.val_images:
-            train, val = data.hold_out(train, args.val_images, args.train_images)
-            val = val.to(device)
-        train, test = train.to(device), test.to(device)
-        torch.manual_seed(args.seed)
-        model_args = {**{name: getattr(args, name) for name in SIZE}, "num_classes": len(train.classes)}
-        model = ViT_Classifier(**model_args)
-        if pretrained:
-            model.load_encoder(pretrained["model"])
-        model = model.to(device)
-        precision = utils.pick_precision(args.precision, device, args.embed_dim)
-        utils.tune(model, device, precision, (args.img_size // args.patch_size) ** 2)
-        plan = utils.plan_training(args, len(train.images), 0.05, DEVICE_BATCH_SIZE[device.type], rank, world_size)
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=plan.peak_lr, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True
-        )
-        facts = utils.facts(args, model, plan, precision, images_digest)
-        run.open(facts, device=device.type, processes=world_size, micro_batches=len(plan.slices))
-        utils.barrier()
-        progress = run.restore(model, optimizer)
-
-    compiled = utils.compiled(model, args.compile, device)
-    step = functools.partial(train_step, compiled, optimizer, plan.slices, precision)
-    with run:
-        run.start_bar(plan.steps_per_epoch * args.batch_size, args.batch_size, args.total_epoch, progress)
-        for epoch in range(progress["epoch"], args.total_epoch):
-            metrics = train_one_epoch(step, train, plan, args, progress, run.tick)
-            run.check_finite(metrics["train/loss"], epoch, plan.steps_per_epoch)
-            best, progress, last = progress.get("best"), start_of(epoch + 1), epoch + 1 == args.total_epoch
-            if not args.val_images:
-                scores = evaluate(model, test, precision, rank, world_size)
-            else:
-                scores = {**evaluate(model, val, precision, rank, world_size, "val"), **NOT_TESTED}
-                progress["best"] = best = best_of(best, model, epoch + 1, scores["val/acc"])
-                if last:  # from here on the model is the chosen one, in the checkpoint too
-                    model.load_state_dict(best["model"])
-                    scores |= evaluate(model, test, precision, rank, world_size) | {"chosen_epoch": best["epoch"]}
-            run.end_epoch(progress, {**scores, **metrics}, last)
-        trained_on = {"dataset": args.dataset, "data_dir": args.data_dir, "classes": train.classes}
-        run.finish({"kind": "ViT_Classifier", "model_args": model_args, "model": model.state_dict(), **trained_on})
+    device = utils.pick_device(args.device)
+    rank, world_size = training.join_processes(device)
+    pretrained, args = load_pretrained(args)
+    run = Run(
+        args.log_dir, run_name(args, pretrained and pretrained["run_name"]), vars(args), args.overwrite, rank == 0
+    )
+    if run.finished:
+        print(f"Finished already: {run.directory}")
         run.export(args.output_model_path)
+        return run.directory
+
+    model_args = {name: getattr(args, name) for name in SIZE}
+    ViT_Classifier(**model_args)  # bad sizes end here, before the data is read
+    train, val, test, images_digest = load_images(args, device)
+    torch.manual_seed(args.seed)
+    model_args["num_classes"] = len(train.classes)
+    model = ViT_Classifier(**model_args)
+    if pretrained:
+        model.load_encoder(pretrained["model"])
+    model = model.to(device)
+    precision = utils.pick_precision(args.precision, device, args.embed_dim)
+    utils.tune(model, device, precision, (args.img_size // args.patch_size) ** 2)
+    at_once = DEVICE_BATCH_SIZE[device.type]
+    plan = training.plan_training(args, len(train.images), WARMUP, at_once, rank, world_size)
+    optimizer = build_optimizer(model, plan.peak_lr, args.weight_decay)
+    loss = functools.partial(batch_loss, utils.compiled(model, args.compile, device), train, args, precision)
+
+    facts = {"parameters": utils.count_parameters(model), "precision": precision, "images": images_digest}
+    start = {"device": device.type, "processes": world_size, "micro_batches": len(plan.slices)}
+    with run.open(model, optimizer, plan, facts | plan.facts(), utils.environment() | start) as session:
+        for epoch in range(session.progress["epoch"], args.total_epoch):
+            order = utils.epoch_order(len(train.images), args.seed, epoch, device)
+            metrics = training.train_one_epoch(model, optimizer, plan, order, loss, session.progress, session.tick)
+            metrics["memory/peak_mb"] = utils.peak_memory_mb(device)
+            last = epoch + 1 == args.total_epoch
+            session.end_epoch(scores_of_epoch(model, val, test, precision, session, last) | metrics)
+        trained_on = {"dataset": args.dataset, "data_dir": args.data_dir, "classes": train.classes}
+        session.finish({"kind": "ViT_Classifier", "model_args": model_args, "model": model.state_dict(), **trained_on})
+    run.export(args.output_model_path)
     return run.directory
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    if not args.dry_run:
+    with utils.shrunk_if_dry(parse_args(argv)) as args:
         directory = train_classifier(args)
-        utils.leave_process_group()
-        if utils.is_first_process():
+        training.leave_processes()
+        if training.is_first_process():
+            load_model(directory, ViT_Classifier)
             row = read_metrics(directory)[-1]
             chosen = f" (epoch {row['chosen_epoch']:.0f}, chosen on held-out images)" if "chosen_epoch" in row else ""
-            print(f"Trained: {directory / 'model.pt'}, test accuracy {row['test/acc']:.2%}{chosen}")
-        return
-    with tempfile.TemporaryDirectory() as log_dir:
-        directory = train_classifier(utils.dry(args, log_dir))
-        utils.leave_process_group()
-        if utils.is_first_process():
-            load_model(directory, ViT_Classifier)
-            print("Dry run: trained, evaluated, logged, saved and reloaded.")
+            result = f"Trained: {directory}/model.pt, test accuracy {row['test/acc']:.2%}{chosen}"
+            print("Dry run: trained, evaluated, logged, saved and reloaded." if args.dry_run else result)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,28 @@
-"""What both training scripts share and no other file owns: errors a user can mend, random generators, device and
-precision, the learning-rate schedule, batches cut by rank, the update, the process group."""
+"""What the scripts share: the command line, random generators, device and precision, and where a run is at work."""
 
 import argparse
 import contextlib
 import ctypes
 import hashlib
 import inspect
-import itertools
 import math
 import os
+import platform
 import re
 import resource
+import shlex
+import subprocess
 import sys
+import tempfile
+import time
+from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-NO_MEMORY = "out of memory|can't allocate memory|bad_alloc|ALLOC_FAILED"  # PyTorch has a class for the first only
+from errors import UserError
 
 # --- command line ---
 
@@ -40,31 +42,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-@contextlib.contextmanager
-def exit_on_bad_input():
-    """Turn what the user can mend, a ValueError or a file trouble, into one line and exit code 2."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-
-
-@contextlib.contextmanager
-def exit_when_out_of_memory():
-    """Turn a refusal of memory, by the device or this machine, into one line and exit code 1."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not re.search(NO_MEMORY, str(error), re.IGNORECASE):
-            raise
-        wanted = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
-        sys.exit(
-            f"Out of memory{f' ({wanted[1]} more were asked for)' if wanted else ''}. A smaller model or "
-            f"--max_device_batch_size needs less."
-        )
 
 
 def positive_int(text):
@@ -110,10 +87,11 @@ def add_size_arguments(group, names, note=""):
 
 
 def add_optimisation_arguments(parser, warmup, device_batch_size, **defaults):
+    """Args: warmup: its default as a fraction of all epochs; device_batch_size: its default by type of device."""
     group = parser.add_argument_group("optimisation")
     group.add_argument("--total_epoch", type=positive_int, help="epochs")
     group.add_argument(
-        "--warmup_epoch", type=non_negative_float, help=f"epochs of linear warm-up; left out: {warmup} of all"
+        "--warmup_epoch", type=non_negative_float, help=f"epochs of linear warm-up; left out: {warmup:g} of all"
     )
     group.add_argument("--batch_size", type=positive_int, help="images an update, over all devices")
     group.add_argument(
@@ -159,6 +137,22 @@ def add_run_arguments(parser, log_dir):
     )
 
 
+@contextlib.contextmanager
+def shrunk_if_dry(args):
+    """The arguments; for --dry_run shrunk to two epochs of two small steps on drawn images, leaving nothing behind."""
+    if not args.dry_run:
+        yield args
+        return
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    small = {"dataset": "fake", "train_images": 20 * processes, "total_epoch": 2, "warmup_epoch": None}
+    small |= {"batch_size": 8 * processes, "max_device_batch_size": 4}
+    if vars(args).get("val_images"):
+        small["val_images"] = 20
+    output = {name: None for name in ("model_path", "output_model_path") if name in vars(args)}
+    with tempfile.TemporaryDirectory() as log_dir:
+        yield argparse.Namespace(**{**vars(args), **small, **output, "log_dir": log_dir})
+
+
 # --- randomness ---
 
 
@@ -168,24 +162,29 @@ def generator(device, *key):
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
+def epoch_order(num_images, seed, epoch, device):
+    """The order in which an epoch takes the images, (N,) int64; drawn on the CPU, so that it is the same everywhere."""
+    return torch.randperm(num_images, generator=generator("cpu", seed, epoch, "order")).to(device)
+
+
 # --- device and precision ---
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 
 
-def pick_device(name, local_rank=0):
-    """torch.device for "auto" (CUDA where there is one), "cpu", "cuda" or "cuda:1".
+def pick_device(name):
+    """torch.device for "auto" (CUDA where there is one), "cpu", "cuda" (of torchrun's processes one each) or "cuda:1".
 
     Raises:
-        ValueError: there is no such device here.
+        UserError: there is no such device here.
     """
     found = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     if name == "auto":
         name = "cuda" if len(found) > 1 else "cpu"
     if name == "cuda":
-        name = f"cuda:{local_rank}"
+        name = f"cuda:{os.environ['LOCAL_RANK'] if 'RANK' in os.environ else 0}"
     if name not in found:
-        raise ValueError(f"--device {name} is not there; this machine has {', '.join(found)}.")
+        raise UserError(f"--device {name} is not there; this machine has {', '.join(found)}.")
     return torch.device(name)
 
 
@@ -234,6 +233,10 @@ def tune(model, device, precision, num_patches):
             module.fused_attn = num_patches > (256 if precision == "bf16" else 64)
 
 
+def count_parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def peak_memory_mb(device):
     """The most memory so far: of the device on CUDA, else of this process."""
     if device.type == "cuda":
@@ -251,174 +254,39 @@ def count_gflop(step):
     return counter.get_total_flops() / 1e9
 
 
-# --- the plan of a training run ---
+# --- where a run is at work ---
 
 
-def cosine_lr(step, *, peak, warmup_steps, total_steps):
-    """Learning rate of update `step` (from 0): linear warm-up, then half a cosine towards 0 at total_steps.
+def environment():
+    """Where and from what a run was started: command, time, commit, versions, machine."""
+    source = Path(__file__).parent
 
-    The last warm-up step has the peak exactly; without warm-up, step 0 has.
-    """
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    start = max(warmup_steps - 1, 0)
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - start) / (total_steps - start)))
+    def git(*command):
+        try:
+            return subprocess.check_output(
+                ["git", "-C", source, *command], stderr=subprocess.DEVNULL, text=True
+            ).strip()
+        except (OSError, subprocess.CalledProcessError):  # no git, or no repository
+            return None
 
-
-class Plan(NamedTuple):
-    """What follows from the arguments, the number of images and this process's place among the others."""
-
-    steps_per_epoch: int
-    slices: list  # of the global batch: this process's micro-batches
-    total_steps: int
-    warmup_steps: int
-    peak_lr: float
-
-    def lr(self, step):
-        return cosine_lr(step, peak=self.peak_lr, warmup_steps=self.warmup_steps, total_steps=self.total_steps)
-
-
-# Images at once on a device: on a GPU the reference's. On a CPU, pretraining with 512 is no faster and takes 12 GB of
-# memory instead of 4.
-DEVICE_BATCH_SIZE = {"pretraining": {"cuda": 512, "cpu": 128}, "fine-tuning": {"cuda": 256, "cpu": 128}}
-
-
-def micro_batches(start, count, largest):
-    """Slices that cut `count` images from `start` on into the fewest parts of at most `largest`, as even as can be."""
-    parts = math.ceil(count / largest)
-    edges = [start + count * i // parts for i in range(parts + 1)]
-    return [slice(*pair) for pair in itertools.pairwise(edges)]
-
-
-def plan_training(args, num_images, default_warmup, default_device_batch_size, rank=0, world_size=1):
-    """Cut the global batch by process and into micro-batches that fit the device; lay out the learning rate.
-
-    An epoch's last short batch is dropped. The rate scales with the batch: peak = base * batch / 256 (Goyal et al.
-    2017, arXiv:1706.02677).
-
-    Args:
-        default_warmup: the fraction of all epochs to warm up in where --warmup_epoch is left out.
-        default_device_batch_size: the most images at once where --max_device_batch_size is left out.
-
-    Raises:
-        ValueError: the batch is no multiple of world_size or larger than the data, or the warm-up longer than the run.
-    """
-    batch_size = args.batch_size
-    if batch_size % world_size:
-        raise ValueError(f"--batch_size {batch_size} is not a multiple of the {world_size} processes.")
-    share = batch_size // world_size
-    if batch_size > num_images:
-        raise ValueError(f"--batch_size {batch_size} is more than the {num_images} training images; use at most that.")
-    warmup_epochs = default_warmup * args.total_epoch if args.warmup_epoch is None else args.warmup_epoch
-    if not 0 <= warmup_epochs <= args.total_epoch:
-        raise ValueError(f"--warmup_epoch {warmup_epochs:g} is not within 0 to --total_epoch {args.total_epoch}.")
-    steps_per_epoch = num_images // batch_size
-    return Plan(
-        steps_per_epoch=steps_per_epoch,
-        slices=micro_batches(rank * share, share, args.max_device_batch_size or default_device_batch_size),
-        total_steps=args.total_epoch * steps_per_epoch,
-        warmup_steps=round(warmup_epochs * steps_per_epoch),
-        peak_lr=args.base_learning_rate * batch_size / 256,
-    )
-
-
-def facts(args, model, plan, precision, images):
-    """What a run's config.json tells beside the arguments; images: their digest."""
+    commit = git("rev-parse", "HEAD")
+    cuda = torch.cuda.is_available()
     return {
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "effective_batch_size": args.batch_size,
-        "peak_learning_rate": plan.peak_lr,
-        "warmup_steps": plan.warmup_steps,
-        "total_steps": plan.total_steps,
-        "precision": precision,
-        "images": images,
+        "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "commit": commit,
+        "clean": git("status", "--porcelain") == "" if commit else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": metadata.version("timm"),
+        "cuda": torch.version.cuda if cuda else None,
+        "processor": torch.cuda.get_device_name() if cuda else cpu_name(),
+        "threads": torch.get_num_threads(),
     }
 
 
-def dry(args, log_dir):
-    """The same arguments, shrunk to two epochs of two small steps on drawn images, all output into log_dir."""
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    small = {"dataset": "fake", "train_images": 20 * processes, "total_epoch": 2, "warmup_epoch": None}
-    small |= {"batch_size": 8 * processes, "max_device_batch_size": 4, "log_dir": log_dir}
-    if vars(args).get("val_images"):
-        small["val_images"] = 20
-    output = {name: None for name in ("model_path", "output_model_path") if name in vars(args)}
-    return argparse.Namespace(**{**vars(args), **small, **output})
-
-
-# --- process group ---
-
-
-def start_process_group(device_name):
-    """Join the processes torchrun started, if any: (rank, world_size, device).
-
-    Raises:
-        ValueError: there is no such device here.
-    """
-    if "RANK" not in os.environ:
-        return 0, 1, pick_device(device_name)
-    device = pick_device(device_name, int(os.environ["LOCAL_RANK"]))
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return dist.get_rank(), dist.get_world_size(), device
-
-
-def is_first_process():
-    return int(os.environ.get("RANK", 0)) == 0
-
-
-def sum_over_ranks(tensor):
-    """Add a tensor up over all processes, in place; with one process nothing happens."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def average_over_ranks(model, loss):
-    """Give every process the mean gradient, in place: equal shards of a batch then step as the whole would.
-
-    Returns:
-        The mean of all processes' losses; with one process nothing happens.
-    """
-    if not dist.is_initialized():
-        return loss
-    tensors = [*(parameter.grad for parameter in model.parameters()), loss]
-    flat = sum_over_ranks(torch.cat([tensor.flatten() for tensor in tensors])) / dist.get_world_size()
-    for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-        tensor.copy_(mean.view_as(tensor))
-    return loss
-
-
-def update(model, optimizer, slices, lr, loss_of):
-    """One step of the optimizer on the global batch: gradients of micro-batches added up, of processes averaged.
-
-    Args:
-        slices: this process's micro-batches; loss_of: slice -> the mean loss over its images.
-
-    Returns:
-        The mean loss over the global batch.
-    """
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    loss_sum, count = 0, slices[-1].stop - slices[0].start
-    for part in slices:
-        loss = loss_of(part) * ((part.stop - part.start) / count)
-        loss.backward()
-        loss_sum += loss.detach()
-    loss = average_over_ranks(model, loss_sum)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return loss
-
-
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def leave_process_group():
-    """Wait for the others, then close the connections: a process that just ends can take its peers down with it."""
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+def cpu_name():
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} cores" if names else platform.processor() or platform.machine()

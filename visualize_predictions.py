@@ -13,9 +13,10 @@ import torch
 
 import data
 import utils
+from checkpoints import load_model
+from errors import UserError, as_user_error, exit_in_one_line
 from figures import STYLES, plt, save, show
 from model import MASK_STRATEGIES, MAE_ViT, PatchShuffle, ViT_Classifier, mae_loss
-from runs import load_model
 
 (RIGHT, _), (WRONG, _) = STYLES[:2]  # blue and vermilion
 DRAWS = 1000  # masks behind a strategy's visibility map
@@ -120,7 +121,7 @@ def draw_masks(args, columns=6):
 
 def main(argv=None):
     args = parse_args(argv)
-    with utils.exit_on_bad_input():
+    with exit_in_one_line(), as_user_error(OSError):
         if args.masks:
             figure, output = draw_masks(args), Path("masks.png")
         else:
@@ -137,7 +138,7 @@ def main(argv=None):
                 name += f"_r{args.mask_ratio}" if args.mask_ratio is not None else ""
             else:
                 if test.classes != content["classes"]:
-                    raise ValueError(
+                    raise UserError(
                         f"{args.model_path} tells {content['classes']} apart, {dataset} has {test.classes}."
                     )
                 figure, name = draw_predictions(model, test.classes, images, labels, args), "predictions"

@@ -3,41 +3,34 @@
 python -m scripts.benchmark                  the paths in turn, against each other and against the machine's floor
 python -m scripts.benchmark --growth         how the cost grows with batch, patch, image and decoder depth
 
-Tables go to the terminal and, as CSV with machine and versions in a JSON file beside it, to --output. Our paths step as
-mae_pretrain.py and train_classifier.py do: the same models, losses, masks, micro-batches and update.
+Tables go to the terminal and, as CSV with machine and versions in a JSON file beside it, to --output. What is timed is
+in benchmark_paths.py.
 """
 
 import contextlib
 import csv
 import ctypes
-import functools
 import itertools
 import json
 import multiprocessing
-import os
 import signal
 import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
 from importlib import metadata
 from multiprocessing import connection
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
 
-import data
-import runs
+import training
 import utils
+from errors import UserError, as_user_error, exit_in_one_line
 from figures import STYLES, plt, save
-from model import MAE_Encoder, MAE_ViT, ViT_Classifier, mae_loss
+from model import MAE_ViT
+from scripts.benchmark_paths import PATHS, default_batch_size, gflop_per_image
 
 TURN = 5  # seconds
 NUM_IMAGES = 10_000  # drawn at random: what is in them does not matter here
@@ -53,222 +46,6 @@ def parse_args(argv=None):
     parser.add_argument("--embed_dim", type=utils.positive_int, default=utils.defaults(MAE_ViT)["embed_dim"])
     parser.add_argument("--output", type=Path, default=Path("logs/benchmark"), help="directory for CSV, JSON and plot")
     return parser.parse_args(argv)
-
-
-# --- paths: (images, model arguments, batch size, precision, compiled) -> step(i) -> loss ---
-
-
-def batches(images, batch_size):
-    """The batch of step i, drawn on the device as the training scripts do."""
-    order = torch.randperm(len(images)).to(images.device)
-    return lambda i: images[order[torch.arange(i * batch_size, (i + 1) * batch_size) % len(images)]]
-
-
-def classifier(images, model_args):
-    sizes = {name: model_args[name] for name in utils.defaults(ViT_Classifier) if name in model_args}
-    return ViT_Classifier(**sizes).to(images.device)
-
-
-def our_update(task, model, optimizer, images, model_args, batch_size, precision, compiled):
-    """What our paths have in common: i -> the batch of step i, the model to call, and loss_of -> one update."""
-    utils.tune(model, images.device, precision, (model_args["img_size"] // model_args["patch_size"]) ** 2)
-    slices = utils.micro_batches(0, batch_size, utils.DEVICE_BATCH_SIZE[task][images.device.type])
-    update = functools.partial(utils.update, model, optimizer, slices, 1e-4)
-    return batches(images, batch_size), utils.compiled(model, compiled, images.device), update
-
-
-def ours_pretraining(images, model_args, batch_size, precision, compiled):
-    model = MAE_ViT(**model_args).to(images.device)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05, fused=True)
-    batch, forward, update = our_update(
-        "pretraining", model, optimizer, images, model_args, batch_size, precision, compiled
-    )
-
-    def step(i):
-        pixels, masks = batch(i), model.shuffle(batch_size, utils.generator(images.device, i), images.device)
-
-        def loss_of(part):
-            x = data.normalize(pixels[part])
-            with utils.autocast(precision, x.device):
-                pred, mask = forward(x, masks[part])
-            return mae_loss(pred, x, mask)
-
-        return update(loss_of)
-
-    return step
-
-
-def ours_fine_tuning(images, model_args, batch_size, precision, compiled):
-    model = classifier(images, model_args)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05, fused=True)
-    batch, forward, update = our_update(
-        "fine-tuning", model, optimizer, images, model_args, batch_size, precision, compiled
-    )
-    labels = torch.randint(10, (batch_size,), device=images.device)
-
-    def step(i):
-        pixels = batch(i)
-
-        def loss_of(part):
-            with utils.autocast(precision, images.device):
-                logits = forward(data.normalize(pixels[part]))
-            return F.cross_entropy(logits.float(), labels[part])
-
-        return update(loss_of)
-
-    return step
-
-
-class PilImages(Dataset):
-    """What torchvision's CIFAR10 gives: a PIL image through transforms, one by one."""
-
-    def __init__(self, images):
-        self.images = images.permute(0, 2, 3, 1).cpu().numpy()
-        self.transform = transforms.Compose(
-            [transforms.ToPILImage(), transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)]
-        )
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        return self.transform(self.images[i]), 0
-
-
-def endless(loader):
-    while True:
-        yield from loader
-
-
-def naive_loader(images, batch_size):
-    workers = min(4, os.cpu_count())
-    return endless(DataLoader(PilImages(images), batch_size, shuffle=True, drop_last=True, num_workers=workers))
-
-
-def plain_step(optimizer, loss):
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return loss.detach()
-
-
-def naive_pretraining(images, model_args, batch_size, precision, compiled):
-    """As a course's notebook would: a loader with workers, masks drawn image by image with NumPy, eager float32."""
-    model = MAE_ViT(**model_args).to(images.device)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05)
-    loader, num_patches = naive_loader(images, batch_size), model.shuffle.grid_size**2
-
-    def step(i):
-        batch, _ = next(loader)
-        batch = batch.to(images.device)
-        masks = np.stack([np.random.permutation(num_patches) for _ in batch])
-        pred, mask = model(batch, torch.from_numpy(masks).to(images.device))
-        return plain_step(optimizer, mae_loss(pred, batch, mask))
-
-    return step
-
-
-def naive_fine_tuning(images, model_args, batch_size, precision, compiled):
-    model = classifier(images, model_args)
-    optimizer, loader = torch.optim.AdamW(model.parameters(), weight_decay=0.05), naive_loader(images, batch_size)
-
-    def step(i):
-        batch, labels = (tensor.to(images.device) for tensor in next(loader))
-        features = MAE_Encoder.forward(model, batch)  # of all tokens
-        return plain_step(optimizer, F.cross_entropy(model.head(features[:, 0]), labels))
-
-    return step
-
-
-def huggingface_pretraining(images, model_args, batch_size, precision, compiled):
-    """transformers' ViTMAEForPreTraining, its scaled-dot-product attention."""
-    from transformers import ViTMAEConfig, ViTMAEForPreTraining
-
-    width, heads = model_args["embed_dim"], model_args["num_heads"]
-    sizes = {"image_size": model_args["img_size"], "patch_size": model_args["patch_size"], "hidden_size": width}
-    sizes |= {"num_hidden_layers": model_args["encoder_depth"], "num_attention_heads": heads}
-    sizes |= {"intermediate_size": 4 * width, "decoder_hidden_size": width, "decoder_intermediate_size": 4 * width}
-    sizes |= {"decoder_num_hidden_layers": model_args["decoder_depth"], "decoder_num_attention_heads": heads}
-    config = ViTMAEConfig(**sizes, qkv_bias=False, mask_ratio=model_args["mask_ratio"], attn_implementation="sdpa")
-    model = ViTMAEForPreTraining(config).to(images.device).train()
-    forward = torch.compile(model) if compiled else model
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05, fused=True)
-    batch = batches(images, batch_size)
-
-    def step(i):
-        with utils.autocast(precision, images.device):
-            loss = forward(data.normalize(batch(i))).loss
-        return plain_step(optimizer, loss)
-
-    return step
-
-
-def lightly_pretraining(images, model_args, batch_size, precision, compiled):
-    """lightly's MAE on timm's VisionTransformer, put together as its documentation does."""
-    from lightly.models import utils as tokens
-    from lightly.models.modules import MAEDecoderTIMM, MaskedVisionTransformerTIMM
-    from timm.models.vision_transformer import VisionTransformer
-
-    width, heads, patch_size = model_args["embed_dim"], model_args["num_heads"], model_args["patch_size"]
-    depths = model_args["encoder_depth"], model_args["decoder_depth"]
-    vit = VisionTransformer(model_args["img_size"], patch_size, 3, 0, embed_dim=width, depth=depths[0], num_heads=heads)
-    encoder = MaskedVisionTransformerTIMM(vit=vit)
-    decoder = MAEDecoderTIMM(
-        num_patches=vit.patch_embed.num_patches,
-        patch_size=patch_size,
-        embed_dim=width,
-        decoder_embed_dim=width,
-        decoder_depth=depths[1],
-        decoder_num_heads=heads,
-        mlp_ratio=4.0,
-    )
-    model = torch.nn.ModuleList([encoder, decoder]).to(images.device)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05, fused=True)
-    batch, length = batches(images, batch_size), encoder.sequence_length
-
-    def loss_of(x):
-        keep, hidden = tokens.random_token_mask((len(x), length), model_args["mask_ratio"], device=x.device)
-        known = decoder.embed(encoder.encode(images=x, idx_keep=keep))
-        everything = tokens.repeat_token(decoder.mask_token, (len(x), length)).to(known.dtype)
-        decoded = decoder.decode(tokens.set_at_index(everything, keep, known))
-        pred = decoder.predict(tokens.get_at_index(decoded, hidden))
-        target = tokens.get_at_index(tokens.patchify(x, patch_size), hidden - 1)  # without the cls token
-        return F.mse_loss(pred.float(), target)
-
-    loss_of = torch.compile(loss_of) if compiled else loss_of
-
-    def step(i):
-        with utils.autocast(precision, images.device):
-            loss = loss_of(data.normalize(batch(i)))
-        return plain_step(optimizer, loss)
-
-    return step
-
-
-class Way(NamedTuple):
-    """How a path takes its steps."""
-
-    task: str
-    builder: Callable
-    precision: str = "best"  # what --precision auto picks
-    compiled: bool = False
-    a_process_a_core: bool = False  # each with its share of the batch; on a CPU only
-
-
-PATHS = {
-    "ours": Way("pretraining", ours_pretraining),
-    "ours compiled": Way("pretraining", ours_pretraining, compiled=True),
-    "ours, a process a core": Way("pretraining", ours_pretraining, a_process_a_core=True),
-    "ours float32": Way("pretraining", ours_pretraining, "float32"),
-    "ours float32, a process a core": Way("pretraining", ours_pretraining, "float32", a_process_a_core=True),
-    "naive": Way("pretraining", naive_pretraining, "float32"),
-    "huggingface": Way("pretraining", huggingface_pretraining),
-    "huggingface compiled": Way("pretraining", huggingface_pretraining, compiled=True),
-    "lightly": Way("pretraining", lightly_pretraining),
-    "fine-tuning": Way("fine-tuning", ours_fine_tuning),
-    "fine-tuning compiled": Way("fine-tuning", ours_fine_tuning, compiled=True),
-    "fine-tuning naive": Way("fine-tuning", naive_fine_tuning, "float32"),
-}
 
 
 # --- measuring: every path in processes of its own, a few steps of each in turn ---
@@ -304,7 +81,7 @@ def serve(name, device, batch_size, model_args, rank, processes, meeting, pipe):
     while (wish := pipe.recv()) != "end":
         pipe.send(timed(step, next(steps), device) if wish == "step" else give_memory_back(device))
     pipe.send((precision, utils.peak_memory_mb(device) - (0 if device.type == "cuda" else before)))
-    utils.leave_process_group()
+    training.leave_processes()
 
 
 def give_memory_back(device):
@@ -356,7 +133,7 @@ def replies(name, pipes):
     """What each of a path's processes says next, in any order.
 
     Raises:
-        ValueError: one of them has ended.
+        UserError: one of them has ended.
     """
     said = {}
     try:
@@ -364,7 +141,7 @@ def replies(name, pipes):
             said |= {pipe: pipe.recv() for pipe in connection.wait(silent)}
         return [*said.values()]
     except (EOFError, ConnectionError):
-        raise ValueError(
+        raise UserError(
             f"The process of {name!r} has ended, by want of memory if nothing stands above: try a smaller --batch_size "
             f"or fewer --paths."
         ) from None
@@ -390,7 +167,7 @@ def measure(batch_sizes, device, model_args, seconds):
         batch_sizes: images a step, by path.
 
     Raises:
-        ValueError: no path could start, or one has ended.
+        UserError: no path could start, or one has ended.
     """
     # the arithmetic of this machine, before anything else runs on it
     gflops = {precision: matmul_gflops(device, precision) for precision in ("float32", "bf16")}
@@ -414,7 +191,7 @@ def measure(batch_sizes, device, model_args, seconds):
         for process in processes:
             process.terminate()
     if not paths:
-        raise ValueError("Nothing to time: none of the --paths can run here.")
+        raise UserError("Nothing to time: none of the --paths can run here.")
     rows = []
     for name, answers in ends.items():
         task, precision = PATHS[name].task, answers[0][0]
@@ -446,15 +223,6 @@ def matmul_gflops(device, precision):
     return 2 * n**3 / min(timed(lambda i: one @ one, i, device) for i in range(10)) / 1e9
 
 
-def gflop_per_image(task, device, model_args):
-    """Of a training step, counted operation by operation."""
-    builder = {"pretraining": ours_pretraining, "fine-tuning": ours_fine_tuning}[task]
-    size = model_args["img_size"]
-    images = torch.zeros(8, 3, size, size, dtype=torch.uint8, device=device)
-    step = builder(images, model_args, 8, "float32", False)
-    return utils.count_gflop(lambda: step(0)) / 8
-
-
 def growth(device, model_args, seconds):
     """Our pretraining step while one size changes; a row each."""
     batch = 16 if device.type == "cpu" else 512
@@ -480,7 +248,7 @@ def growth(device, model_args, seconds):
 def report(rows, path):
     """Print a table and write it as CSV, and where and from what it was measured as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    facts = runs.environment()
+    facts = utils.environment()
     for name in ("transformers", "lightly"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             facts[name] = metadata.version(name)
@@ -513,18 +281,10 @@ def draw_growth(rows, path):
     print(path)
 
 
-def default_batch_size(name, device):
-    """What fits everywhere on a CPU; the scripts' defaults on CUDA, where paths that do not accumulate take 512."""
-    if device.type == "cpu":
-        return 64
-    task, builder, *_ = PATHS[name]
-    return 128 if task == "fine-tuning" else 4096 if builder is ours_pretraining else 512
-
-
 def main(argv=None):
     args = parse_args(argv)
     model_args = {**utils.defaults(MAE_ViT), "embed_dim": args.embed_dim}
-    with utils.exit_on_bad_input():
+    with exit_in_one_line(), as_user_error(OSError):
         device = utils.pick_device(args.device)
         if args.growth:
             rows = growth(device, model_args, args.seconds)

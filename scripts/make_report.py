@@ -19,9 +19,11 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 import data
 import utils
+from checkpoints import load_model
+from errors import UserError, as_user_error, exit_in_one_line
 from figures import STYLES, plt, save, show
 from model import MASK_STRATEGIES, MAE_ViT, PatchShuffle, ViT_Classifier, mae_loss
-from runs import FREE_ARGUMENTS, load_model, read_config, read_metrics
+from runs import FREE_ARGUMENTS, read_config, read_metrics
 
 # 97.5 % points of Student's t for 1, 2, ... degrees of freedom; beyond, the last one, which is a little wide
 STUDENT_T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
@@ -64,7 +66,7 @@ def collect(runs):
     """Finished runs by setting, such as "depth 4, random": {setting: [Result, ...]}, by seed.
 
     Raises:
-        ValueError: there are none, or they differ in more than depth, strategy and seed.
+        UserError: there are none, or they differ in more than depth, strategy and seed.
     """
     results, common = {}, {}
     for directory in sorted(runs.glob("classifier/*/")):
@@ -85,7 +87,7 @@ def collect(runs):
             setting = "depth {decoder_depth}, {mask_strategy}".format(**pretraining["arguments"])
         results.setdefault(setting, []).append(Result(config["arguments"]["seed"], directory, mae))
     if BASE not in results:
-        raise ValueError(f"{runs} holds no finished classifier of {BASE}; run scripts/reproduce_report.sh first.")
+        raise UserError(f"{runs} holds no finished classifier of {BASE}; run scripts/reproduce_report.sh first.")
     return {setting: sorted(found) for setting, found in results.items()}
 
 
@@ -96,7 +98,7 @@ def check_alike(first, config, directory):
     one, other = ({**run["arguments"], **{name: run[name] for name in facts}} for run in (first, config))
     for name in sorted(one.keys() & other.keys() - varied | set(facts)):
         if one[name] != other[name]:
-            raise ValueError(
+            raise UserError(
                 f"{directory} has {name} {other[name]}, others have {one[name]}. Report one sweep at a time: "
                 f"give each its own LOGS, or move runs away."
             )
@@ -576,7 +578,7 @@ def keep_numbers(results, output):
 
 def main(argv=None):
     args = parse_args(argv)
-    with utils.exit_on_bad_input():
+    with exit_in_one_line(), as_user_error(OSError):
         device = utils.pick_device(args.device)
         results = collect(args.runs)
         args.output.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 import utils
+from errors import UserError, as_user_error, exit_in_one_line
 from figures import STYLES, plt, save
 from runs import read_metrics
 
@@ -39,17 +40,17 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     labels = args.label or [run.name for run in args.runs]
-    with utils.exit_on_bad_input():
+    with exit_in_one_line(), as_user_error(OSError):
         if len(labels) != len(args.runs):
-            raise ValueError(f"--label has {len(labels)} entries for {len(args.runs)} runs; give one for each.")
+            raise UserError(f"--label has {len(labels)} entries for {len(args.runs)} runs; give one for each.")
         tables = [read_metrics(run) for run in args.runs]
         held_out = all(table and "val/acc" in table[0] for table in tables)
         metrics = args.metric or ["train/loss", "val/acc" if held_out else "test/acc"]
         for run, table in zip(args.runs, tables, strict=True):
             if not table:
-                raise ValueError(f"{run} has no metrics.csv with a complete epoch; name run directories.")
+                raise UserError(f"{run} has no metrics.csv with a complete epoch; name run directories.")
             if missing := set(metrics) - set(table[0]):
-                raise ValueError(f"{run} has no {', '.join(sorted(missing))}; it has {', '.join(table[0])}.")
+                raise UserError(f"{run} has no {', '.join(sorted(missing))}; it has {', '.join(table[0])}.")
     width = max(len(label) for label in labels)
     for label, table in zip(labels, tables, strict=True):
         last = ", ".join(f"{NAMES.get(metric, metric)} {table[-1][metric]:.4f}" for metric in metrics)
@@ -67,7 +68,7 @@ def main(argv=None):
         place.legend()
         if metric.endswith("/acc"):
             place.yaxis.set_major_formatter(PercentFormatter(1))
-    with utils.exit_on_bad_input():
+    with exit_in_one_line(), as_user_error(OSError):
         save(figure, args.output)
     print(args.output)
 

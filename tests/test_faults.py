@@ -28,8 +28,9 @@ import mae_pretrain
 import runs
 import train_classifier
 import visualize_predictions
+from checkpoints import load_file, load_model, save_file
 from model import MASK_STRATEGIES, MAE_ViT, PatchShuffle, ViT_Classifier
-from runs import Run, load_file, load_model, read_config, read_metrics, save_file
+from runs import Run, read_config, read_metrics
 
 ROOT = Path(__file__).parents[1]
 MAE, CLS, VIS = "mae_pretrain", "train_classifier", "visualize_predictions"
@@ -483,7 +484,7 @@ def test_any_command_line_is_accepted_or_gets_one_line(drawn, script, monkeypatc
         ),
     )
 
-    def reached(self, facts, **start):
+    def reached(self, *args):
         raise ReachedTheRun
 
     monkeypatch.setattr(Run, "open", reached)

@@ -23,8 +23,9 @@ import mae_pretrain
 import train_classifier
 import utils
 import visualize_predictions
-from model import MASK_STRATEGIES, MAE_ViT, ViT_Classifier
-from runs import Run, digest, load_file, read_config, read_metrics
+from checkpoints import digest, load_file
+from model import MASK_STRATEGIES, MAE_ViT
+from runs import Session, read_config, read_metrics
 from scripts import benchmark, make_report, plot_curves
 
 ROOT = Path(__file__).parents[1]
@@ -67,6 +68,27 @@ def untimed_metrics(directory):  # and without nan, which does not equal itself
 
 
 # --- a run from end to end ---
+
+
+def test_names_tell_what_sets_runs_apart():
+    def mae(flags=""):
+        return mae_pretrain.run_name(mae_pretrain.parse_args(shlex.split(flags)))
+
+    def classifier(encoder_name, flags=""):
+        _, args = train_classifier.load_pretrained(train_classifier.parse_args(shlex.split(flags)))
+        return train_classifier.run_name(args, encoder_name)
+
+    name = mae()
+    assert name == "mae_cifar10_i32_p2_w192_e12_h3_d4_random_r0.75_ep2000_b4096_s42"
+    changes = "train_images 100,img_size 64,patch_size 4,embed_dim 96,encoder_depth 6,num_heads 6,decoder_depth 8,"
+    changes += "mask_ratio 0.5,mask_strategy grid,total_epoch 1,batch_size 8,seed 1,augment,dataset shapes"
+    names = [name, *(mae(f"--{change}") for change in changes.split(","))]
+    assert len(set(names)) == len(names)
+    assert "_pets_" in mae("--dataset folder --data_dir some/pets")
+    assert classifier(name) == f"cls_cifar10_ep100_b128_s42_from_{name}"
+    assert classifier(None) == "cls_cifar10_ep100_b128_s42_scratch_i32_p2_w192_e12_h3"
+    name = classifier(None, "--train_images 500 --val_images 100 --augment")
+    assert name == "cls_cifar10-500_val100_ep100_b128_s42_aug_scratch_i32_p2_w192_e12_h3"
 
 
 def test_pretraining_leaves_a_complete_run_behind():
@@ -137,7 +159,7 @@ def test_accuracy_counts_every_image_once_and_the_reports_figure_beside_it(monke
 
     labels = torch.tensor([1] * 128 + [0] * 16)
     test = data.ImageSet(torch.zeros(144, 3, 4, 4, dtype=torch.uint8), labels, [])
-    metrics = train_classifier.evaluate(Model(), test, "float32", 0, 1)
+    metrics = train_classifier.evaluate(Model(), test, "float32")
     assert metrics["test/acc"] == pytest.approx(128 / 144)
     assert metrics["test/acc_mean_of_batches"] == pytest.approx(0.5)
     right, wrong = torch.eye(10)[1].log_softmax(0)[[1, 0]].neg().tolist()
@@ -215,15 +237,15 @@ def test_a_run_stopped_anywhere_ends_with_the_bits_of_one_that_was_not(start, au
     whole = start("--log_dir", "whole", *augment)
     again = start("--log_dir", "again", *augment)
     assert same_weights(whole, again)
-    tick, ticks = Run.tick, []
+    tick, ticks = Session.tick, []
 
-    def stop_at_3_and_4(self, *args, **kwargs):  # of 2 + 2 + 2 steps: inside an epoch, and at the end of one
+    def stop_at_3_and_4(self):  # of 2 + 2 + 2 steps: inside an epoch, and at the end of one
         ticks.append(1)
         if len(ticks) in (3, 4):
             os.kill(os.getpid(), signal.SIGINT)
-        tick(self, *args, **kwargs)
+        tick(self)
 
-    monkeypatch.setattr(Run, "tick", stop_at_3_and_4)
+    monkeypatch.setattr(Session, "tick", stop_at_3_and_4)
     for _ in range(2):
         with pytest.raises(SystemExit) as leaving:
             start("--log_dir", "parts", *augment)
@@ -522,33 +544,6 @@ for i in {1..200}; do sleep 0.1; done
     assert len(list(tmp_path.glob("*.saved"))) == int(jobs)
 
 
-def test_the_benchmark_steps_as_the_scripts_do():
-    images = torch.randint(256, (40, 3, 32, 32), dtype=torch.uint8)
-    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 12, "encoder_depth": 1, "num_heads": 2}
-    mae = {**sizes, "decoder_depth": 1, "mask_ratio": 0.75, "mask_strategy": "random"}
-    arguments, whole = (images, mae, 16, "float32", False), [slice(0, 16)]
-
-    torch.manual_seed(0)
-    timed = benchmark.ours_pretraining(*arguments)(0)
-    torch.manual_seed(0)
-    model = MAE_ViT(**mae)
-    optimizer, batch = torch.optim.AdamW(model.parameters()), benchmark.batches(images, 16)
-    masks = model.shuffle(16, utils.generator(images.device, 0))
-    torch.testing.assert_close(
-        timed, mae_pretrain.train_step(model, optimizer, whole, "float32", batch(0), masks, 1e-4)
-    )
-
-    torch.manual_seed(0)
-    timed = benchmark.ours_fine_tuning(*arguments)(0)
-    torch.manual_seed(0)
-    model = ViT_Classifier(**sizes)
-    optimizer, batch = torch.optim.AdamW(model.parameters()), benchmark.batches(images, 16)
-    labels = torch.randint(10, (16,))
-    torch.testing.assert_close(
-        timed, train_classifier.train_step(model, optimizer, whole, "float32", batch(0), labels, 1e-4)
-    )
-
-
 def test_the_report_of_a_small_sweep():
     for seed in ("1", "2"):
         common = ["--total_epoch", "2", "--seed", seed, "--log_dir"]
@@ -716,8 +711,3 @@ def test_the_defaults_are_the_references_recipe():
     expected = {"total_epoch": 100, "batch_size": 128, "base_learning_rate": 1e-3}
     assert {key: args[key] for key in expected} == expected
     assert train_classifier.DEVICE_BATCH_SIZE["cuda"] == 256
-
-
-def test_utils_exit_turns_only_value_errors_into_a_line():
-    with pytest.raises(TypeError), utils.exit_on_bad_input():
-        raise TypeError("our own mistake")

@@ -4,6 +4,7 @@ A plain loop uses nothing of the program but its models, drawn images and files:
 formula, the whole batch at once, augmentation image by image.
 """
 
+import argparse
 import hashlib
 import math
 import shlex
@@ -18,8 +19,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import data
 import mae_pretrain
 import train_classifier
+import training
+from checkpoints import load_model
 from model import MAE_Encoder, MAE_ViT, PatchShuffle, ViT_Classifier
-from runs import load_model, read_metrics
+from runs import read_metrics
 
 SIZE = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "encoder_depth": 2, "num_heads": 3}
 SEED, BATCH, EPOCHS, STEPS, WARMUP = 5, 14, 2, 3, 4  # 50 images: 3 steps an epoch, 8 images left over
@@ -175,6 +178,65 @@ def test_the_logged_rate_is_the_one_that_the_optimizer_used(few_shapes):
     assert used == [rate(step) for step in range(EPOCHS * STEPS)] * 2
     for run in runs:
         assert [row["lr"] for row in read_metrics(run)] == [used[2], used[5]]
+
+
+# --- the plan ---
+
+
+def plan(num_images=1000, rank=0, world_size=1, **changes):
+    args = {"batch_size": 64, "max_device_batch_size": 16, "total_epoch": 10, "warmup_epoch": None}
+    args = argparse.Namespace(**{**args, "base_learning_rate": 1e-3, **changes})
+    return training.plan_training(args, num_images, 0.1, 10, rank, world_size)
+
+
+def test_schedule_hits_its_end_points():
+    rates = [training.cosine_lr(step, peak=2.0, warmup_steps=5, total_steps=21) for step in range(22)]
+    assert rates[0] == pytest.approx(0.4)
+    assert rates[4] == max(rates) == 2.0
+    assert rates[12] == pytest.approx(1 + math.cos(8 / 17 * math.pi))
+    assert rates[21] == pytest.approx(0, abs=1e-12)
+    assert rates[20] > 0
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+
+
+def test_schedule_without_warm_up_starts_at_the_peak():
+    assert training.cosine_lr(0, peak=3.0, warmup_steps=0, total_steps=10) == 3.0
+
+
+def test_plan_scales_the_rate_and_drops_the_last_short_batch():
+    assert plan().peak_lr == pytest.approx(1e-3 * 64 / 256)
+    assert plan().steps_per_epoch == 15  # of 1000 / 64 = 15.6
+    assert plan().warmup_steps == 15
+    assert plan(warmup_epoch=2.0).warmup_steps == 30
+
+
+def test_processes_and_micro_batches_share_the_global_batch_out():
+    indexes = torch.arange(64)
+    parts = [indexes[part] for rank in range(2) for part in plan(rank=rank, world_size=2).slices]
+    assert [len(part) for part in parts] == [16] * 4
+    assert torch.equal(torch.cat(parts), indexes)
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(8, [8]), (16, [16]), (17, [8, 9]), (101, [14, 14, 15, 14, 15, 14, 15])])
+def test_micro_batches_are_as_few_and_even_as_can_be(count, sizes):
+    slices = training.micro_batches(5, count, 16)
+    assert [part.stop - part.start for part in slices] == sizes
+    assert torch.equal(torch.cat([torch.arange(200)[part] for part in slices]), torch.arange(5, 5 + count))
+    assert plan(batch_size=count, max_device_batch_size=None).slices == training.micro_batches(0, count, 10)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 2000}, "2000 is more than the 1000 training images"),
+        ({"world_size": 3}, "not a multiple of the 3 processes"),
+        ({"warmup_epoch": 11.0}, "--warmup_epoch 11 is not within 0 to --total_epoch 10"),
+        ({"warmup_epoch": -1.0}, "--warmup_epoch -1 is not within"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_refused_with_a_way_out(changes, message):
+    with pytest.raises(ValueError, match=message):
+        plan(**changes)
 
 
 # --- facts ---

@@ -1,0 +1,99 @@
+"""The .pt files: dictionaries of tensors and plain values, written whole or not at all, read without unpickling."""
+
+import contextlib
+import hashlib
+import io
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+
+from errors import UserError
+
+
+def save_file(path, content):
+    """Write a .pt file whole or not at all: temporary name, sync, rename."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    with replacing(path) as file:
+        file.write(buffer.getbuffer())
+
+
+def load_file(path, *kinds):
+    """Read a .pt file onto the CPU without unpickling objects.
+
+    torch.load checks no checksum, so a flipped bit would load as a wrong weight; the zip archive that torch.save
+    writes has a CRC-32 for each of its records, which zipfile checks.
+
+    Args:
+        path: the file, or a run directory, which stands for its model.pt.
+        kinds: what content["kind"] may be; none: any of ours.
+
+    Raises:
+        UserError: no such file, damaged, or not the kind asked for.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "model.pt"
+    if not path.exists():
+        hint = " The run is not finished; give its command again." if (path.parent / "config.json").exists() else ""
+        raise UserError(f"No file {path}.{hint}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"checksum of {damaged} is wrong")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damage shows in many ways, and all of them mean the same
+        reason = "it holds pickled objects" if isinstance(error, pickle.UnpicklingError) else error
+        raise UserError(f"Cannot read {path}: {reason}. Copy the file anew, or make it again (--overwrite).") from error
+    found = content.get("kind") if isinstance(content, dict) else None
+    if found is None or (kinds and found not in kinds):
+        needed = " or ".join(kinds) or "a model"
+        raise UserError(f"{path} holds {found or 'no model of this program'}; {needed} is needed here.")
+    return content
+
+
+def load_model(path, *constructors):
+    """Rebuild the model that a model.pt holds: (model, the whole content).
+
+    Raises:
+        UserError: as `load_file`, or the weights do not fit any of the constructors.
+    """
+    content = load_file(path, *(constructor.__name__ for constructor in constructors))
+    constructor = next(constructor for constructor in constructors if constructor.__name__ == content["kind"])
+    try:
+        model = constructor(**content["model_args"])
+        model.load_state_dict(content["model"])
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is no {content['kind']} of this version of the program: {error}") from error
+    return model, content
+
+
+def digest(state_dict):
+    """16 hex digits that change with any weight."""
+    result = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(state_dict.items()):
+        result.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return result.hexdigest()
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Open a file for writing bytes; path has the new content after the block, or is as it was if anything fails."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    os.fsync(directory)  # the new name, too
+    os.close(directory)

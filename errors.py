@@ -1,0 +1,39 @@
+"""What a user can mend is told in one line; everything else keeps its traceback."""
+
+import contextlib
+import re
+import sys
+from pathlib import Path
+
+NO_MEMORY = "out of memory|can't allocate memory|bad_alloc|ALLOC_FAILED"  # PyTorch has a class for the first only
+
+
+class UserError(ValueError):
+    """What was asked for cannot be done; the message gives what was found, what is accepted and what to do."""
+
+
+@contextlib.contextmanager
+def as_user_error(*kinds):
+    """Errors of these kinds in the block, such as OSError, are the user's to mend."""
+    try:
+        yield
+    except kinds as error:
+        raise UserError(error) from error
+
+
+@contextlib.contextmanager
+def exit_in_one_line():
+    """End the program with one line: with exit code 2 where a user can mend it, 1 where memory was refused."""
+    try:
+        yield
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search(NO_MEMORY, str(error), re.IGNORECASE):
+            raise
+        wanted = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
+        sys.exit(
+            f"Out of memory{f' ({wanted[1]} more were asked for)' if wanted else ''}. A smaller model or "
+            f"--max_device_batch_size needs less."
+        )

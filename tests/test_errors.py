@@ -1,0 +1,46 @@
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from errors import UserError, as_user_error, exit_in_one_line
+
+
+def test_what_a_user_can_mend_gets_one_line_and_exit_code_2(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["some/where/script.py"])
+    with pytest.raises(SystemExit) as leaving, exit_in_one_line():
+        raise UserError("first\n  second")
+    assert leaving.value.code == 2
+    assert capsys.readouterr().err == "script.py: error: first second\n"
+
+
+@pytest.mark.parametrize("error", [ValueError("torch's"), OSError("a strategy's own file"), TypeError("our mistake")])
+def test_everything_else_keeps_its_traceback(error):
+    with pytest.raises(type(error), match=str(error)), exit_in_one_line():
+        raise error
+
+
+def test_an_error_of_files_that_the_user_named_is_the_users():
+    with pytest.raises(UserError, match=r"No such file or directory: 'nowhere/a.txt'"), as_user_error(OSError):
+        Path("nowhere/a.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"), " (2.00 GiB more were"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), ". A smaller"),
+        (RuntimeError("std::bad_alloc"), ". A smaller"),
+        (MemoryError(), ". A smaller"),
+    ],
+)
+def test_too_little_memory_gets_one_line(error, line):
+    with pytest.raises(SystemExit, match=re.escape(f"Out of memory{line}")), exit_in_one_line():
+        raise error
+
+
+def test_another_error_is_not_taken_for_too_little_memory():
+    with pytest.raises(RuntimeError, match="shape"), exit_in_one_line():
+        raise RuntimeError("shape mismatch")
