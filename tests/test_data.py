@@ -1,5 +1,6 @@
 import hashlib
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ def test_train_images_takes_the_first_ones_of_each_class():
         assert torch.equal(some.images[some.labels == label], expected)
 
 
-@pytest.mark.parametrize("count", [25, 1010, 5])
+@pytest.mark.parametrize("count", [25, 1010, 5, 0, -10])
 def test_train_images_that_do_not_fit_are_an_error_with_a_way_out(count):
     with pytest.raises(ValueError, match=f"--train_images {count} is not 10 classes times 1 to 10 images; try "):
         data.first_of_each_class(data.shapes(100, 8, seed=0), count)
@@ -90,18 +91,52 @@ def test_normalize_spans_minus_1_to_1_and_comes_back():
     assert torch.equal(data.to_pixels(images), pixels)
 
 
-def test_flip_and_crop_only_moves_and_mirrors():
+def test_predictions_beyond_the_range_become_black_and_white():
+    assert data.to_pixels(torch.tensor([-3, -1.01, 1.01, 3])).tolist() == [0, 0, 255, 255]
+
+
+def test_a_set_has_another_digest_as_soon_as_a_pixel_or_a_label_differs():
+    images, labels = torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.tensor([0, 1])
+    whole = data.ImageSet(images, labels, ["cat", "dog"])
+    brighter = images.clone()
+    brighter[1, 2, 3, 3] = 1
+    sets = whole, whole._replace(images=brighter), whole._replace(labels=labels.flip(0))
+    digests = [some.digest() for some in sets]
+    assert len(set(digests)) == 3
+    assert all(re.fullmatch("[0-9a-f]{16}", digest) for digest in digests)
+    assert whole._replace(images=images.clone()).digest() == digests[0]
+
+
+def test_a_set_moves_to_a_device_with_images_and_labels():
+    moved = data.ImageSet(torch.zeros(2, 3, 4, 4), torch.tensor([0, 1]), ["cat", "dog"]).to("meta")
+    assert moved.images.device.type == moved.labels.device.type == "meta"
+    assert moved.classes == ["cat", "dog"]
+
+
+def test_resizing_reaches_the_size_loses_no_line_and_leaves_what_fits_alone():
+    images = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
+    images[..., ::4] = 200  # one column in four
+    assert data.resize(images, 16) is images  # no second copy of a whole data set
+    assert data.resize(images, 32).shape == (2, 3, 32, 32)
+    assert data.resize(images[:, :, :8], 16).shape == (2, 3, 16, 16)
+    small = data.resize(images, 4)
+    assert small.dtype == torch.uint8
+    assert (small[..., 1:3].int() - 50).abs().max() < 10  # plain bilinear sampling would miss the lines: 0
+
+
+@pytest.mark.parametrize("padding", [2, 3])
+def test_flip_and_crop_only_moves_and_mirrors(padding):
     image = torch.arange(64).view(1, 1, 8, 8).expand(200, 3, -1, -1)  # each pixel tells where it was
-    moved = data.flip_and_crop(image, utils.generator("cpu", 0), padding=2)
+    moved = data.flip_and_crop(image, utils.generator("cpu", 0), padding)
     mirrored = moved[:, 0, 4, 3] > moved[:, 0, 4, 4]
     assert 60 < mirrored.sum() < 140
     straight = torch.where(mirrored[:, None, None, None], moved.flip(3), moved)
     shift = straight[:, 0, 4, 4] - 36
-    rows, columns = (shift + 2).div(8, rounding_mode="floor"), (shift + 2) % 8 - 2
-    assert set(rows.tolist()) == {-2, -1, 0, 1, 2}
-    assert set(columns.tolist()) <= {-2, -1, 0, 1, 2}
-    inner = straight[:, 0, 2:6, 2:6] - 8 * rows[:, None, None] - columns[:, None, None]
-    assert (inner == image[0, 0, 2:6, 2:6]).all()
+    rows, columns = (shift + padding).div(8, rounding_mode="floor"), (shift + padding) % 8 - padding
+    assert set(rows.tolist()) == set(columns.tolist()) == set(range(-padding, padding + 1))
+    inner = slice(padding, 8 - padding)
+    unmoved = straight[:, 0, inner, inner] - 8 * rows[:, None, None] - columns[:, None, None]
+    assert (unmoved == image[0, 0, inner, inner]).all()
 
 
 # --- CIFAR ---
