@@ -1,4 +1,5 @@
 import itertools
+import re
 import shutil
 from pathlib import Path
 
@@ -17,8 +18,10 @@ from model import (
     PatchShuffle,
     ViT_Classifier,
     bayer_matrix,
+    cls_after,
     mae_loss,
     patchify,
+    transformer,
     unpatchify,
 )
 
@@ -101,6 +104,21 @@ def test_parameter_counts_are_the_references(depth, count):
         assert sum(p.numel() for p in MAE_ViT(decoder_depth=depth).parameters()) == count
 
 
+def test_default_models_hide_75_percent_at_random_and_have_3_heads():
+    with torch.device("meta"):
+        mae, classifier = MAE_ViT(), ViT_Classifier()
+    assert (mae.shuffle.mask_ratio, mae.shuffle.mask_strategy) == (0.75, "random")
+    blocks = [*mae.encoder.transformer, *mae.decoder.transformer, *classifier.transformer]
+    assert {block.attn.num_heads for block in blocks} == {3}
+
+
+def test_tokens_and_positions_start_small_and_random():
+    model = small_mae(embed_dim=192)
+    for part in (model.encoder.cls_token, model.encoder.pos_embedding, model.decoder.mask_token):
+        assert part.mean().abs() < 0.01
+        assert part.std().item() == pytest.approx(0.02, rel=0.25)  # 5 standard deviations for the tokens' 192 numbers
+
+
 # --- patches ---
 
 
@@ -150,10 +168,14 @@ def test_block_leaves_one_contiguous_square_visible(grid_size, ratio):
         assert box[-1, :filled].all()  # which is filled from one side
 
 
-def test_block_is_uniformly_placed():
-    corners = visible_maps("block", 4, 0.75, batch_size=9000).flatten(1).float().argmax(1)  # 2 x 2 in 4 x 4: 9 places
+@pytest.mark.parametrize(
+    ("grid_size", "ratio", "places"),
+    [(4, 0.75, 3 * 3), (5, 0.84, 4 * 4), (5, 0.75, 4 * 3)],  # 2 x 2 in 4 x 4, 2 x 2 in 5 x 5, 2 rows of 3 in 5 x 5
+)
+def test_block_is_uniformly_placed(grid_size, ratio, places):
+    corners = visible_maps("block", grid_size, ratio, batch_size=1000 * places).flatten(1).float().argmax(1)
     counts = corners.bincount()
-    assert (counts > 0).sum() == 9
+    assert (counts > 0).sum() == places
     assert (counts[counts > 0] - 1000).abs().max() < 150  # 5 standard deviations
 
 
@@ -166,6 +188,14 @@ def test_grid_is_one_of_each_2_x_2_at_075_and_a_checkerboard_at_05(strategy, gri
     half = visible_maps(strategy, grid_size, 0.5)
     assert (half[:, 1:] ^ half[:, :-1]).all()
     assert (half[:, :, 1:] ^ half[:, :, :-1]).all()
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_shifted_grid_is_the_grid_moved_around(ratio):
+    (grid,) = visible_maps("grid", 8, ratio, batch_size=1)
+    moved = torch.stack([grid.roll((down, right), (0, 1)) for down in range(8) for right in range(8)])
+    drawn = visible_maps("shifted_grid", 8, ratio)
+    assert (drawn[:, None] == moved).all((2, 3)).any(1).all()
 
 
 def test_shifted_grid_shows_every_place_equally_often():
@@ -188,13 +218,96 @@ def test_blockwise_hides_large_connected_blocks():
     assert inner.flatten(1).any(1).all()
 
 
-@pytest.mark.parametrize("ratio", [-0.1, 0, 0.001, 0.99, 1, 1.5, float("nan")])
+def taken_apart(share_hidden, num_blocks, grid_size=64):
+    """The scores of 1,000 blockwise masks as blocks and a slope that orders the patches within a block.
+
+    Returns:
+        blocks: (1000, g, g) int, num_blocks in the first block, one less in the second, ..., 0 in none.
+        slope: (2, 1000, 1, 1), the step from a row to the next and from a column to the next.
+    """
+    num_visible = round(grid_size**2 * (1 - share_hidden))
+    scores = MASK_STRATEGIES["blockwise"](1000, grid_size, num_visible, seeded(), "cpu", num_blocks=num_blocks)
+    scores = scores.view(-1, grid_size, grid_size)
+    slope = torch.stack([scores.diff(dim=dim).flatten(1).median(1).values for dim in (1, 2)])[..., None, None]
+    line = torch.arange(grid_size)
+    level = scores - slope[0] * line[:, None] - slope[1] * line
+    blocks = level - level.flatten(1).min(1).values[:, None, None]
+    assert (blocks - blocks.round()).abs().max() < 1e-3  # there is nothing else in a score
+    return blocks.round().int(), slope
+
+
+def rectangles(blocks):
+    """Where the rectangles in (B, g, g) bool start and how long they are: two (2, B), rows first."""
+    lines = torch.stack([blocks.any(2), blocks.any(1)])  # (2, B, g)
+    start, length = lines.int().argmax(2), lines.sum(2)
+    assert (length > 0).all()
+    assert torch.equal(blocks.sum((1, 2)), length.prod(0))  # full
+    assert torch.equal(lines.int().flip(2).argmax(2), blocks.shape[1] - start - length)  # without gaps
+    return start, length
+
+
+def test_blockwise_draws_the_papers_areas_and_aspect_ratios_at_uniform_places():
+    # all tolerances on means and counts: 5 standard deviations
+    start, length = rectangles(taken_apart(0.25, num_blocks=1)[0] == 1)
+    area = length.prod(0) / 64**2
+    assert area.min() > 0.075
+    assert area.max() < 0.26
+    assert area.mean() == pytest.approx((16 / 196 + 0.25) / 2, abs=0.008)
+    aspect = (length[0] / length[1]).log() / -torch.tensor(0.3).log()  # from -1 to 1
+    assert aspect.abs().max() < 1.06
+    assert aspect.mean() == pytest.approx(0, abs=0.1)
+    assert aspect.square().mean() == pytest.approx(1 / 3, abs=0.05)
+    places = 64 - length + 1
+    assert ((start + 0.5) / places).mean() == pytest.approx(0.5, abs=0.033)
+    for at_edge in (start == 0, start + length == 64):
+        assert at_edge.sum() == pytest.approx((1 / places).sum(), abs=37)
+
+
+@pytest.mark.parametrize("share_hidden", [0.02, 16 / 196])
+def test_blockwise_blocks_are_8_percent_of_the_image_where_no_more_is_to_be_hidden(share_hidden):
+    _, length = rectangles(taken_apart(share_hidden, num_blocks=1)[0] == 1)
+    assert (length.prod(0) / 64**2).mean() == pytest.approx(16 / 196, rel=0.01)
+
+
+def test_blockwise_blocks_may_be_as_large_as_all_that_is_hidden():
+    _, length = rectangles(taken_apart(0.98, num_blocks=1)[0] == 1)
+    assert length.max() == 64  # a longer one ends at the edge
+    assert 0.9 < length.prod(0).max() / 64**2 <= 1
+
+
+@pytest.mark.parametrize("grid_size", [3, 4])
+def test_blockwise_blocks_are_one_or_two_patches_long_on_the_smallest_grids(grid_size):
+    _, length = rectangles(taken_apart(0.06, num_blocks=1, grid_size=grid_size)[0] == 1)
+    assert set(length.unique().tolist()) == {1, 2}
+
+
+def test_blockwise_hides_block_after_block_and_cuts_the_last_along_a_line():
+    blocks, slope = taken_apart(0.25, num_blocks=4)
+    assert set(blocks.unique().tolist()) == {0, 1, 2, 3, 4}
+    _, length = rectangles(blocks == 4)
+    assert length.prod(0).sum() > (blocks == 3).sum()  # drawn alike, but the first may cover the second
+    assert (slope.abs().sum(0) * 63 < 1).all()  # no patch of a later block comes before one of an earlier block
+    assert ((slope > 0).sum((1, 2, 3)) - 500).abs().max() < 80  # any direction; 5 standard deviations
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 0, 1e-17, 0.001, 0.99, 1, 1.5, *map(float, ("nan", "inf", "-inf"))])
 def test_mask_ratio_must_leave_something_to_see_and_to_predict(ratio):
     if ratio == 0.001:  # hides one patch: int() rounds the visible ones down
         assert PatchShuffle(8, ratio, "random").num_visible == 63
         return
     with pytest.raises(ValueError, match="mask_ratio"):
         PatchShuffle(8, ratio, "random")
+
+
+@pytest.mark.parametrize("grid_size", [2, 3, 5, *GRIDS])
+def test_a_refused_mask_ratio_is_told_the_range_that_is_accepted(grid_size):
+    with pytest.raises(ValueError, match="mask_ratio 1 does not split") as error:
+        PatchShuffle(grid_size, 1, "random")
+    least, most = map(float, re.search(r"use (\d\.\d{1,3}) to (\d\.\d{1,3})\.$", str(error.value)).groups())
+    assert 0 < PatchShuffle(grid_size, least, "random").num_visible < grid_size**2
+    assert PatchShuffle(grid_size, most, "random").num_visible == 1
+    with pytest.raises(ValueError, match="does not split"):
+        PatchShuffle(grid_size, most + 0.001, "random")
 
 
 def test_a_new_strategy_needs_only_a_line(monkeypatch):
@@ -223,14 +336,15 @@ def test_hidden_pixels_do_not_reach_the_encoder(strategy):
     assert not torch.equal(model.encoder(images), model.encoder(changed))
 
 
-def test_loss_is_the_mean_over_hidden_pixels_and_has_no_gradient_elsewhere():
-    images, pred = torch.randn(2, 3, 4, 4), torch.randn(2, 4, 12, requires_grad=True)
+@pytest.mark.parametrize("size", [1, 2, 8])  # of a patch
+def test_loss_is_the_mean_over_hidden_pixels_and_has_no_gradient_elsewhere(size):
+    images, pred = torch.randn(2, 3, 2 * size, 2 * size), torch.randn(2, 4, 3 * size**2, requires_grad=True)
     mask = torch.tensor([[True, False, True, True], [False, True, True, True]])
     errors = []
     for b in range(2):
         for n in range(4):
-            row, column = n // 2 * 2, n % 2 * 2
-            patch = images[b, :, row : row + 2, column : column + 2].flatten()
+            row, column = n // 2 * size, n % 2 * size
+            patch = images[b, :, row : row + size, column : column + size].flatten()
             errors += [(p - q) ** 2 for p, q in zip(pred[b, n].tolist(), patch.tolist(), strict=True) if mask[b, n]]
     loss = mae_loss(pred, images, mask)
     assert loss.item() == pytest.approx(sum(errors) / len(errors), rel=1e-5)
@@ -286,11 +400,21 @@ def test_a_forward_pass_keeps_to_the_gpu_and_reads_no_number_back(strategy):
     assert {result.device.type for result in results} == {"cuda"}
 
 
-def test_reconstruction_keeps_visible_patches_and_greys_hidden_ones():
-    model, images = small_mae(), torch.randn(4, 3, 8, 8)
+def test_new_masks_are_drawn_on_the_images_device():
+    with FakeTensorMode():
+        with torch.device("cuda"):
+            model, images = small_mae(), torch.zeros(4, 3, 8, 8)
+        pred, mask = model(images)
+    assert pred.device.type == mask.device.type == "cuda"
+
+
+@pytest.mark.parametrize(("img_size", "ratio"), [(8, 0.75), (6, 0.6)])  # 4 of 16 and 3 of 9 patches visible
+def test_reconstruction_keeps_visible_patches_and_greys_hidden_ones(img_size, ratio):
+    model, images = small_mae(img_size=img_size, mask_ratio=ratio), torch.randn(4, 3, img_size, img_size)
     ids = model.shuffle(4, seeded())
     pred, mask = model(images, ids)
     masked, reconstructed = (patchify(picture, 2) for picture in model.reconstruct(images, ids))
+    assert not reconstructed.requires_grad
     assert torch.equal(masked[~mask], patchify(images, 2)[~mask])
     assert torch.equal(reconstructed[~mask], patchify(images, 2)[~mask])
     assert not masked[mask].any()
@@ -304,6 +428,14 @@ def test_classifier_takes_the_encoder_and_keeps_its_own_head():
     assert torch.equal(classifier.head.weight, head)
     images = torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(classifier(images), classifier.head(model.encoder(images)[:, 0]))
+
+
+@pytest.mark.parametrize("change", [lambda state: state.popitem(), lambda state: state.update({"encoder.x": 0})])
+def test_classifier_takes_no_encoder_that_lacks_a_weight_or_has_an_unknown_one(change):
+    state = small_mae().encoder.state_dict(prefix="encoder.")
+    change(state)
+    with pytest.raises(AssertionError):
+        ViT_Classifier(8, 2, 24, 2, 3).load_encoder(state)
 
 
 @fast_paths
@@ -328,6 +460,11 @@ def test_the_classifier_has_the_loss_and_gradients_of_computing_all_tokens(preci
         assert (ours - theirs).norm() <= tolerance * theirs.norm()
 
 
+def test_a_blocks_result_for_the_cls_token_is_computed_for_it_alone():
+    (block,), tokens = transformer(24, 1, 3), torch.randn(2, 17, 24)
+    torch.testing.assert_close(cls_after(block, tokens), block(tokens)[:, :1])
+
+
 def test_a_tiny_model_learns_one_batch_by_heart():
     model = small_mae(decoder_depth=2)
     images, ids = torch.randn(4, 3, 8, 8), model.shuffle(4, seeded())
@@ -346,6 +483,7 @@ def test_a_tiny_model_learns_one_batch_by_heart():
     [
         ({"patch_size": 3}, "patch_size 3 does not divide img_size 8"),
         ({"num_heads": 5}, "num_heads 5 does not divide embed_dim 24; these do: 1, 2, 3, 4, 6, 8, 12, 24"),
+        ({"embed_dim": 15, "num_heads": 2}, "num_heads 2 does not divide embed_dim 15; these do: 1, 3, 5, 15"),
         ({"mask_strategy": "spiral"}, "spiral.*random, block, grid, shifted_grid, blockwise"),
     ],
 )
