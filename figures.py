@@ -1,12 +1,21 @@
-"""The look of every figure: drawn without a display, in colours and lines for all kinds of colour vision."""
+"""How things are drawn: without a display, in colours and lines for all kinds of colour vision.
+
+Each `draw_` function draws into the axes it is given, or returns a figure of its own.
+"""
+
+import itertools
+import math
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 # of Okabe and Ito's palette, each with a line of its own
 STYLES = [("#0072b2", "-"), ("#d55e00", "--"), ("#009e73", "-."), ("#cc79a7", ":"), ("#000000", (0, (5, 1)))]
+(RIGHT, _), (WRONG, _) = STYLES[:2]  # blue and vermilion
 
 
 def show(axes, image):
@@ -16,6 +25,77 @@ def show(axes, image):
     axes.imshow(image.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([])
+
+
+def draw_rows(axes, rows, fontsize=11):
+    """A row of images for each {label: images, each as `show` takes it}; axes (rows, images of each)."""
+    for places, (label, images) in zip(axes, rows.items(), strict=True):
+        places[0].set_ylabel(label, fontsize=fontsize)
+        for place, image in zip(places, images, strict=True):
+            show(place, image)
+
+
+def draw_predictions(images, classes, labels, predicted, confidence, more=""):
+    """Each image with ground truth, prediction and confidence; right and wrong differ in colour, sign and frame.
+
+    Args:
+        images: (B, 3, H, W) uint8; labels and predicted: (B,) int64, places in classes; confidence: (B,) in [0, 1].
+        more: the end of the title.
+    """
+    columns = min(8, len(images))
+    rows = math.ceil(len(images) / columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(1.6 * columns, 2.1 * rows + 0.6), squeeze=False)
+    for place in axes.flat[len(images) :]:
+        place.axis("off")
+    for place, image, label, guess, sure in zip(axes.flat, images, labels, predicted, confidence, strict=False):
+        sign, colour, width = ("✓", RIGHT, 2) if label == guess else ("✗", WRONG, 4)
+        show(place, image)
+        for spine in place.spines.values():
+            spine.set(color=colour, linewidth=width)
+        place.set_title(classes[label], fontsize=9, pad=3)
+        place.set_xlabel(f"{sign} {classes[guess]} {sure:.0%}", fontsize=9, color=colour)
+    figure.suptitle(
+        f"Above: ground truth. Below: prediction and confidence. {int((predicted == labels).sum())} of "
+        f"{len(images)} right{more}",
+        fontsize=11,
+    )
+    return figure
+
+
+def draw_curves(axes, curves, ylabel, percent=False):
+    """Lines by epoch; of several seeds the mean, with their range as a band.
+
+    Args:
+        curves: (label, epochs (E,), values (S, E)) of each line, a row of values a seed, nan where there is none.
+        percent: the values are shares of 1.
+    """
+    for (label, epochs, values), (colour, line) in zip(curves, itertools.cycle(STYLES), strict=False):
+        values = np.asarray(values)
+        few = np.isfinite(values).any(0).sum() < (20 if len(values) == 1 else 2)  # a line of 1 epoch shows nothing
+        marker = "o" if few else None
+        axes.plot(epochs, values.mean(0), linestyle=line, color=colour, label=label, marker=marker, linewidth=1.8)
+        if len(values) > 1:
+            axes.fill_between(epochs, values.min(0), values.max(0), color=colour, alpha=0.18, linewidth=0)
+    if percent:
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.yaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))
+    axes.set(xlabel="epoch", ylabel=ylabel)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+
+
+def draw_matrix(values, rows, columns, xlabel, ylabel, form="{:.3f}"):
+    """A matrix (rows, columns) as coloured cells with their numbers, written as `form` says: a figure."""
+    figure, axes = plt.subplots(figsize=(1.0 * len(columns) + 2.6, 0.75 * len(rows) + 1.6))
+    axes.imshow(values.numpy(), cmap="viridis")
+    axes.set_xticks(range(len(columns)), columns, rotation=35, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    middle = (values.min() + values.max()) / 2
+    for i, j in itertools.product(range(len(rows)), range(len(columns))):
+        colour = "white" if values[i, j] < middle else "black"
+        axes.text(j, i, form.format(values[i, j].item()), ha="center", va="center", fontsize=8, color=colour)
+    return figure
 
 
 def save(figure, path):

@@ -19,8 +19,6 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from errors import UserError
 
@@ -245,13 +243,6 @@ def peak_memory_mb(device):
     if status.exists():  # Linux, where ru_maxrss would begin with what the parent process had
         return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS: bytes
-
-
-def count_gflop(step):
-    """What calling step() computes, in 1e9 multiplications and additions; plain attention, as fused is not counted."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        step()
-    return counter.get_total_flops() / 1e9
 
 
 # --- where a run is at work ---

@@ -6,19 +6,18 @@ python visualize_predictions.py --model_path logs/classifier/<run>
 python visualize_predictions.py --masks
 """
 
-import math
 from pathlib import Path
 
 import torch
 
 import data
+import figures
 import utils
 from checkpoints import load_model
 from errors import UserError, as_user_error, exit_in_one_line
-from figures import STYLES, plt, save, show
+from figures import draw_rows, plt, save
 from model import MASK_STRATEGIES, MAE_ViT, PatchShuffle, ViT_Classifier, mae_loss
 
-(RIGHT, _), (WRONG, _) = STYLES[:2]  # blue and vermilion
 DRAWS = 1000  # masks behind a strategy's visibility map
 
 
@@ -47,15 +46,12 @@ def draw_reconstructions(model, images, args):
     ratio = trained.mask_ratio if args.mask_ratio is None else args.mask_ratio
     model.shuffle = PatchShuffle(trained.grid_size, ratio, strategy)
     masks = model.shuffle(len(images), utils.generator("cpu", args.seed, "masks"))
-    rows = {"masked input": None, "reconstruction": None, "original": images}
-    rows["masked input"], rows["reconstruction"] = model.reconstruct(images, masks)
+    masked, reconstructed = model.reconstruct(images, masks)
+    rows = {"masked input": masked, "reconstruction": reconstructed, "original": images}
     with torch.no_grad():
         pred, mask = model(images, masks)
     figure, axes = plt.subplots(3, len(images), figsize=(1.3 * len(images) + 1, 4.5), squeeze=False)
-    for row, (name, pictures) in enumerate(rows.items()):
-        axes[row, 0].set_ylabel(name, fontsize=11)
-        for column, picture in enumerate(data.to_pixels(pictures)):
-            show(axes[row, column], picture)
+    draw_rows(axes, {name: data.to_pixels(row) for name, row in rows.items()})
     figure.suptitle(
         f"{strategy} masks, {mask.float().mean():.0%} hidden (trained with {trained.mask_strategy}); "
         f"mean squared error of hidden pixels {mae_loss(pred, images, mask):.4f}, seed {args.seed}",
@@ -65,31 +61,11 @@ def draw_reconstructions(model, images, args):
 
 
 def draw_predictions(model, names, images, labels, args):
-    """Each image with ground truth, prediction and confidence; right and wrong differ in colour, sign and frame."""
+    """Each image with ground truth, prediction and confidence."""
     with torch.no_grad():
         confidence, predicted = model(images).softmax(dim=1).max(dim=1)
-    columns = min(8, len(images))
-    rows = math.ceil(len(images) / columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(1.6 * columns, 2.1 * rows + 0.6), squeeze=False)
-    for place in axes.flat[len(images) :]:
-        place.axis("off")
-    for place, image, label, guess, sure in zip(
-        axes.flat, data.to_pixels(images), labels, predicted, confidence, strict=False
-    ):
-        right = bool(label == guess)
-        show(place, image)
-        for spine in place.spines.values():
-            spine.set(color=RIGHT if right else WRONG, linewidth=2 if right else 4)
-        place.set_title(f"{names[label]}", fontsize=9, pad=3)
-        place.set_xlabel(
-            f"{'✓' if right else '✗'} {names[guess]} {sure:.0%}", fontsize=9, color=RIGHT if right else WRONG
-        )
-    figure.suptitle(
-        f"Above: ground truth. Below: prediction and confidence. {int((predicted == labels).sum())} of "
-        f"{len(images)} right, seed {args.seed}",
-        fontsize=11,
-    )
-    return figure
+    more = f", seed {args.seed}"
+    return figures.draw_predictions(data.to_pixels(images), names, labels, predicted, confidence, more)
 
 
 def draw_masks(args, columns=6):
@@ -99,17 +75,17 @@ def draw_masks(args, columns=6):
     figure, axes = plt.subplots(
         len(strategies), columns + 1, figsize=(1.5 * columns + 2.2, 1.55 * len(strategies) + 0.8), squeeze=False
     )
-    for row, strategy in enumerate(strategies):
+    visible = {}
+    for strategy in strategies:
         shuffle = PatchShuffle(args.grid_size, ratio, strategy)
-        visible = shuffle(DRAWS, utils.generator("cpu", args.seed, strategy)).argsort(1) < shuffle.num_visible
-        visible = visible.view(DRAWS, args.grid_size, args.grid_size).float()
-        for column in range(columns):
-            show(axes[row, column], visible[column])
-        share = axes[row, -1].imshow(visible.mean(0).numpy(), cmap="viridis", vmin=0, vmax=1)
-        axes[row, -1].set_xticks([])
-        axes[row, -1].set_yticks([])
-        figure.colorbar(share, ax=axes[row, -1], fraction=0.046)
-        axes[row, 0].set_ylabel(strategy, fontsize=11)
+        seen = shuffle(DRAWS, utils.generator("cpu", args.seed, strategy)).argsort(1) < shuffle.num_visible
+        visible[strategy] = seen.view(DRAWS, args.grid_size, args.grid_size).float()
+    draw_rows(axes[:, :-1], {strategy: masks[:columns] for strategy, masks in visible.items()})
+    for place, masks in zip(axes[:, -1], visible.values(), strict=True):
+        share = place.imshow(masks.mean(0).numpy(), cmap="viridis", vmin=0, vmax=1)
+        place.set_xticks([])
+        place.set_yticks([])
+        figure.colorbar(share, ax=place, fraction=0.046)
     axes[0, -1].set_title(f"visible, share of {DRAWS:,}", fontsize=9)
     figure.suptitle(
         f"White: the {shuffle.num_visible} of {args.grid_size**2} patches left visible at mask ratio {ratio}; "

@@ -30,7 +30,8 @@ import utils
 from errors import UserError, as_user_error, exit_in_one_line
 from figures import STYLES, plt, save
 from model import MAE_ViT
-from scripts.benchmark_paths import PATHS, default_batch_size, gflop_per_image
+from scripts.benchmark_paths import PATHS, default_batch_size
+from scripts.cost import gflop_per_image
 
 TURN = 5  # seconds
 NUM_IMAGES = 10_000  # drawn at random: what is in them does not matter here
@@ -171,7 +172,7 @@ def measure(batch_sizes, device, model_args, seconds):
     """
     # the arithmetic of this machine, before anything else runs on it
     gflops = {precision: matmul_gflops(device, precision) for precision in ("float32", "bf16")}
-    gflop = {task: gflop_per_image(task, device, model_args) for task in {PATHS[name].task for name in batch_sizes}}
+    gflop = {task: gflop_per_image(model_args, task == "pretraining") for task in ("pretraining", "fine-tuning")}
     give_memory_back(device)
     processes, paths = [], {}
     try:

@@ -209,15 +209,6 @@ PATHS = {
 }
 
 
-def gflop_per_image(task, device, model_args):
-    """Of a training step, counted operation by operation."""
-    builder = {"pretraining": ours_pretraining, "fine-tuning": ours_fine_tuning}[task]
-    size = model_args["img_size"]
-    images = torch.zeros(8, 3, size, size, dtype=torch.uint8, device=device)
-    step = builder(images, model_args, 8, "float32", False)
-    return utils.count_gflop(lambda: step(0)) / 8
-
-
 def default_batch_size(name, device):
     """What fits everywhere on a CPU; the scripts' defaults on CUDA, where paths that do not accumulate take 512."""
     if device.type == "cpu":

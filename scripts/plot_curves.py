@@ -3,15 +3,13 @@
 python -m scripts.plot_curves logs/classifier/* --metric train/loss test/acc --output curves.png
 """
 
-import math
 from pathlib import Path
-
-from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 import utils
 from errors import UserError, as_user_error, exit_in_one_line
-from figures import STYLES, plt, save
+from figures import draw_curves, plt, save
 from runs import read_metrics
+from scripts.results import watched
 
 NAMES = {
     "train/loss": "training loss",
@@ -44,8 +42,7 @@ def main(argv=None):
         if len(labels) != len(args.runs):
             raise UserError(f"--label has {len(labels)} entries for {len(args.runs)} runs; give one for each.")
         tables = [read_metrics(run) for run in args.runs]
-        held_out = all(table and "val/acc" in table[0] for table in tables)
-        metrics = args.metric or ["train/loss", "val/acc" if held_out else "test/acc"]
+        metrics = args.metric or ["train/loss", watched(tables)]
         for run, table in zip(args.runs, tables, strict=True):
             if not table:
                 raise UserError(f"{run} has no metrics.csv with a complete epoch; name run directories.")
@@ -57,17 +54,12 @@ def main(argv=None):
         print(f"{label:{width}}  epoch {table[-1]['epoch']}: {last}")
     figure, axes = plt.subplots(1, len(metrics), figsize=(5.5 * len(metrics), 4), squeeze=False)
     for place, metric in zip(axes.flat, metrics, strict=True):
-        for i, (label, table) in enumerate(zip(labels, tables, strict=True)):
-            colour, line = STYLES[i % len(STYLES)]
-            epochs, values = [row["epoch"] for row in table], [row[metric] for row in table]
-            few = sum(map(math.isfinite, values)) < 20  # the test set may have been used once
-            place.plot(epochs, values, linestyle=line, color=colour, label=label, marker="o" if few else None)
-        place.set(xlabel="epoch", ylabel=NAMES.get(metric, metric))
-        place.xaxis.set_major_locator(MaxNLocator(integer=True))
-        place.grid(alpha=0.3)
+        curves = [
+            (label, [row["epoch"] for row in table], [[row[metric] for row in table]])
+            for label, table in zip(labels, tables, strict=True)
+        ]
+        draw_curves(place, curves, NAMES.get(metric, metric), percent=metric.endswith("/acc"))
         place.legend()
-        if metric.endswith("/acc"):
-            place.yaxis.set_major_formatter(PercentFormatter(1))
     with exit_in_one_line(), as_user_error(OSError):
         save(figure, args.output)
     print(args.output)

@@ -1,7 +1,9 @@
+import math
+
 import torch
 
 import figures
-from figures import plt
+from figures import STYLES, plt
 
 
 def test_an_image_is_shown_upright_and_grey_from_0_to_1():
@@ -12,6 +14,71 @@ def test_an_image_is_shown_upright_and_grey_from_0_to_1():
     assert (axes[0].images[0].get_array() == pixels.permute(1, 2, 0).numpy()).all()
     assert axes[1].images[0].get_clim() == (0, 1)
     plt.close()
+
+
+def test_rows_of_images_carry_a_label_each():
+    _, axes = plt.subplots(2, 3)
+    images = torch.rand(2, 3, 4, 4)
+    figures.draw_rows(axes, {"above": images[0], "below": images[1]}, fontsize=7)
+    assert [[place.get_ylabel() for place in row] for row in axes] == [["above", "", ""], ["below", "", ""]]
+    assert axes[1, 0].yaxis.label.get_size() == 7
+    for place, image in zip(axes.flat, images.flatten(0, 1), strict=True):
+        assert (place.images[0].get_array() == image.numpy()).all()
+    plt.close()
+
+
+def test_predictions_right_and_wrong_differ_in_colour_sign_and_frame():
+    images, labels, predicted = torch.zeros(9, 3, 4, 4, dtype=torch.uint8), torch.tensor([0] * 8 + [1]), torch.zeros(9)
+    figure = figures.draw_predictions(
+        images, ["cat", "dog"], labels, predicted.long(), torch.full((9,), 0.9), ", seed 1"
+    )
+    right, wrong = figure.axes[0], figure.axes[8]
+    assert (right.get_title(), wrong.get_title()) == ("cat", "dog")
+    assert (right.get_xlabel(), wrong.get_xlabel()) == ("✓ cat 90%", "✗ cat 90%")
+    for part in (lambda axes: axes.xaxis.label.get_color(), lambda axes: axes.spines["top"].get_edgecolor()):
+        assert part(right) != part(wrong)
+    assert right.spines["top"].get_linewidth() < wrong.spines["top"].get_linewidth()
+    assert [place.axison for place in figure.axes] == [True] * 9 + [False] * 7
+    assert figure.get_suptitle().endswith(" 8 of 9 right, seed 1")
+    plt.close(figure)
+
+
+def test_curves_are_means_over_seeds_with_their_range_as_a_band():
+    _, axes = plt.subplots()
+    curves = [("one", [1, 2], [[0.1, 0.2]]), ("three", [2, 3], [[0.2, 0.8], [0.4, 0.9], [0.9, 1.0]])]
+    figures.draw_curves(axes, curves, "accuracy", percent=True)
+    one, three = axes.lines
+    assert (one.get_label(), list(one.get_xdata()), list(one.get_ydata())) == ("one", [1, 2], [0.1, 0.2])
+    assert list(three.get_xdata()) == [2, 3]
+    torch.testing.assert_close(list(three.get_ydata()), [0.5, 0.9])
+    (band,) = axes.collections  # of the second alone
+    assert band.get_datalim(axes.transData).extents.round(6).tolist() == [2, 0.2, 3, 1.0]
+    assert [line.get_color() for line in axes.lines] == [colour for colour, _ in STYLES[:2]]
+    assert axes.yaxis.get_major_formatter()(0.5) == "50%"
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("epoch", "accuracy")
+    plt.close()
+
+
+def test_epochs_are_marked_where_the_line_alone_says_too_little():
+    _, axes = plt.subplots()
+    rising, nan = list(range(20)), [math.nan] * 19
+    tables = [[rising], [rising[:19]], [[*nan, 1]], [rising[:19]] * 2, [[*nan, 1], [*nan, 2]], [[1.0]]]
+    figures.draw_curves(axes, [("", range(len(values[0])), values) for values in tables], "loss")
+    assert [line.get_marker() == "o" for line in axes.lines] == [False, True, True, False, True, True]
+    assert axes.lines[5].get_color() == STYLES[0][0]  # the colours go round
+    plt.close()
+
+
+def test_a_matrix_shows_its_numbers_readable_on_their_colours():
+    figure = figures.draw_matrix(torch.tensor([[1.0, 5.0, 9.0], [2.0, 3.0, 4.0]]), "ab", "xyz", "to", "from", "{:.0f}")
+    (axes,) = figure.axes
+    cells = {text.get_position(): (text.get_text(), text.get_color()) for text in axes.texts}
+    assert cells[0, 0] == ("1", "white")
+    assert cells[2, 0] == ("9", "black")
+    assert cells[0, 1] == ("2", "white")
+    assert [label.get_text() for label in axes.get_xticklabels()] == list("xyz")
+    assert [label.get_text() for label in axes.get_yticklabels()] == list("ab")
+    plt.close(figure)
 
 
 def test_a_figure_is_saved_where_asked_and_closed(tmp_path):

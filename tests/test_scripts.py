@@ -8,7 +8,6 @@ import os
 import re
 import runpy
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -24,9 +23,9 @@ import train_classifier
 import utils
 import visualize_predictions
 from checkpoints import digest, load_file
-from model import MASK_STRATEGIES, MAE_ViT
+from model import MAE_ViT, ViT_Classifier
 from runs import Session, read_config, read_metrics
-from scripts import benchmark, make_report, plot_curves
+from scripts import benchmark, plot_curves
 
 ROOT = Path(__file__).parents[1]
 SIZE = shlex.split("--patch_size 8 --embed_dim 12 --encoder_depth 1 --num_heads 2 --device cpu")
@@ -474,7 +473,7 @@ def test_curves_are_of_the_held_out_images_where_all_runs_have_them(capsys):
         assert len(shown) == sum(argument in (val, test) for argument in arguments)
 
 
-# --- sweeps and the report ---
+# --- sweeps and the benchmark ---
 
 
 def sweep(lines, **environment):
@@ -544,48 +543,31 @@ for i in {1..200}; do sleep 0.1; done
     assert len(list(tmp_path.glob("*.saved"))) == int(jobs)
 
 
-def test_the_report_of_a_small_sweep():
-    for seed in ("1", "2"):
-        common = ["--total_epoch", "2", "--seed", seed, "--log_dir"]
-        for depth, strategy in [("2", "random"), ("4", "random"), *(("4", name) for name in list(MASK_STRATEGIES)[1:])]:
-            mae = pretrain("--decoder_depth", depth, "--mask_strategy", strategy, *common, "runs/pretrain")
-            classify("--pretrained_model_path", str(mae), *common, "runs/classifier")
-        classify(*common, "runs/classifier")
-    make_report.main(["--runs", "runs", "--output", "out", "--bank", "20"])
-    report = Path("out/REPORT.md").read_text()
-    figures = re.findall(r"\((\w+\.png)\)", report)
-    assert len(figures) == 14
-    assert all(picture_size(f"out/{name}")[0] > 200 for name in figures)
-    runs = make_report.collect(Path("runs"))["depth 4, grid"]
-    assert [result.seed for result in runs] == [1, 2]
-    accuracies = [100 * read_metrics(result.classifier)[-1]["test/acc"] for result in runs]
-    assert f"| grid | {make_report.spread(accuracies)} |" in report
-    assert re.search(r"\| grid \| .* \| 80\.24 \|", report)
-    assert f"| depth 4, grid | {make_report.spread(accuracies)} | " in report  # beside its price
-    assert re.search(r"8 > 4 > 2: \*\*.*\*\*: 8 > 4 no runs; 4 > 2 \w+.* n 2\)", report)
-    kept = list(Path("out/runs").glob("*/*/metrics.csv"))
-    assert len(kept) == 26
-    classify("--weight_decay", "0.3", "--total_epoch", "2", "--seed", "3", "--log_dir", "runs/classifier")
-    with pytest.raises(ValueError, match=r"has weight_decay 0\.3, others have 0\.05"):
-        make_report.collect(Path("runs"))
-    shutil.rmtree(runs[1].mae)
-    shutil.rmtree(next(Path("runs/classifier").glob("*s3_scratch*")))
-    assert len(make_report.collect(Path("runs"))["depth 4, grid"]) == 1
-    classify("--precision", "bf16", "--total_epoch", "2", "--seed", "4", "--log_dir", "runs/classifier")
-    with pytest.raises(ValueError, match="has precision bf16, others have float32"):
-        make_report.collect(Path("runs"))
+def test_the_benchmark_steps_as_the_scripts_do():
+    images = torch.randint(256, (40, 3, 32, 32), dtype=torch.uint8)
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 12, "encoder_depth": 1, "num_heads": 2}
+    mae = {**sizes, "decoder_depth": 1, "mask_ratio": 0.75, "mask_strategy": "random"}
+    arguments, whole = (images, mae, 16, "float32", False), [slice(0, 16)]
 
+    torch.manual_seed(0)
+    timed = benchmark.ours_pretraining(*arguments)(0)
+    torch.manual_seed(0)
+    model = MAE_ViT(**mae)
+    optimizer, batch = torch.optim.AdamW(model.parameters()), benchmark.batches(images, 16)
+    masks = model.shuffle(16, utils.generator(images.device, 0))
+    torch.testing.assert_close(
+        timed, mae_pretrain.train_step(model, optimizer, whole, "float32", batch(0), masks, 1e-4)
+    )
 
-def test_the_report_of_runs_that_held_images_out_watches_those_and_tests_once():
-    mae = pretrain("--decoder_depth", "4", "--log_dir", "runs/pretrain")
-    for more in (["--pretrained_model_path", str(mae)], []):
-        classify("--val_images", "10", "--train_images", "20", *more, "--log_dir", "runs/classifier")
-    make_report.main(["--runs", "runs", "--output", "out", "--bank", "20"])
-    report = Path("out/REPORT.md").read_text()
-    assert "at the epoch chosen on held-out images" in report
-    assert "chosen on the test set" not in report
-    assert "Classifier accuracy on held-out images by mask strategy" in report
-    assert "nan" not in report
+    torch.manual_seed(0)
+    timed = benchmark.ours_fine_tuning(*arguments)(0)
+    torch.manual_seed(0)
+    model = ViT_Classifier(**sizes)
+    optimizer, batch = torch.optim.AdamW(model.parameters()), benchmark.batches(images, 16)
+    labels = torch.randint(10, (16,))
+    torch.testing.assert_close(
+        timed, train_classifier.train_step(model, optimizer, whole, "float32", batch(0), labels, 1e-4)
+    )
 
 
 def test_the_benchmark_times_paths_in_turn_and_several_processes_of_one(capsys):
@@ -617,22 +599,6 @@ def test_one_of_a_paths_processes_that_dies_is_not_waited_for_behind_the_others(
     end.close()
     with pytest.raises(ValueError, match="has ended"):
         benchmark.replies("two", [alive, dead])
-
-
-def test_paired_differences_and_what_they_decide():
-    difference = make_report.paired_difference({1: 0.5, 2: 0.7, 9: 0}, {1: 0.4, 2: 0.5, 8: 1})
-    assert difference.mean == pytest.approx(0.15)
-    assert difference.high - difference.mean == pytest.approx(12.706 * 0.1 / 2**0.5 / 2**0.5)
-    assert (difference.n, difference.verdict) == (2, "not decided")
-    gain, loss = (make_report.paired_difference({1: a, 2: a + 0.01}, {1: 0, 2: 0}) for a in (1, -1))
-    assert (gain.verdict, loss.verdict) == ("better", "worse")
-    one_seed = make_report.paired_difference({1: 1.0}, {1: 0.0})
-    assert make_report.judge({"a": gain, "b": gain}).startswith("**holds**: a holds (+1.")
-    assert make_report.judge({"a": gain, "b": loss, "c": None}).startswith("**does not hold**: a holds")
-    assert "**not decided**: a holds" in make_report.judge({"a": gain, "b": one_seed})
-    assert make_report.judge({"": one_seed}) == "**one seed** (+1.00, no interval, n 1)"
-    assert make_report.paired_difference({1: 1}, {2: 1}) is None
-    assert make_report.paired_difference({1: 1, 2: 2}, {1: 0, 2: 1}).verdict == "not decided"  # equal by chance
 
 
 def test_gallery_of_masks_needs_no_model():

@@ -1,0 +1,171 @@
+"""The figures of the report, from the finished models of the ablations and the test images."""
+
+import torch
+
+import data
+import utils
+from checkpoints import load_model
+from figures import draw_curves, draw_matrix, draw_predictions, draw_rows, plt, save, show
+from model import MASK_STRATEGIES, MAE_ViT, PatchShuffle, ViT_Classifier, mae_loss
+from runs import read_config
+from scripts.ablations import BASE, DEPTHS, MASKS, PRETRAINING, SCRATCH, accuracy_by_epoch
+from scripts.results import tables_of
+
+# --- what the models do ---
+
+
+@torch.no_grad()
+def answers(result, test, device):
+    """What a classifier says of each test image: confidence (N,) and class, (N,) int64."""
+    model = load_model(result.classifier, ViT_Classifier)[0].to(device)
+    parts = [model(data.normalize(part.to(device))).softmax(1).cpu() for part in test.images.split(500)]
+    return torch.cat(parts).max(1)
+
+
+@torch.no_grad()
+def mask_matrix(results, trained, tested, images, device):
+    """Error of hidden pixels, (trained under, tested under), mean over seeds, on the same images and masks."""
+    table = torch.zeros(len(trained), len(tested))
+    for i, strategy in enumerate(trained):
+        for result in results[MASKS[strategy]]:
+            model, _ = load_model(result.mae, MAE_ViT)
+            model = model.to(device)
+            for j, other in enumerate(tested):
+                shuffle = PatchShuffle(model.shuffle.grid_size, model.shuffle.mask_ratio, other)
+                masks = shuffle(len(images), utils.generator("cpu", "bank", other)).to(device)
+                for x, ids in zip(images.to(device).split(100), masks.split(100), strict=True):
+                    pred, mask = model(x, ids)
+                    table[i, j] += mae_loss(pred, x, mask).item() * len(x)
+    return table / len(images) / torch.tensor([[len(results[MASKS[strategy]])] for strategy in trained])
+
+
+# --- one figure ---
+
+
+def draw_seeds(groups, metric, ylabel, path):
+    """Curves of a metric for each {label: tables of one seed each}, the legend beside them."""
+    figure, axes = plt.subplots(figsize=(8.5, 4.2))
+    curves = []
+    for label, tables in groups.items():
+        values = [[row[metric] for row in table] for table in tables]
+        curves.append((f"{label} (n {len(tables)})", [row["epoch"] for row in tables[0]], values))
+    draw_curves(axes, curves, ylabel, percent=metric.endswith("/acc"))
+    title = "mean, band: range of the seeds" if any(len(tables) > 1 for tables in groups.values()) else None
+    axes.legend(title=title, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    save(figure, path)
+
+
+def draw_reconstructions(models, images, path):
+    """What each MAE, by name, is shown and what it makes of it, and the originals below; one strategy, one mask."""
+    rows = {}
+    for name, model in models.items():
+        strategy = model.shuffle.mask_strategy
+        masks = model.shuffle(len(images), utils.generator("cpu", "report", strategy))
+        rows[f"{strategy}\nmask"], rows[name] = model.reconstruct(images, masks)
+    rows["original"] = images
+    figure, axes = plt.subplots(len(rows), len(images), figsize=(1.15 * len(images) + 1.4, 1.2 * len(rows) + 0.4))
+    draw_rows(axes, {name: data.to_pixels(row) for name, row in rows.items()}, fontsize=9)
+    save(figure, path)
+
+
+def draw_disagreements(test, one, other, path, columns=8):
+    """Some test images that only the pretrained classifier gets right, and some that only the other does."""
+    right, other_right = one == test.labels, other == test.labels
+    groups = {"only pretrained right": right & ~other_right, "only from scratch right": other_right & ~right}
+    figure, axes = plt.subplots(2, columns, figsize=(1.5 * columns, 4.6), squeeze=False)
+    for places, (title, chosen) in zip(axes, groups.items(), strict=True):
+        places[0].set_ylabel(f"{title}:\n{int(chosen.sum()):,} of {len(chosen):,}", fontsize=9)
+        for place in places:
+            place.set_xticks([])
+            place.set_yticks([])
+            place.set_frame_on(False)
+        order = torch.randperm(len(chosen), generator=utils.generator("cpu", "report"))
+        for place, i in zip(places, order[chosen[order]].tolist(), strict=False):
+            place.set_frame_on(True)
+            show(place, test.images[i])
+            wrong = other[i] if right[i] else one[i]
+            place.set_title(test.classes[test.labels[i]], fontsize=9)
+            place.set_xlabel(f"not {test.classes[wrong]}", fontsize=9)
+    save(figure, path)
+
+
+# --- all figures ---
+
+
+def draw_all_curves(results, output):
+    """Losses and accuracies by epoch, of the settings that a figure of the source report compares."""
+    acc = accuracy_by_epoch(results)
+    whose = "accuracy on held-out images" if acc == "val/acc" else "test accuracy"
+    curves = {
+        "figure02": ({"random, depth 4": BASE}, "mae", "train/loss", "MAE training loss."),
+        "figure04": (
+            PRETRAINING,
+            "classifier",
+            "train/loss",
+            "Classifier training loss, with and without pretraining.",
+        ),
+        "figure05": (PRETRAINING, "classifier", acc, f"Classifier {whose}, with and without pretraining."),
+        "figure07": (DEPTHS, "mae", "train/loss", "MAE training loss by decoder depth."),
+        "figure08": (DEPTHS, "classifier", acc, f"Classifier {whose} by decoder depth."),
+        "figure09": (MASKS, "mae", "train/loss", "MAE training loss by mask strategy: other tasks, so not a ranking."),
+        "figure10": (MASKS, "classifier", acc, f"Classifier {whose} by mask strategy."),
+    }
+    for name, (settings, kind, metric, _) in curves.items():
+        ylabel = whose if metric == acc else f"{'MAE' if kind == 'mae' else kind} training loss"
+        found = {label: tables_of(results[setting], kind) for label, setting in settings.items() if setting in results}
+        draw_seeds(found, metric, ylabel, output / f"{name}.png")
+    return {name: caption for name, (*_, caption) in curves.items()}
+
+
+def draw_all_reconstructions(results, images, output, device):
+    """Of the first seeds, on the same images and masks, and the error of every strategy under every other."""
+    trained = [strategy for strategy, setting in MASKS.items() if setting in results]
+    pictures = {"figure03": {"reconstruction": BASE}, "figure11": MASKS, "reconstructions_by_depth": DEPTHS}
+    for name, settings in pictures.items():
+        found = {label: results[setting][0].mae for label, setting in settings.items() if setting in results}
+        models = {label: load_model(mae, MAE_ViT)[0] for label, mae in found.items()}
+        draw_reconstructions(models, images[:8], output / f"{name}.png")
+    matrix = mask_matrix(results, trained, list(MASK_STRATEGIES), images, device)
+    figure = draw_matrix(matrix, trained, list(MASK_STRATEGIES), "tested under", "trained under")
+    save(figure, output / "masks_crossed.png")
+    return {
+        "figure03": "Masked input, reconstruction, original.",
+        "figure11": "Reconstructions of the same images by the MAE of each mask strategy, first seed.",
+        "reconstructions_by_depth": "Reconstructions of the same images under the same masks by decoder depth, first "
+        "seed.",
+        "masks_crossed": f"Mean squared error of hidden pixels on {len(images)} test images, the same masks for all: "
+        "trained under one strategy, tested under another, mean over seeds.",
+    }
+
+
+def draw_answers(results, test, chosen, output, device):
+    """What the first seed's classifier says of some images and of each class, and where one from scratch differs."""
+    confidence, predicted = answers(results[BASE][0], test, device)
+    shown = chosen[:32]
+    figure = draw_predictions(test.images[shown], test.classes, test.labels[shown], predicted[shown], confidence[shown])
+    save(figure, output / "figure06.png")
+    count = len(test.classes)
+    confusion = torch.bincount(test.labels * count + predicted, minlength=count**2).view(count, count)
+    share = 100 * confusion / confusion.sum(1, keepdim=True)
+    names = [f"{name} ({share[i, i]:.0f} %)" for i, name in enumerate(test.classes)]
+    save(draw_matrix(share, names, test.classes, "prediction", "class", "{:.0f}"), output / "confusion.png")
+    captions = {
+        "figure06": "Predictions on random test images.",
+        "confusion": "Predictions in % of each class (per-class accuracy at the left), pretrained, first seed.",
+    }
+    if SCRATCH in results:
+        _, other = answers(results[SCRATCH][0], test, device)
+        draw_disagreements(test, predicted, other, output / "disagreements.png")
+        captions["disagreements"] = "Images that only one of the two classifiers gets right, first seed."
+    return captions
+
+
+def draw_all(results, output, bank, device):
+    """All figures; their captions by file name, in order."""
+    config = read_config(results[BASE][0].classifier)["arguments"]
+    _, test = data.load_dataset(config["dataset"], config["data_dir"], config["img_size"])
+    chosen = torch.randperm(len(test.images), generator=utils.generator("cpu", "report"))
+    images = data.normalize(test.images[chosen[:bank]])
+    captions = draw_all_curves(results, output) | draw_all_reconstructions(results, images, output, device)
+    captions |= draw_answers(results, test, chosen, output, device)
+    return dict(sorted(captions.items(), key=lambda item: (not item[0].startswith("figure"), item[0])))

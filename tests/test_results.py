@@ -1,0 +1,89 @@
+"""Reading many runs and telling settings apart; the runs are written by hand."""
+
+import json
+import math
+
+import pytest
+
+from scripts import results
+from scripts.results import paired_difference
+
+
+def write_run(directory, *, finished=True, test_acc=0.5, **arguments):
+    """A run of 1 epoch as far as results.py reads it; precision and images are no arguments, but facts."""
+    directory.mkdir(parents=True)
+    facts = {name: arguments.pop(name, "same") for name in ("precision", "images")}
+    arguments = {"seed": 1, "device": "cpu", "precision": "auto", **arguments}
+    (directory / "config.json").write_text(json.dumps({"name": directory.name, "arguments": arguments, **facts}))
+    (directory / "metrics.csv").write_text(f"epoch,test/acc\n1,{test_acc}\n")
+    if finished:
+        (directory / "model.pt").touch()
+    return directory
+
+
+def test_results_are_the_finished_classifiers_with_their_maes(tmp_path, capsys):
+    mae = write_run(tmp_path / "pretrain" / "mae_a")
+    write_run(tmp_path / "pretrain" / "mae_b", finished=False)
+    one, two, scratch = (
+        write_run(tmp_path / "classifier" / name, seed=seed)
+        for name, seed in (("cls_s1_from_mae_a", 10), ("cls_s2_from_mae_a", 9), ("cls_scratch", 3))
+    )
+    write_run(tmp_path / "classifier" / "cls_s1_from_mae_b")
+    write_run(tmp_path / "classifier" / "cls_s1_from_mae_c")
+    write_run(tmp_path / "classifier" / "cls_s2_scratch", finished=False)
+    found = results.find_results(tmp_path)
+    assert found == [(10, one, mae), (9, two, mae), (3, scratch, None)]
+    said = capsys.readouterr().out
+    assert "Not finished, left out: " in said
+    assert "mae_b is not there or not finished" in said
+    assert "mae_c is not there or not finished" in said
+    groups = results.by_setting(found, lambda result: result.mae is None)
+    assert groups == {False: [(9, two, mae), (10, one, mae)], True: [(3, scratch, None)]}
+
+
+def test_runs_that_differ_in_more_than_the_sweep_are_refused(tmp_path):
+    base = write_run(tmp_path / "base", encoder_digest="ee", depth=4, width=8)
+    alike = write_run(tmp_path / "alike", seed=2, device="cuda", encoder_digest="ff", depth=4)  # an older one
+    deeper = write_run(tmp_path / "deeper", seed=2, depth=8, width=8)
+    assert results.what_differs([base, alike]) == {}
+    assert results.what_differs([base, alike, deeper]) == {"depth": {4: base, 8: deeper}}
+    results.check_alike([base, alike, deeper], {"depth"})
+    with pytest.raises(ValueError, match=r"deeper has depth 8, others have 4"):
+        results.check_alike([base, alike, deeper], {"mask_strategy"})
+    for name in ("precision", "images"):
+        other = write_run(tmp_path / name, **{name: "other"})
+        with pytest.raises(ValueError, match=f"has {name} other, others have same"):
+            results.check_alike([base, other], {"depth"})
+
+
+def test_the_accuracy_watched_is_of_held_out_images_where_all_have_it():
+    val, test = [{"val/acc": 0.5, "test/acc": math.nan}], [{"test/acc": 0.5}]
+    assert results.watched([val, val]) == "val/acc"
+    assert results.watched([val, test]) == results.watched([test]) == "test/acc"
+
+
+def test_paired_differences_and_what_they_decide():
+    difference = paired_difference({1: 0.5, 2: 0.7, 9: 0}, {1: 0.4, 2: 0.5, 8: 1})
+    assert difference.mean == pytest.approx(0.15)
+    assert difference.high - difference.mean == pytest.approx(12.706 * 0.1 / 2**0.5 / 2**0.5)
+    assert (difference.n, difference.verdict) == (2, "not decided")
+    assert paired_difference({1: 1, 2: 1.01}, {1: 0, 2: 0}).verdict == "higher"
+    assert paired_difference({1: -1, 2: -0.99}, {1: 0, 2: 0}).verdict == "lower"
+    one_seed = paired_difference({1: 1.0}, {1: 0.0})
+    assert (one_seed.verdict, one_seed.interval) == ("one seed", "no interval")
+    assert paired_difference({1: 1}, {2: 1}) is None
+    assert paired_difference({1: 1, 2: 2}, {1: 0, 2: 1}).verdict == "not decided"  # equal by chance
+    many = {seed: seed % 2 for seed in range(100)}
+    assert paired_difference(many, dict.fromkeys(many, 0)).high == pytest.approx(0.5 + 2.042 * 0.50252 / 10, abs=1e-4)
+
+
+def test_settings_differ_by_any_measure_and_a_missing_one_by_none(tmp_path):
+    groups = {}
+    for name, seed, acc in [("deep", 0, 0.5), ("deep", 1, 0.6), ("flat", 0, 0.2), ("flat", 1, 0.4)]:
+        run = write_run(tmp_path / name / str(seed), test_acc=acc)
+        groups.setdefault(name, []).append(results.Result(seed, run, None))
+    assert results.difference(groups, "deep", "flat").mean == pytest.approx(25)
+    assert results.difference(groups, "deep", "flat", lambda result: 2 * result.seed).mean == 0
+    assert results.difference(groups, "deep", "none") is results.difference(groups, "none", "deep") is None
+    assert results.spread([10, 20]) == "15.00 ± 7.07 (n 2)"
+    assert results.spread([10]) == "10.00 (n 1)"
