@@ -34,6 +34,7 @@ from scripts.benchmark_paths import PATHS, default_batch_size
 from scripts.cost import gflop_per_image
 
 TURN = 5  # seconds
+PROCESSES = "spawn"  # how they start: with nothing of this process, and CUDA wants it
 NUM_IMAGES = 10_000  # drawn at random: what is in them does not matter here
 
 
@@ -104,7 +105,7 @@ def timed(step, i, device):
 
 def start(name, device, batch_size, model_args, meeting, processes):
     """Add a path's processes to the list; the pipes to talk to them, none where a package is missing."""
-    context, pipes = multiprocessing.get_context("spawn"), []
+    context, pipes = multiprocessing.get_context(PROCESSES), []
     cores = torch.get_num_threads() if PATHS[name].a_process_a_core else 1
     count = max(n for n in range(1, cores + 1) if batch_size % n == 0)
     for rank in range(count):
@@ -193,28 +194,30 @@ def measure(batch_sizes, device, model_args, seconds):
             process.terminate()
     if not paths:
         raise UserError("Nothing to time: none of the --paths can run here.")
-    rows = []
-    for name, answers in ends.items():
-        task, precision = PATHS[name].task, answers[0][0]
-        seconds_a_step = statistics.median(times[name])
-        images_per_sec = batch_sizes[name] / seconds_a_step
-        rows.append(
-            {
-                "path": name,
-                "task": task,
-                "precision": precision,
-                "batch_size": batch_sizes[name],
-                "steps": len(times[name]),
-                "first_step_s": first[name],
-                "median_step_s": seconds_a_step,
-                "images_per_sec": images_per_sec,
-                "gflop_per_image": gflop[task],
-                "floor_gflops": gflops[precision],
-                "share_of_floor": images_per_sec * gflop[task] / gflops[precision],
-                "memory_mb": sum(memory for _, memory in answers),
-            }
-        )
-    return rows
+    return [
+        row_of(name, batch_sizes[name], first[name], times[name], answers, gflop, gflops)
+        for name, answers in ends.items()
+    ]
+
+
+def row_of(name, batch_size, first, times, answers, gflop, gflops):
+    """What the table tells of a path: gflop an image by task, gflops of the machine by precision."""
+    task, precision = PATHS[name].task, answers[0][0]
+    images_per_sec = batch_size / statistics.median(times)
+    return {
+        "path": name,
+        "task": task,
+        "precision": precision,
+        "batch_size": batch_size,
+        "steps": len(times),
+        "first_step_s": first,
+        "median_step_s": statistics.median(times),
+        "images_per_sec": images_per_sec,
+        "gflop_per_image": gflop[task],
+        "floor_gflops": gflops[precision],
+        "share_of_floor": images_per_sec * gflop[task] / gflops[precision],
+        "memory_mb": sum(memory for _, memory in answers),
+    }
 
 
 def matmul_gflops(device, precision):

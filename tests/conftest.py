@@ -1,6 +1,25 @@
+import multiprocessing
+import os
+from multiprocessing import forkserver
+from pathlib import Path
+
 import pytest
 import torch
 from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def server():
+    """A context whose processes start with the project and these tests imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_faults", "scripts.benchmark"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        forkserver.ensure_running()
+    return context
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,6 @@ Runs happen in real processes, forked from a server that has imported torch once
 """
 
 import importlib
-import multiprocessing
 import os
 import random
 import re
@@ -48,19 +47,10 @@ RUNS = [
 TIMING = {"seconds", "speed/images_per_sec", "memory/peak_mb"}
 
 
-@pytest.fixture(scope="module")
-def server():
-    """A context whose processes start with this module imported."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
-        patch.setenv("OMP_NUM_THREADS", "1")
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["test_faults"])
-        yield context
-
-
-def run_script(script, arguments, directory, save_every_step=True, environment=(), file_limit=None, memory=None):
-    """The body of a process: the script with these arguments, few images, its output in directory/output."""
+def run_script(
+    script, arguments, directory, images=80, save_every_step=True, environment=(), file_limit=None, memory=None
+):
+    """The body of a process: the script with these arguments, few drawn images, its output in directory/output."""
     directory.mkdir(exist_ok=True)
     os.chdir(directory)
     output = os.open("output", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -70,7 +60,7 @@ def run_script(script, arguments, directory, save_every_step=True, environment=(
     os.environ.update(environment)
     torch.set_num_threads(1)
     draw = data.shapes
-    data.shapes = lambda count, img_size, seed: draw(min(count, 80), img_size, seed)
+    data.shapes = lambda count, img_size, seed: draw(min(count, images), img_size, seed)
     if save_every_step:
         runs.SAVE_INTERVAL = 0
     if file_limit:
@@ -421,14 +411,8 @@ def test_a_killed_process_ends_the_job_and_the_run_continues_with_another_number
     assert job.returncode not in (0, None)
     assert time.monotonic() - killed_at < 60
     epochs = len(read_metrics(only_run(tmp_path / "killed")))
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "mae_pretrain.py"), *shlex.split(command)], cwd=tmp_path, stderr=subprocess.DEVNULL
-    )
-    try:
-        until(lambda: len(read_metrics(only_run(tmp_path / "killed"))) > epochs)
-    finally:
-        process.kill()
-        process.wait()
+    start(MAE, command, images=5000)
+    until(lambda: len(read_metrics(only_run(tmp_path / "killed"))) > epochs)
 
 
 # --- any arguments ---

@@ -1,9 +1,7 @@
 """The scripts as a user starts them; mostly inside this process, where importing torch costs nothing."""
 
 import csv
-import json
 import math
-import multiprocessing
 import os
 import re
 import runpy
@@ -20,12 +18,11 @@ import torch
 import data
 import mae_pretrain
 import train_classifier
-import utils
 import visualize_predictions
 from checkpoints import digest, load_file
-from model import MAE_ViT, ViT_Classifier
+from model import MAE_ViT
 from runs import Session, read_config, read_metrics
-from scripts import benchmark, plot_curves
+from scripts import plot_curves
 
 ROOT = Path(__file__).parents[1]
 SIZE = shlex.split("--patch_size 8 --embed_dim 12 --encoder_depth 1 --num_heads 2 --device cpu")
@@ -277,10 +274,10 @@ def test_ctrl_c_in_a_real_process_and_the_same_command_again(tmp_path):
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 130, error
     assert "Traceback" not in error
-    subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=60)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "shapes", FULL_SHAPES)
-        mae_pretrain.main([*command[2:-1], "whole"])
+        for log_dir in ("parts", "whole"):
+            mae_pretrain.main([*command[2:-1], log_dir])
     whole, parts = next(tmp_path.glob("whole/*")), next(tmp_path.glob("parts/*"))
     assert len(read_config(parts)["starts"]) == 2
     assert same_weights(whole, parts)
@@ -473,7 +470,7 @@ def test_curves_are_of_the_held_out_images_where_all_runs_have_them(capsys):
         assert len(shown) == sum(argument in (val, test) for argument in arguments)
 
 
-# --- sweeps and the benchmark ---
+# --- sweeps ---
 
 
 def sweep(lines, **environment):
@@ -541,64 +538,6 @@ for i in {1..200}; do sleep 0.1; done
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=20) == 130
     assert len(list(tmp_path.glob("*.saved"))) == int(jobs)
-
-
-def test_the_benchmark_steps_as_the_scripts_do():
-    images = torch.randint(256, (40, 3, 32, 32), dtype=torch.uint8)
-    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 12, "encoder_depth": 1, "num_heads": 2}
-    mae = {**sizes, "decoder_depth": 1, "mask_ratio": 0.75, "mask_strategy": "random"}
-    arguments, whole = (images, mae, 16, "float32", False), [slice(0, 16)]
-
-    torch.manual_seed(0)
-    timed = benchmark.ours_pretraining(*arguments)(0)
-    torch.manual_seed(0)
-    model = MAE_ViT(**mae)
-    optimizer, batch = torch.optim.AdamW(model.parameters()), benchmark.batches(images, 16)
-    masks = model.shuffle(16, utils.generator(images.device, 0))
-    torch.testing.assert_close(
-        timed, mae_pretrain.train_step(model, optimizer, whole, "float32", batch(0), masks, 1e-4)
-    )
-
-    torch.manual_seed(0)
-    timed = benchmark.ours_fine_tuning(*arguments)(0)
-    torch.manual_seed(0)
-    model = ViT_Classifier(**sizes)
-    optimizer, batch = torch.optim.AdamW(model.parameters()), benchmark.batches(images, 16)
-    labels = torch.randint(10, (16,))
-    torch.testing.assert_close(
-        timed, train_classifier.train_step(model, optimizer, whole, "float32", batch(0), labels, 1e-4)
-    )
-
-
-def test_the_benchmark_times_paths_in_turn_and_several_processes_of_one(capsys):
-    paths = ["ours", "ours float32, a process a core", "fine-tuning"]
-    benchmark.main([*shlex.split("--batch_size 8 --seconds 0 --embed_dim 12 --device cpu --output b --paths"), *paths])
-    with open("b/steps.csv", newline="") as file:
-        rows = {row["path"]: row for row in csv.DictReader(file)}
-    assert list(rows) == paths
-    assert {row["precision"] for row in rows.values()} == {"float32"}  # at this width
-    assert all(float(row["images_per_sec"]) == pytest.approx(8 / float(row["median_step_s"])) for row in rows.values())
-    assert all(0 < float(row["share_of_floor"]) < 1 for row in rows.values())
-    assert float(rows[paths[1]]["memory_mb"]) > 0
-    assert json.loads(Path("b/steps.json").read_text())["torch"] == torch.__version__
-    assert "share_of_floor" in capsys.readouterr().out
-
-
-def test_a_path_of_the_benchmark_that_dies_is_named_and_ends_the_others(monkeypatch):
-    monkeypatch.setitem(benchmark.PATHS, "gone", benchmark.PATHS["ours"])  # unknown in the process it starts
-    sizes = {"ours": 8, "gone": 8}
-    with pytest.raises(ValueError, match="The process of 'gone' has ended"):
-        benchmark.measure(sizes, torch.device("cpu"), {**utils.defaults(MAE_ViT), "embed_dim": 12}, seconds=0)
-    for process in multiprocessing.active_children():
-        process.join(10)
-        assert process.exitcode is not None
-
-
-def test_one_of_a_paths_processes_that_dies_is_not_waited_for_behind_the_others():
-    (alive, _), (dead, end) = (multiprocessing.Pipe() for _ in range(2))
-    end.close()
-    with pytest.raises(ValueError, match="has ended"):
-        benchmark.replies("two", [alive, dead])
 
 
 def test_gallery_of_masks_needs_no_model():
