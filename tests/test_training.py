@@ -25,7 +25,7 @@ from model import MAE_Encoder, MAE_ViT, PatchShuffle, ViT_Classifier
 from runs import read_metrics
 
 SIZE = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "encoder_depth": 2, "num_heads": 3}
-SEED, BATCH, EPOCHS, STEPS, WARMUP = 5, 14, 2, 3, 4  # 50 images: 3 steps an epoch, 8 images left over
+SEED, BATCH, EPOCHS, STEPS, WARMUP = 5, 14, 2, 3, 3  # 50 images: 3 steps an epoch, 8 images left over
 PEAK = 1e-3 * BATCH / 256
 RUN = f"--device cpu --precision float32 --seed {SEED} --dataset shapes --train_images 50 --batch_size {BATCH} "
 RUN += f"--total_epoch {EPOCHS} --warmup_epoch {WARMUP / STEPS} --base_learning_rate 1e-3"
@@ -206,8 +206,10 @@ def test_schedule_without_warm_up_starts_at_the_peak():
 def test_plan_scales_the_rate_and_drops_the_last_short_batch():
     assert plan().peak_lr == pytest.approx(1e-3 * 64 / 256)
     assert plan().steps_per_epoch == 15  # of 1000 / 64 = 15.6
+    assert plan().total_steps == 150
+    assert plan(num_images=64).steps_per_epoch == 1
     assert plan().warmup_steps == 15
-    assert plan(warmup_epoch=2.0).warmup_steps == 30
+    assert [plan(warmup_epoch=epochs).warmup_steps for epochs in (0.0, 2.0, 10.0)] == [0, 30, 150]
 
 
 def test_processes_and_micro_batches_share_the_global_batch_out():
@@ -237,6 +239,72 @@ def test_micro_batches_are_as_few_and_even_as_can_be(count, sizes):
 def test_a_plan_that_cannot_be_is_refused_with_a_way_out(changes, message):
     with pytest.raises(ValueError, match=message):
         plan(**changes)
+
+
+# --- one update, one epoch ---
+
+
+class Weight(torch.nn.Module):
+    """One number."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(0.0))
+
+
+def test_an_update_follows_the_mean_of_this_processs_part_of_the_batch():
+    model, values = Weight(), torch.tensor([9.0, 9, 9, 1, 2, 6, 9])
+    optimizer = torch.optim.SGD(model.parameters(), lr=9.0)
+    loss = training.update(
+        model, optimizer, [slice(3, 4), slice(4, 6)], 0.5, lambda part: (model.weight * values[part] + 1).mean()
+    )
+    assert loss.item() == 1
+    assert model.weight.item() == -0.5 * 3  # the rate times the mean of 1, 2 and 6
+
+
+def test_an_epoch_that_was_stopped_goes_on_with_what_it_had(monkeypatch):
+    """Its second and third step: order, loss and time are those of the whole epoch."""
+    now, seen, ticks = [100.0], [], []
+    monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
+    model = Weight()
+    plan = training.Plan(4, [slice(0, 4)], steps_per_epoch=3, warmup_steps=0, total_steps=9, peak_lr=1.0)
+    progress = {"epoch": 1, "step": 1, "loss_sum": 5.0, "seconds": 10.0}
+
+    def batch_loss(ids, epoch, step):
+        seen.append((ids.tolist(), epoch, step))
+        now[0] += 2
+        return lambda part: model.weight * 0 + len(seen)  # 1, then 2
+
+    def tick():
+        ticks.append(dict(progress))
+        now[0] += 0.5
+
+    order = torch.arange(14).flip(0)
+    optimizer = torch.optim.SGD(model.parameters())
+    metrics = training.train_one_epoch(model, optimizer, plan, order, batch_loss, progress, tick)
+    assert seen == [([9, 8, 7, 6], 1, 1), ([5, 4, 3, 2], 1, 2)]
+    assert [(tick["step"], float(tick["loss_sum"]), tick["seconds"]) for tick in ticks] == [(2, 6, 12), (3, 8, 14.5)]
+    assert metrics == {
+        "train/loss": pytest.approx(8 / 3),
+        "lr": plan.lr(5),
+        "seconds": 15,
+        "speed/images_per_sec": 12 / 15,
+    }
+
+
+@pytest.mark.parametrize("count", [1, 500, 999, 3001])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_several_processes_share_out_every_image_once(count, world_size, monkeypatch):
+    monkeypatch.setattr(training.dist, "is_initialized", lambda: world_size > 1)
+    monkeypatch.setattr(training.dist, "get_world_size", lambda: world_size)
+    taken = []
+    for rank in range(world_size):
+        monkeypatch.setattr(training.dist, "get_rank", lambda rank=rank: rank)
+        parts = [torch.arange(count)[part] for part in training.shared_out(count, 500)]
+        assert max(map(len, parts), default=0) <= 500
+        assert len(parts) <= math.ceil(math.ceil(count / 500) / world_size)
+        taken += parts
+    assert torch.equal(torch.cat(taken).sort().values, torch.arange(count))
 
 
 # --- facts ---
