@@ -20,7 +20,7 @@ import mae_pretrain
 import train_classifier
 import visualize_predictions
 from checkpoints import digest, load_file
-from model import MAE_ViT
+from model import MASK_STRATEGIES, MAE_ViT
 from runs import Session, read_config, read_metrics
 from scripts import plot_curves
 
@@ -433,6 +433,22 @@ def test_an_argument_that_contradicts_the_stored_run_is_named(capsys):
         pretrain("--weight_decay", "0.3")
     assert leaving.value.code == 2
     assert "weight_decay 0.05, and now weight_decay is 0.3" in capsys.readouterr().err
+
+
+def test_a_mistake_in_a_new_strategy_keeps_its_traceback(monkeypatch):
+    def mistaken(*args):
+        return torch.zeros(3).view(2, 2)  # torch's RuntimeError
+
+    def refused(*args):
+        raise ValueError("not a square")
+
+    for strategy, error, message in (
+        (mistaken, RuntimeError, "invalid for input of size 3"),
+        (refused, ValueError, "not"),
+    ):
+        monkeypatch.setitem(MASK_STRATEGIES, "new", strategy)
+        with pytest.raises(error, match=message):
+            mae_pretrain.main([*SIZE, "--decoder_depth", "1", *SET, "--mask_strategy", "new", "--overwrite"])
 
 
 # --- pictures and help ---
