@@ -1,0 +1,183 @@
+"""Take an encoder elsewhere, into timm or transformers, or a classifier back from timm.
+
+python -m scripts.export logs/pretrain/<run> --to timm
+python -m scripts.export logs/classifier/<run> --to hf
+python -m scripts.export vit.pt --from timm --output classifier.pt
+
+What is written computes what ours does: features after the final LayerNorm, and a classifier's logits.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+import utils
+from checkpoints import load_file, load_model, save_file
+from errors import UserError, as_user_error, exit_in_one_line
+from model import MAE_ViT, ViT_Classifier
+
+# ours -> theirs, in this order; the position embeddings, which differ in shape, and transformers' q, k and v apart
+TIMM = {"pos_embedding": "pos_embed", "patchify": "patch_embed.proj", "transformer": "blocks", "layer_norm": "norm"}
+HF_BLOCK = {
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    "attn.proj": "attention.output.dense",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+
+
+def parse_args(argv=None):
+    parser = utils.Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("path", help="model.pt or run directory; with --from, a file made by --to")
+    way = parser.add_mutually_exclusive_group(required=True)
+    way.add_argument("--to", choices=("timm", "hf"), help="write a timm .pt file or a transformers directory")
+    way.add_argument("--from", dest="source", choices=("timm",), help="write a classifier of this program")
+    parser.add_argument("--output", type=Path, help="what to write; default: beside the model, timm.pt or hf/")
+    return parser.parse_args(argv)
+
+
+# --- timm ---
+
+
+def to_timm(model):
+    """The encoder of a MAE_ViT or a ViT_Classifier for timm's VisionTransformer.
+
+    Returns:
+        model_args: plain arguments of timm.models.vision_transformer.VisionTransformer, beside qkv_bias=False and
+        norm_layer=torch.nn.LayerNorm; state: what its load_state_dict takes.
+    """
+    encoder = model.encoder if isinstance(model, MAE_ViT) else model
+    state = {}
+    for name, tensor in encoder.state_dict().items():
+        first, _, rest = name.partition(".")
+        state[".".join(filter(None, (TIMM.get(first, first), rest)))] = tensor
+    position = state["pos_embed"].transpose(0, 1)  # (1, N, D)
+    state["pos_embed"] = torch.cat([torch.zeros_like(position[:, :1]), position], dim=1)  # cls has none: (1, 1 + N, D)
+    model_args = {
+        "img_size": encoder.patch_size * round(position.shape[1] ** 0.5),
+        "patch_size": encoder.patch_size,
+        "num_classes": model.head.out_features if isinstance(model, ViT_Classifier) else 0,
+        "embed_dim": position.shape[2],
+        "depth": len(encoder.transformer),
+        "num_heads": encoder.transformer[0].attn.num_heads,
+    }
+    return model_args, state
+
+
+def from_timm(model_args, state):
+    """The way back from `to_timm`: model_args and state of a ViT_Classifier.
+
+    timm has a position for cls, too; here it becomes part of the token.
+
+    Raises:
+        UserError: it has no head, or its weights are not those of a classifier of this program.
+    """
+    if not model_args["num_classes"]:
+        raise UserError("It has no head (num_classes=0), and only a classifier can come back.")
+    ours = {theirs: name for name, theirs in TIMM.items()}
+    position, renamed = state["pos_embed"], {}
+    for name, tensor in state.items():
+        theirs = next((theirs for theirs in ours if name.startswith(f"{theirs}.")), "")
+        renamed[ours.get(theirs, "") + name.removeprefix(theirs)] = tensor
+    del renamed["pos_embed"]
+    renamed["pos_embedding"] = position[:, 1:].transpose(0, 1)  # (N, 1, D)
+    renamed["cls_token"] = state["cls_token"] + position[:, :1]
+    sizes = {name: model_args[name] for name in ("img_size", "patch_size", "embed_dim", "num_heads", "num_classes")}
+    sizes["encoder_depth"] = model_args["depth"]
+    try:
+        ViT_Classifier(**sizes).load_state_dict(renamed)
+    except RuntimeError as error:
+        raise UserError(f"These weights are not of a classifier of this program. {error}") from error
+    return sizes, renamed
+
+
+# --- transformers ---
+
+
+def to_hf(model, classes):
+    """The encoder for transformers' ViTModel, or the classifier for its ViTForImageClassification.
+
+    Args:
+        classes: a classifier's class names, in order; None for a MAE.
+
+    Returns:
+        config: of config.json; state: of model.safetensors, under the names that files on the Hub have.
+    """
+    model_args, timm_state = to_timm(model)
+    prefix = "vit." if classes else ""
+    names = {
+        "cls_token": "embeddings.cls_token",
+        "pos_embed": "embeddings.position_embeddings",
+        "patch_embed.proj": "embeddings.patch_embeddings.projection",
+        "norm": "layernorm",
+    }
+    state = {}
+    for name, tensor in timm_state.items():
+        module, _, kind = name.rpartition(".")  # kind: weight or bias
+        if module.startswith("blocks."):
+            _, block, part = module.split(".", 2)
+            layer = f"{prefix}encoder.layer.{block}"
+            if part == "attn.qkv":
+                for which, third in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+                    state[f"{layer}.attention.attention.{which}.{kind}"] = third.contiguous()
+            else:
+                state[f"{layer}.{HF_BLOCK[part]}.{kind}"] = tensor
+        elif module == "head":
+            state[f"classifier.{kind}"] = tensor
+        else:
+            state[prefix + (f"{names[module]}.{kind}" if module else names[name])] = tensor
+    config = {
+        "model_type": "vit",
+        "architectures": ["ViTForImageClassification" if classes else "ViTModel"],
+        "image_size": model_args["img_size"],
+        "patch_size": model_args["patch_size"],
+        "hidden_size": model_args["embed_dim"],
+        "intermediate_size": 4 * model_args["embed_dim"],
+        "num_hidden_layers": model_args["depth"],
+        "num_attention_heads": model_args["num_heads"],
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-5,
+        "qkv_bias": False,
+        "id2label": dict(enumerate(classes or [])),
+    }
+    return config, state
+
+
+def write_hf(config, state, directory):
+    """A directory for from_pretrained."""
+    from safetensors.torch import save_file as save_safetensors  # timm brings it
+
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    save_safetensors({name: tensor.contiguous() for name, tensor in state.items()}, directory / "model.safetensors")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    place = Path(args.path) if Path(args.path).is_dir() else Path(args.path).parent
+    with exit_in_one_line(), as_user_error(OSError):
+        if args.source:
+            content, output = load_file(args.path, "timm"), args.output or place / "classifier.pt"
+            model_args, state = from_timm(content["model_args"], content["model"])
+            save_file(output, {**content, "kind": "ViT_Classifier", "model_args": model_args, "model": state})
+            print(output)
+            return
+        model, content = load_model(args.path, MAE_ViT, ViT_Classifier)
+        if args.to == "hf":
+            output = args.output or place / "hf"
+            config, state = to_hf(model, content.get("classes"))
+            write_hf(config, state, output)
+            print(f'transformers.{config["architectures"][0]}.from_pretrained("{output}")')
+        else:
+            output = args.output or place / "timm.pt"
+            model_args, state = to_timm(model)
+            save_file(output, {**content, "kind": "timm", "model_args": model_args, "model": state})
+            arguments = ", ".join(f"{name}={value}" for name, value in model_args.items())
+            print(f"VisionTransformer({arguments}, qkv_bias=False, norm_layer=torch.nn.LayerNorm)")
+        print(output)
+
+
+if __name__ == "__main__":
+    main()

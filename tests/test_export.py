@@ -1,0 +1,109 @@
+"""Encoders and classifiers taken to timm and transformers compute what they did here."""
+
+import json
+import re
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from checkpoints import load_file, load_model, save_file
+from model import MAE_ViT, ViT_Classifier
+from scripts import export
+
+SIZES = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "encoder_depth": 2, "num_heads": 3}
+NAMES = ["cat", "dog", "eel"]
+close = partial(torch.testing.assert_close, rtol=0, atol=1e-5)
+
+
+@pytest.fixture(autouse=True)
+def models(monkeypatch, tmp_path):
+    """A MAE and a classifier whose weights are all their own, in mae.pt and classifier.pt."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    for name, model, more in (
+        ("mae", MAE_ViT(**SIZES, decoder_depth=1), {"decoder_depth": 1}),
+        ("classifier", ViT_Classifier(**SIZES, num_classes=3), {"num_classes": 3}),
+    ):
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+        content = {"kind": type(model).__name__, "model_args": SIZES | more, "model": model.state_dict()}
+        if name == "classifier":
+            content["classes"] = NAMES
+        save_file(f"{name}.pt", {**content, "run_name": name, "dataset": "shapes", "data_dir": "data"})
+
+
+def images():
+    return torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def in_timm(path):
+    content = load_file(path, "timm")
+    model = VisionTransformer(**content["model_args"], qkv_bias=False, norm_layer=torch.nn.LayerNorm)
+    model.load_state_dict(content["model"])
+    return model.eval()
+
+
+@torch.no_grad()
+def test_a_mae_and_a_classifier_compute_the_same_in_timm(capsys):
+    export.main(["mae.pt", "--to", "timm"])
+    mae, _ = load_model("mae.pt", MAE_ViT)
+    close(in_timm("timm.pt").forward_features(images()), mae.encoder(images()))
+    export.main(["classifier.pt", "--to", "timm", "--output", "there/c.pt"])
+    classifier, _ = load_model("classifier.pt", ViT_Classifier)
+    close(in_timm("there/c.pt")(images()), classifier(images()))
+    said = capsys.readouterr().out
+    assert "VisionTransformer(img_size=16, patch_size=4, num_classes=3, embed_dim=24, depth=2, num_heads=3, " in said
+
+
+@torch.no_grad()
+def test_a_classifier_comes_back_from_timm_with_what_it_learned_there():
+    export.main(["classifier.pt", "--to", "timm"])
+    model, content = in_timm("timm.pt"), load_file("timm.pt")
+    model.pos_embed[:, 0] += 0.5  # which has no place of its own here
+    model.head.bias += 1
+    save_file("trained.pt", {**content, "model": model.state_dict()})
+    export.main(["trained.pt", "--from", "timm", "--output", "back.pt"])
+    back, content = load_model("back.pt", ViT_Classifier)
+    close(back(images()), model(images()))
+    assert content["classes"] == NAMES
+
+
+@torch.no_grad()
+def test_transformers_loads_what_is_written_for_it_and_computes_the_same():
+    transformers = pytest.importorskip("transformers")
+    export.main(["mae.pt", "--to", "hf"])
+    model, report = transformers.ViTModel.from_pretrained("hf", add_pooling_layer=False, output_loading_info=True)
+    assert not any(report.values())
+    mae, _ = load_model("mae.pt", MAE_ViT)
+    close(model.eval()(images()).last_hidden_state, mae.encoder(images()))
+    export.main(["classifier.pt", "--to", "hf", "--output", "there"])
+    model, report = transformers.ViTForImageClassification.from_pretrained("there", output_loading_info=True)
+    assert not any(report.values())
+    classifier, _ = load_model("classifier.pt", ViT_Classifier)
+    close(model.eval()(images()).logits, classifier(images()))
+    assert model.config.id2label[2] == "eel"
+    assert json.loads(Path("there/config.json").read_text())["qkv_bias"] is False
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("mae.pt --from timm", "mae.pt holds MAE_ViT; timm is needed here"),
+        ("timm.pt --to timm", "timm.pt holds timm; MAE_ViT or ViT_Classifier is needed here"),
+        ("timm.pt --from timm", r"no head \(num_classes=0\), and only a classifier"),
+        ("nowhere.pt --to hf", "No file nowhere.pt"),
+        ("classifier.pt --to hf --output mae.pt", "File exists: 'mae.pt'"),
+    ],
+)
+def test_what_cannot_be_exported_gets_one_line(command, message, capsys):
+    export.main(["mae.pt", "--to", "timm"])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as leaving:
+        export.main(command.split())
+    assert leaving.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search(message, error), error
