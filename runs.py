@@ -213,6 +213,7 @@ class Session:
 
     def __init__(self, run, model, optimizer, plan, signals):
         self.run, self.model, self.optimizer, self.plan, self.signals = run, model, optimizer, plan, signals
+        self.columns = None  # of metrics.csv, None while it has no row
         self.saved = None  # progress at the last save
         self.saved_at, self.save_seconds = time.monotonic(), 0.2
         self.progress = self._restore()
@@ -239,12 +240,16 @@ class Session:
                 raise UserError(f"{path} is of another run; start anew with --overwrite. {error}") from error
             self.saved = dict(progress)
         self._check_same_start(progress)
-        metrics = self.run.directory / "metrics.csv"
-        if self.run.writer and metrics.exists():
+        if self.run.writer and (self.run.directory / "metrics.csv").exists():
             rows = [row for row in read_metrics(self.run.directory) if row["epoch"] <= progress["epoch"]]
-            with self._writing(), replacing(metrics) as file:
-                file.write(csv_text(rows, header=True).encode())
+            with self._writing():
+                self._rewrite_metrics(rows)
         return progress
+
+    def _rewrite_metrics(self, rows):
+        with replacing(self.run.directory / "metrics.csv") as file:
+            file.write(csv_text(rows, header=True).encode())
+        self.columns = rows[0].keys() if rows else None
 
     def _check_same_start(self, progress):
         if not dist.is_initialized():
@@ -349,12 +354,17 @@ class Session:
         """Append one epoch's numbers (epoch from 1) to metrics.csv and, where they are not nan, to TensorBoard."""
         if not self.run.writer:
             return
-        path = self.run.directory / "metrics.csv"
-        text = csv_text([{"epoch": epoch, **metrics}], header=not path.exists() or not path.stat().st_size)
-        with self._writing(), open(path, "a", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())  # before a checkpoint says that the epoch is done
+        path, row = self.run.directory / "metrics.csv", {"epoch": epoch, **metrics}
+        with self._writing():
+            if self.columns and not row.keys() <= self.columns:  # begun by an older version of the program
+                missing = dict.fromkeys(row, math.nan)
+                self._rewrite_metrics([missing | old for old in read_metrics(self.run.directory)])
+            row = {name: row.get(name, math.nan) for name in self.columns or row}
+            with open(path, "a", newline="") as file:
+                file.write(csv_text([row], header=not self.columns))
+                file.flush()
+                os.fsync(file.fileno())  # before a checkpoint says that the epoch is done
+            self.columns = row.keys()
             for key, value in metrics.items():
                 if not math.isnan(value):
                     self.board.add_scalar(key, value, epoch)

@@ -1,3 +1,4 @@
+import math
 import os
 import signal
 from types import SimpleNamespace
@@ -59,6 +60,19 @@ def test_metrics_later_than_the_checkpoint_and_torn_lines_are_dropped(tmp_path, 
     with opened(tmp_path) as run:
         train(run, 3)
     assert [row["epoch"] for row in read_metrics(tmp_path / "toy")] == [1, 2, 3]
+
+
+def test_columns_that_an_older_version_did_not_have_are_added(tmp_path):
+    with opened(tmp_path) as run:
+        train(run, 2)
+    with opened(tmp_path) as run:
+        run.end_epoch({"knn/acc": 0.5, "train/loss": 0.25})  # in another order, too
+        run.save()
+    with opened(tmp_path) as run:
+        run.end_epoch({"train/loss": 0.125})
+    rows = read_metrics(tmp_path / "toy")
+    assert [row["train/loss"] for row in rows] == [0, 1 / 3, 0.25, 0.125]
+    assert [row["knn/acc"] for row in rows] == pytest.approx([math.nan, math.nan, 0.5, math.nan], nan_ok=True)
 
 
 def test_other_arguments_are_refused_by_name_and_places_may_change(tmp_path):
