@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from errors import UserError
+from errors import UserError, as_user_error
 
 
 def save_file(path, content):
@@ -37,9 +37,11 @@ def load_file(path, *kinds):
         UserError: no such file, damaged, or not the kind asked for.
     """
     path = Path(path)
-    if path.is_dir():
-        path = path / "model.pt"
-    if not path.exists():
+    with as_user_error(OSError):  # a name too long, say
+        if path.is_dir():
+            path = path / "model.pt"
+        found = path.exists()
+    if not found:
         hint = " The run is not finished; give its command again." if (path.parent / "config.json").exists() else ""
         raise UserError(f"No file {path}.{hint}")
     try:

@@ -97,6 +97,11 @@ def first_of_each_class(images, count, flag="--train_images"):
     return images.where(rank_in_class(images.labels) <= count_per_class(images, count, flag))
 
 
+def draw(images, count, generator):
+    """Some of the images, drawn without putting back; all of them where there are no more than count."""
+    return images.where(torch.randperm(len(images.images), generator=generator)[:count])
+
+
 def hold_out(images, count, train_images=None):
     """Split training images in two: (to train on, held out), the last count / classes images of each class held out.
 

@@ -71,7 +71,9 @@ def draw_curves(axes, curves, ylabel, percent=False):
     """
     for (label, epochs, values), (colour, line) in zip(curves, itertools.cycle(STYLES), strict=False):
         values = np.asarray(values)
-        few = np.isfinite(values).any(0).sum() < (20 if len(values) == 1 else 2)  # a line of 1 epoch shows nothing
+        known = np.isfinite(values).any(0)  # the others would break the line
+        epochs, values = np.asarray(epochs)[known], values[:, known]
+        few = len(epochs) < (20 if len(values) == 1 else 2)  # a line of 1 epoch shows nothing
         marker = "o" if few else None
         axes.plot(epochs, values.mean(0), linestyle=line, color=colour, label=label, marker=marker, linewidth=1.8)
         if len(values) > 1:

@@ -8,15 +8,18 @@ Recipe: He et al. 2021 (arXiv:2111.06377), appendix A.1, at CIFAR size.
 """
 
 import functools
+import math
 
 import torch
 from torchvision.utils import make_grid
 
 import data
+import processes
 import training
 import utils
 from checkpoints import load_model
 from errors import exit_in_one_line
+from features import extract_features, knn_predict
 from model import MASK_STRATEGIES, MAE_ViT, mae_loss
 from runs import Run
 
@@ -25,6 +28,8 @@ WARMUP = 0.1  # of all epochs
 # Images at once on a device: on a GPU the reference's; on a CPU 512 are no faster and take 12 GB of memory, not 4.
 DEVICE_BATCH_SIZE = {"cuda": 512, "cpu": 128}
 IMAGE_LOGS = 50  # reconstructions shown in TensorBoard over a run
+PROBES, PROBE_SHARE = 20, 0.03  # over a run: at most so many, and looking at so many images for each one trained on
+NOT_PROBED = dict.fromkeys(("test/loss", "knn/acc"), math.nan)
 
 
 def parse_args(argv=None):
@@ -43,7 +48,12 @@ def parse_args(argv=None):
         device_batch_size=DEVICE_BATCH_SIZE,
         base_learning_rate=1.5e-4,
     )
-    utils.add_run_arguments(parser, log_dir="logs/pretrain")
+    utils.add_run_arguments(parser, log_dir="logs/pretrain").add_argument(
+        "--probe_every",
+        type=utils.non_negative_int,
+        help=f"epochs between looks at test images (k-NN accuracy, reconstruction error); 0: never; left out: about "
+        f"{PROBES} looks in a run, fewer where they would take more than {100 * PROBE_SHARE:.0f} %% of its time",
+    )
     parser.add_argument_group("output").add_argument("--model_path", help="copy the finished model.pt to here")
     parser.set_defaults(**utils.defaults(MAE_ViT))
     return parser.parse_args(argv)
@@ -60,27 +70,57 @@ def build_optimizer(model, lr, weight_decay):
     return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
 
 
-def batch_loss(forward, shuffle, images, args, precision, ids, epoch, step):
-    """Draw one batch and its masks; what a part of it costs.
-
-    Args:
-        forward: the model, compiled or not; shuffle: its PatchShuffle; images: (N, 3, H, W) uint8; ids: (B,) int64.
-
-    Returns:
-        loss_of: a slice of the batch -> the mean loss of its images.
-    """
+def draw_batch(images, shuffle, args, ids, epoch, step):
+    """The images ids (B,) of (N, 3, H, W) uint8, augmented where asked, and masks: ids_shuffle (B, N) int64."""
     batch, device = images[ids], images.device
     if args.augment:
         batch = data.flip_and_crop(batch, utils.generator(device, args.seed, epoch, step, "augment"))
-    masks = shuffle(len(batch), utils.generator(device, args.seed, epoch, step, "masks"), device)
+    return batch, shuffle(len(batch), utils.generator(device, args.seed, epoch, step, "masks"), device)
 
-    def loss_of(part):
-        x = data.normalize(batch[part])
-        with utils.autocast(precision, device):
-            pred, mask = forward(x, masks[part])
-        return mae_loss(pred, x, mask)  # each image has equally many hidden patches
 
-    return loss_of
+def loss_of(forward, precision, images, ids_shuffle):
+    """Mean loss of images (b, 3, H, W) uint8 under masks; forward: the model, compiled or not."""
+    images = data.normalize(images)
+    with utils.autocast(precision, images.device):
+        pred, mask = forward(images, ids_shuffle)
+    return mae_loss(pred, images, mask)  # each image has equally many hidden patches
+
+
+def probe_interval(args, plan, bank_size):
+    """Epochs between probes, 0 for none. One forward pass of a probe is taken to cost as much as a training step."""
+    if args.probe_every is not None:
+        return args.probe_every
+    affordable = int(PROBE_SHARE * plan.total_steps * plan.batch_size / bank_size)
+    return math.ceil(args.total_epoch / min(max(affordable, 1), PROBES))
+
+
+@torch.no_grad()
+def probe(model, train, test, precision, batch_size):
+    """What the model knows of test images: reconstruction error, and k-NN accuracy of the mean of its patch tokens.
+
+    The same masks and images each time, each counted once, whatever the number of processes.
+
+    Args:
+        train, test: ImageSets, the bank of the k-NN and what it is asked; batch_size: images at once.
+    """
+    device, layer = test.images.device, len(model.encoder.transformer)
+    masks = model.shuffle(len(test.images), utils.generator(device, "probe"), device)
+    loss = torch.zeros((), device=device)
+    with utils.autocast(precision, device):
+        for part in processes.shared_out(len(test.images), batch_size):
+            x = data.normalize(test.images[part])
+            pred, mask = model(x, masks[part])
+            loss += mae_loss(pred, x, mask) * len(x)
+        features = {}
+        for name, images in (("train", train.images), ("test", test.images)):
+            features[name] = torch.zeros(len(images), model.encoder.cls_token.shape[-1], device=device)
+            for part in processes.shared_out(len(images), batch_size):
+                found = extract_features(model.encoder, images[part], data.normalize, [layer], ["mean"], batch_size)
+                features[name][part] = found[layer, "mean"]
+            processes.sum_over_ranks(features[name])
+    predicted = knn_predict(features["train"], train.labels, features["test"], len(train.classes))
+    right = (predicted == test.labels).double().mean().item()
+    return {"test/loss": processes.sum_over_ranks(loss).item() / len(test.images), "knn/acc": right}
 
 
 def reconstruction_grid(model, images, masks):
@@ -89,14 +129,14 @@ def reconstruction_grid(model, images, masks):
     return make_grid(data.to_pixels(rows), nrow=len(images))
 
 
-@exit_in_one_line()
 def pretrain(args):
     """Train one run to its end, on from where it stopped; returns its directory."""
     device = utils.pick_device(args.device)
-    rank, world_size = training.join_processes(device)
+    rank, world_size = processes.join(device)
     run = Run(args.log_dir, run_name(args), vars(args), args.overwrite, writer=rank == 0)
     if run.finished:
-        print(f"Finished already: {run.directory}")
+        if rank == 0:
+            print(f"Finished already: {run.directory}")
         run.export(args.model_path)
         return run.directory
 
@@ -110,20 +150,29 @@ def pretrain(args):
     at_once = DEVICE_BATCH_SIZE[device.type]
     plan = training.plan_training(args, len(images), WARMUP, at_once, rank, world_size)
     optimizer = build_optimizer(model, plan.peak_lr, args.weight_decay)
-    forward = utils.compiled(model, args.compile, device)
-    loss = functools.partial(batch_loss, forward, model.shuffle, images, args, precision)
-    shown = torch.randperm(len(test.images), generator=utils.generator("cpu", "shown"))[:16]
-    shown = data.normalize(test.images[shown].to(device))
+    draw = functools.partial(draw_batch, images, model.shuffle, args)
+    loss = functools.partial(loss_of, utils.compiled(model, args.compile, device), precision)
+    shown = data.normalize(data.draw(test, 16, utils.generator("cpu", "shown")).images.to(device))
     shown_masks = model.shuffle(len(shown), utils.generator(device, "shown"), device)
+    banks = [data.draw(*bank, utils.generator("cpu", "probe")).to(device) for bank in ((train, 5000), (test, 1000))]
+    every = probe_interval(args, plan, sum(len(bank.images) for bank in banks))
 
     facts = {"parameters": utils.count_parameters(model), "precision": precision, "images": train.digest()}
-    start = {"device": device.type, "processes": world_size, "micro_batches": len(plan.slices)}
-    with run.open(model, optimizer, plan, facts | plan.facts(), utils.environment() | start) as session:
+    start = utils.environment() if rank == 0 else {}  # of the one that writes
+    start |= {"device": device.type, "processes": world_size, "micro_batches": len(plan.slices)}
+    with run.open(model, optimizer, plan, facts | plan.facts(), start) as session:
         for epoch in range(session.progress["epoch"], args.total_epoch):
             order = utils.epoch_order(len(images), args.seed, epoch, device)
-            metrics = training.train_one_epoch(model, optimizer, plan, order, loss, session.progress, session.tick)
+            metrics = training.train_one_epoch(
+                model, optimizer, plan, order, draw, loss, session.progress, session.tick
+            )
+            session.check_finite(metrics["train/loss"])
             metrics["memory/peak_mb"] = utils.peak_memory_mb(device)
-            if epoch + 1 == args.total_epoch or epoch % max(1, args.total_epoch // IMAGE_LOGS) == 0:
+            last = epoch + 1 == args.total_epoch
+            if every:
+                due = last or (epoch + 1) % every == 0
+                metrics |= probe(model, *banks, precision, args.max_device_batch_size or at_once) if due else NOT_PROBED
+            if last or epoch % max(1, args.total_epoch // IMAGE_LOGS) == 0:
                 session.log_image("reconstruction", reconstruction_grid(model, shown, shown_masks))
             session.end_epoch(metrics)
         trained_on = {"dataset": args.dataset, "data_dir": args.data_dir}
@@ -132,11 +181,12 @@ def pretrain(args):
     return run.directory
 
 
+@exit_in_one_line()
 def main(argv=None):
     with utils.shrunk_if_dry(parse_args(argv)) as args:
         directory = pretrain(args)
-        training.leave_processes()
-        if training.is_first_process():
+        processes.leave()
+        if processes.is_first():
             load_model(directory, MAE_ViT)
             print(
                 "Dry run: trained, logged, saved and reloaded." if args.dry_run else f"Pretrained: {directory}/model.pt"

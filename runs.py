@@ -17,9 +17,9 @@ import time
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
+import processes
 from checkpoints import load_file, replacing, save_file
 from errors import UserError, as_user_error
 
@@ -36,6 +36,7 @@ FREE_ARGUMENTS = {
     "overwrite",
     "precision",
     "pretrained_model_path",
+    "probe_every",
 }
 SAVE_INTERVAL = 50  # times as long as a save takes; so saving takes under 2 % of the time
 STEPS_BETWEEN_AGREEMENTS = 10  # of processes with a GPU each on whether to save; each waits for the GPUs
@@ -45,7 +46,11 @@ STEPS_BETWEEN_AGREEMENTS = 10  # of processes with a GPU each on whether to save
 
 def read_config(directory):
     """config.json of a run directory: a dictionary with name, arguments, results of planning, and starts."""
-    return json.loads((Path(directory) / "config.json").read_text())
+    path = Path(directory) / "config.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"Cannot read {path}: {error}. Copy the file anew, or start anew (--overwrite).") from error
 
 
 def read_metrics(directory):
@@ -58,7 +63,11 @@ def read_metrics(directory):
         return []
     with open(path, newline="") as file:
         lines = [line for line in file if line.endswith("\n")]
-    return [{key: int(v) if key == "epoch" else float(v) for key, v in row.items()} for row in csv.DictReader(lines)]
+    rows = csv.DictReader(lines)
+    try:
+        return [{key: int(v) if key == "epoch" else float(v) for key, v in row.items()} for row in rows]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"Cannot read {path}: {error}. Copy the file anew, or start anew (--overwrite).") from error
 
 
 # --- the run itself ---
@@ -80,12 +89,13 @@ class Run:
     def __init__(self, log_dir, name, arguments, overwrite=False, writer=True):
         self.directory = Path(log_dir) / name
         self.name, self.arguments, self.overwrite, self.writer = name, arguments, overwrite, writer
-        self.finished = self._checked_config() is not None and (self.directory / "model.pt").exists()
+        self.finished = self._checked_config({}) is not None and (self.directory / "model.pt").exists()
 
-    def _checked_config(self, **facts):
+    def _checked_config(self, facts):
         """The stored config, None for a new run; other arguments or facts than these are refused."""
-        if self.overwrite or not (self.directory / "config.json").exists():
-            return None
+        with as_user_error(OSError):  # a name too long, say
+            if self.overwrite or not (self.directory / "config.json").exists():
+                return None
         config = read_config(self.directory)
         self._check_same(config["arguments"], self.arguments, skip=FREE_ARGUMENTS)
         self._check_same(config, facts)
@@ -120,15 +130,20 @@ class Run:
             if self.writer:
                 stack.enter_context(locked(self.directory))
             signals = stack.enter_context(noted_signals())
-            config = self._checked_config(**facts)
+            config = self._checked_config(facts)
             if self.writer:
                 with as_user_error(OSError):
                     self._write_config(facts, [*(config["starts"] if config else []), start])
-            if dist.is_initialized():
-                dist.barrier()  # nobody reads what is still to be cleared
+            processes.barrier()  # nobody reads what is still to be cleared
             session = Session(self, model, optimizer, plan, signals)
-            stack.callback(session.close)
-            yield session
+            try:
+                yield session
+            except BaseException:
+                with contextlib.suppress(OSError):  # which would hide the first error
+                    session.close()
+                raise
+            with session.writing():
+                session.close()
 
     def _write_config(self, facts, starts):
         if self.overwrite:
@@ -156,20 +171,23 @@ def locked(directory):
     Raises:
         UserError: another process has it, or it cannot be made.
     """
-    with as_user_error(OSError):
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = open(directory / ".lock", "w")  # noqa: SIM115
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"Another process is at work on {directory}; wait for it or stop it.") from None
+    with contextlib.ExitStack() as stack:
+        with as_user_error(OSError):
+            directory.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(open(directory / ".lock", "w"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"Another process is at work on {directory}; wait for it or stop it.") from None
         yield
 
 
 @contextlib.contextmanager
 def noted_signals():
-    """SIGINT and SIGTERM are only noted in the list that this yields; a second one ends the process at once."""
+    """SIGINT and SIGTERM are only noted in the list that this yields; a second of the same ends the process at once.
+
+    One that came too late for the block to act on ends the program after it.
+    """
     noted = []
 
     def note(number, frame):
@@ -183,20 +201,8 @@ def noted_signals():
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-def group_device():
-    """Where the process group, if there is one, wants tensors that it sends."""
-    return "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
-
-
-def largest_over_ranks(*numbers):
-    """Of each number the largest that any process has."""
-    if not dist.is_initialized():
-        return numbers
-    largest = torch.tensor(numbers, device=group_device())
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return largest.tolist()
+    if noted:
+        sys.exit(128 + max(noted))
 
 
 def start_of(epoch):
@@ -214,7 +220,7 @@ class Session:
     def __init__(self, run, model, optimizer, plan, signals):
         self.run, self.model, self.optimizer, self.plan, self.signals = run, model, optimizer, plan, signals
         self.columns = None  # of metrics.csv, None while it has no row
-        self.saved = None  # progress at the last save
+        self.saved = None  # epoch and step of the last save
         self.saved_at, self.save_seconds = time.monotonic(), 0.2
         self.progress = self._restore()
         self.board = self._board() if run.writer else None
@@ -238,11 +244,11 @@ class Session:
                 progress = state["progress"]
             except (KeyError, RuntimeError, ValueError) as error:
                 raise UserError(f"{path} is of another run; start anew with --overwrite. {error}") from error
-            self.saved = dict(progress)
+            self.saved = {name: progress[name] for name in ("epoch", "step")}
         self._check_same_start(progress)
         if self.run.writer and (self.run.directory / "metrics.csv").exists():
             rows = [row for row in read_metrics(self.run.directory) if row["epoch"] <= progress["epoch"]]
-            with self._writing():
+            with self.writing():
                 self._rewrite_metrics(rows)
         return progress
 
@@ -252,30 +258,27 @@ class Session:
         self.columns = rows[0].keys() if rows else None
 
     def _check_same_start(self, progress):
-        if not dist.is_initialized():
-            return
-        mine = torch.tensor([progress["epoch"], progress["step"]], device=group_device())
-        first = mine.clone()
-        dist.broadcast(first, 0)
-        if not torch.equal(first, mine):
+        mine = [progress["epoch"], progress["step"]]
+        if processes.what_first_has(mine) != mine:
             raise UserError(
-                f"Process {dist.get_rank()} does not see process 0's checkpoint in {self.run.directory}; --log_dir "
+                f"Process {processes.rank()} does not see process 0's checkpoint in {self.run.directory}; --log_dir "
                 f"must be on a file system that all machines share."
             )
 
     def _board(self):
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed to read runs
 
-        return SummaryWriter(self.run.directory, purge_step=self.progress["epoch"] + 1)
+        with self.writing():
+            return SummaryWriter(self.run.directory, purge_step=self.progress["epoch"] + 1)
 
     def close(self):
+        """Raises OSError where the last numbers for TensorBoard cannot be written."""
         self.bar.close()
         if self.board:
-            with self._writing():
-                self.board.close()
+            self.board.close()
 
     @contextlib.contextmanager
-    def _writing(self):
+    def writing(self):
         """Where a file cannot be written, the disk being full, say: leave with one line."""
         try:
             yield
@@ -294,12 +297,11 @@ class Session:
     def tick(self):
         """One step is done: move the bar; save where that is due; leave where a signal asked for it."""
         self.bar.update(self.plan.batch_size)
-        if group_device() == "cpu" or self.progress["step"] % STEPS_BETWEEN_AGREEMENTS == 0:
+        if processes.group_device() == "cpu" or self.progress["step"] % STEPS_BETWEEN_AGREEMENTS == 0:
             self._save_or_stop()
 
     def end_epoch(self, metrics):
         """The current epoch is done: log its metrics and go on to the next; save and leave as `tick` does."""
-        self._check_finite(metrics["train/loss"])
         self.progress |= start_of(self.progress["epoch"] + 1)
         epoch = self.progress["epoch"]
         self.bar.set_postfix_str(f"epoch {epoch}, loss {metrics['train/loss']:.4f}")
@@ -309,10 +311,11 @@ class Session:
     def _save_or_stop(self, last=False):
         """Save at the end, where the interval has passed or a signal came; all processes decide alike."""
         due = last or (self.run.writer and time.monotonic() - self.saved_at >= SAVE_INTERVAL * self.save_seconds)
-        due, stop_signal = largest_over_ranks(int(due), max(self.signals, default=0))
+        due, stop_signal = processes.largest_over_ranks(int(due), max(self.signals, default=0))
         if due or stop_signal:
             self.save()
         if stop_signal:
+            self.signals.clear()
             print(f"Stopped; {self._again()}", file=sys.stderr)
             sys.exit(128 + stop_signal)  # the shell's code, 130 for Ctrl-C
 
@@ -322,21 +325,22 @@ class Session:
         Raises:
             SystemExit: the loss or a weight is not finite, or the file cannot be written; the checkpoint there stays.
         """
-        if step := self.progress["step"]:
-            loss = float(self.progress["loss_sum"]) / step
-            self._check_finite(loss)
+        step = self.progress["step"]
+        loss = float(self.progress["loss_sum"]) / max(step, 1)
+        self.check_finite(loss)
+        if step:
             self.bar.set_postfix_str(f"epoch {self.progress['epoch'] + 1}, loss {loss:.4f}")
         if self.run.writer:
             started = time.monotonic()
             state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-            with self._writing():
+            with self.writing():
                 path = self.run.directory / "checkpoint.pt"
                 save_file(path, {"kind": "checkpoint", **state, "progress": self.progress})
             self.saved_at = time.monotonic()
             self.save_seconds = self.saved_at - started
-        self.saved = dict(self.progress)
+        self.saved = {name: self.progress[name] for name in ("epoch", "step")}
 
-    def _check_finite(self, loss):
+    def check_finite(self, loss):
         """Leave where the mean loss so far or a weight is not finite, with the checkpoint as it was."""
         if not math.isfinite(loss):
             what = f"train/loss is {loss}"
@@ -355,7 +359,7 @@ class Session:
         if not self.run.writer:
             return
         path, row = self.run.directory / "metrics.csv", {"epoch": epoch, **metrics}
-        with self._writing():
+        with self.writing():
             if self.columns and not row.keys() <= self.columns:  # begun by an older version of the program
                 missing = dict.fromkeys(row, math.nan)
                 self._rewrite_metrics([missing | old for old in read_metrics(self.run.directory)])
@@ -372,7 +376,7 @@ class Session:
     def log_image(self, tag, image):
         """Show an image (3, H, W) uint8 of the current epoch in TensorBoard."""
         if self.run.writer:
-            with self._writing():
+            with self.writing():
                 self.board.add_image(tag, image, self.progress["epoch"] + 1)
 
     def finish(self, content):
@@ -381,7 +385,7 @@ class Session:
             return
         plain = {key: value for key, value in self.run.arguments.items() if isinstance(value, (bool, int, float, str))}
         last = {f"final/{key}": v for key, v in read_metrics(self.run.directory)[-1].items() if key != "epoch"}
-        with self._writing():
+        with self.writing():
             self.board.add_hparams(plain, last, run_name=".")
             save_file(self.run.directory / "model.pt", {"run_name": self.run.name, **content})
 

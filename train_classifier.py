@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import data
+import processes
 import training
 import utils
 from checkpoints import digest, load_model
@@ -68,25 +69,19 @@ def build_optimizer(model, lr, weight_decay):
     return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=weight_decay, fused=True)
 
 
-def batch_loss(forward, train, args, precision, ids, epoch, step):
-    """Draw one batch; what a part of it costs.
-
-    Args:
-        forward: the model, compiled or not; train: ImageSet; ids: (B,) int64.
-
-    Returns:
-        loss_of: a slice of the batch -> the mean loss of its images.
-    """
-    batch, labels, device = train.images[ids], train.labels[ids], ids.device
+def draw_batch(train, args, ids, epoch, step):
+    """The images ids (B,) of an ImageSet, (B, 3, H, W) uint8, augmented where asked, and their labels (B,)."""
+    batch, device = train.images[ids], ids.device
     if args.augment:
         batch = data.flip_and_crop(batch, utils.generator(device, args.seed, epoch, step, "augment"))
+    return batch, train.labels[ids]
 
-    def loss_of(part):
-        with utils.autocast(precision, device):
-            logits = forward(data.normalize(batch[part]))
-        return F.cross_entropy(logits.float(), labels[part])
 
-    return loss_of
+def loss_of(forward, precision, images, labels):
+    """Mean loss of images (b, 3, H, W) uint8 with labels (b,); forward: the model, compiled or not."""
+    with utils.autocast(precision, images.device):
+        logits = forward(data.normalize(images))
+    return F.cross_entropy(logits.float(), labels)
 
 
 @torch.no_grad()
@@ -99,12 +94,12 @@ def evaluate(model, images, precision, name="test"):
     pixels, labels, _ = images
     device = pixels.device
     loss, correct = torch.zeros((), device=device), torch.zeros(len(labels), device=device)
-    for part in training.shared_out(len(labels), EVAL_BATCH):
+    for part in processes.shared_out(len(labels), EVAL_BATCH):
         with utils.autocast(precision, device):
             logits = model(data.normalize(pixels[part])).float()
         correct[part] = (logits.argmax(dim=1) == labels[part]).float()
         loss += F.cross_entropy(logits, labels[part], reduction="sum")
-    correct, loss = training.sum_over_ranks(correct), training.sum_over_ranks(loss)
+    correct, loss = processes.sum_over_ranks(correct), processes.sum_over_ranks(loss)
     scores = {f"{name}/loss": loss.item() / len(correct), f"{name}/acc": correct.mean(dtype=torch.float64).item()}
     if name == "test":
         batches = torch.stack([part.mean() for part in correct.split(REPORT_BATCH)])
@@ -170,17 +165,17 @@ def scores_of_epoch(model, val, test, precision, session, last):
     return scores
 
 
-@exit_in_one_line()
 def train_classifier(args):
     """Train one run to its end, on from where it stopped; returns its directory."""
     device = utils.pick_device(args.device)
-    rank, world_size = training.join_processes(device)
+    rank, world_size = processes.join(device)
     pretrained, args = load_pretrained(args)
     run = Run(
         args.log_dir, run_name(args, pretrained and pretrained["run_name"]), vars(args), args.overwrite, rank == 0
     )
     if run.finished:
-        print(f"Finished already: {run.directory}")
+        if rank == 0:
+            print(f"Finished already: {run.directory}")
         run.export(args.output_model_path)
         return run.directory
 
@@ -198,14 +193,19 @@ def train_classifier(args):
     at_once = DEVICE_BATCH_SIZE[device.type]
     plan = training.plan_training(args, len(train.images), WARMUP, at_once, rank, world_size)
     optimizer = build_optimizer(model, plan.peak_lr, args.weight_decay)
-    loss = functools.partial(batch_loss, utils.compiled(model, args.compile, device), train, args, precision)
+    draw = functools.partial(draw_batch, train, args)
+    loss = functools.partial(loss_of, utils.compiled(model, args.compile, device), precision)
 
     facts = {"parameters": utils.count_parameters(model), "precision": precision, "images": images_digest}
-    start = {"device": device.type, "processes": world_size, "micro_batches": len(plan.slices)}
-    with run.open(model, optimizer, plan, facts | plan.facts(), utils.environment() | start) as session:
+    start = utils.environment() if rank == 0 else {}  # of the one that writes
+    start |= {"device": device.type, "processes": world_size, "micro_batches": len(plan.slices)}
+    with run.open(model, optimizer, plan, facts | plan.facts(), start) as session:
         for epoch in range(session.progress["epoch"], args.total_epoch):
             order = utils.epoch_order(len(train.images), args.seed, epoch, device)
-            metrics = training.train_one_epoch(model, optimizer, plan, order, loss, session.progress, session.tick)
+            metrics = training.train_one_epoch(
+                model, optimizer, plan, order, draw, loss, session.progress, session.tick
+            )
+            session.check_finite(metrics["train/loss"])
             metrics["memory/peak_mb"] = utils.peak_memory_mb(device)
             last = epoch + 1 == args.total_epoch
             session.end_epoch(scores_of_epoch(model, val, test, precision, session, last) | metrics)
@@ -215,11 +215,12 @@ def train_classifier(args):
     return run.directory
 
 
+@exit_in_one_line()
 def main(argv=None):
     with utils.shrunk_if_dry(parse_args(argv)) as args:
         directory = train_classifier(args)
-        training.leave_processes()
-        if training.is_first_process():
+        processes.leave()
+        if processes.is_first():
             load_model(directory, ViT_Classifier)
             row = read_metrics(directory)[-1]
             chosen = f" (epoch {row['chosen_epoch']:.0f}, chosen on held-out images)" if "chosen_epoch" in row else ""

@@ -1,17 +1,14 @@
-"""The training loop: the plan of a run, the schedule, one update, one epoch, and the processes that share the work.
+"""The training loop: the plan of a run, the schedule, one update, one epoch.
 
 What is trained, and on which loss, is the scripts' to say: mae_pretrain.py and train_classifier.py.
 """
 
 import itertools
 import math
-import os
 import time
 from typing import NamedTuple
 
-import torch
-import torch.distributed as dist
-
+import processes
 from errors import UserError
 
 # --- the plan ---
@@ -93,66 +90,15 @@ def plan_training(args, num_images, warmup, device_batch_size, rank=0, world_siz
     )
 
 
-# --- processes ---
-
-
-def join_processes(device):
-    """Join the processes that torchrun started, if any: (rank, world_size)."""
-    if "RANK" not in os.environ:
-        return 0, 1
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return dist.get_rank(), dist.get_world_size()
-
-
-def leave_processes():
-    """Wait for the others, then close the connections: a process that just ends can take its peers down with it."""
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-def is_first_process():
-    return int(os.environ.get("RANK", 0)) == 0
-
-
-def shared_out(count, largest):
-    """Slices of at most `largest` that cover `count` things once; of several processes each gets its share of them."""
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    return [slice(start, start + largest) for start in range(rank * largest, count, world_size * largest)]
-
-
-def sum_over_ranks(tensor):
-    """Add a tensor up over all processes, in place; with one process nothing happens."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def average_over_ranks(model, loss):
-    """Give every process the mean gradient, in place: equal shards of a batch then step as the whole would.
-
-    Returns:
-        The mean of all processes' losses; with one process nothing happens.
-    """
-    if not dist.is_initialized():
-        return loss
-    tensors = [*(parameter.grad for parameter in model.parameters()), loss]
-    flat = sum_over_ranks(torch.cat([tensor.flatten() for tensor in tensors])) / dist.get_world_size()
-    for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-        tensor.copy_(mean.view_as(tensor))
-    return loss
-
-
 # --- steps ---
 
 
-def update(model, optimizer, slices, lr, loss_of):
+def update(model, optimizer, slices, lr, loss_of, batch):
     """One step of the optimizer on the global batch: gradients of micro-batches added up, of processes averaged.
 
     Args:
-        slices: this process's micro-batches; loss_of: slice -> the mean loss over its images.
+        slices: this process's micro-batches; batch: tensors (B, ...); loss_of: takes a part of each of these tensors,
+            (b, ...), and returns the mean loss over its b images.
 
     Returns:
         The mean loss over the global batch.
@@ -161,31 +107,32 @@ def update(model, optimizer, slices, lr, loss_of):
         group["lr"] = lr
     loss_sum, count = 0, slices[-1].stop - slices[0].start
     for part in slices:
-        loss = loss_of(part) * ((part.stop - part.start) / count)
+        loss = loss_of(*(tensor[part] for tensor in batch)) * ((part.stop - part.start) / count)
         loss.backward()
         loss_sum += loss.detach()
-    loss = average_over_ranks(model, loss_sum)
+    loss = processes.average_over_ranks(model, loss_sum)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss
 
 
-def train_one_epoch(model, optimizer, plan, order, batch_loss, progress, tick):
+def train_one_epoch(model, optimizer, plan, order, draw_batch, loss_of, progress, tick):
     """Take the remaining steps of the current epoch; its metrics.
 
     Args:
         order: (N,) int64, the training images' indices in the order of this epoch, on their device.
-        batch_loss: (ids, epoch, step) -> loss_of, as `update` wants it, for the global batch of the images ids (B,).
-            Every draw in it follows from (seed, epoch, step) and is made for the global batch: neither a stop in
-            between nor the number of processes changes which images are seen, and how.
+        draw_batch: (ids, epoch, step) -> the global batch of the images ids (B,), tensors (B, ...). Every draw in it
+            follows from (seed, epoch, step) and is made for the global batch: neither a stop in between nor the number
+            of processes changes which images are seen, and how.
+        loss_of: as `update` takes it.
         progress: epoch and step to go on from, loss_sum and seconds of the steps before; changed in place.
         tick: called after each step.
     """
     epoch, started = progress["epoch"], time.monotonic()
     for step in range(progress["step"], plan.steps_per_epoch):
-        loss_of = batch_loss(order[step * plan.batch_size : (step + 1) * plan.batch_size], epoch, step)
+        batch = draw_batch(order[step * plan.batch_size : (step + 1) * plan.batch_size], epoch, step)
         lr = plan.lr(epoch * plan.steps_per_epoch + step)
-        progress["loss_sum"] = progress["loss_sum"] + update(model, optimizer, plan.slices, lr, loss_of)
+        progress["loss_sum"] = progress["loss_sum"] + update(model, optimizer, plan.slices, lr, loss_of, batch)
         progress["step"] = step + 1
         progress["seconds"], started = progress["seconds"] + time.monotonic() - started, time.monotonic()
         tick()

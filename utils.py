@@ -49,6 +49,27 @@ def positive_int(text):
     return int(text)
 
 
+def seed(text):
+    """An argparse type: a whole number that PyTorch takes as a seed."""
+    if not re.fullmatch(r"-?\d+", text, re.ASCII) or not -(2**63) <= int(text) < 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at most 63 bits")
+    return int(text)
+
+
+def png_path(text):
+    """An argparse type: the path of a picture to write."""
+    if Path(text).suffix != ".png":
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in .png")
+    return Path(text)
+
+
+def non_negative_int(text):
+    """An argparse type: 0, 1, 2, ..."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
+    return int(text)
+
+
 def non_negative_float(text):
     """An argparse type: a finite number from 0 on."""
     try:
@@ -118,7 +139,7 @@ def defaults(constructor):
 
 def add_run_arguments(parser, log_dir):
     group = parser.add_argument_group("run")
-    group.add_argument("--seed", type=int, default=42, help="all random draws follow from it")
+    group.add_argument("--seed", type=seed, default=42, help="all random draws follow from it")
     group.add_argument("--log_dir", default=log_dir, help="the run's directory is made in here")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto takes CUDA where there is one")
     group.add_argument(
@@ -133,6 +154,7 @@ def add_run_arguments(parser, log_dir):
     group.add_argument(
         "--dry_run", action="store_true", help="a few steps through every line, on drawn images, leaving nothing"
     )
+    return group
 
 
 @contextlib.contextmanager

@@ -32,10 +32,10 @@ def parse_args(argv=None):
     group.add_argument("--grid_size", type=utils.positive_int, default=16, help="patches along an edge, for --masks")
     group = parser.add_argument_group("images")
     group.add_argument("--num_images", type=utils.positive_int, help="left out: 8 reconstructions, 32 predictions")
-    group.add_argument("--seed", type=int, default=42, help="which test images and masks are drawn")
+    group.add_argument("--seed", type=utils.seed, default=42, help="which test images and masks are drawn")
     group.add_argument("--dataset", choices=data.DATASETS, help="left out: the one the model was trained on")
     group.add_argument("--data_dir", help="left out: where that was")
-    parser.add_argument("--output", help="PNG to write; left out: beside the model, or masks.png")
+    parser.add_argument("--output", type=utils.png_path, help="PNG to write; left out: beside the model, or masks.png")
     return parser.parse_args(argv)
 
 
@@ -120,7 +120,7 @@ def main(argv=None):
                 figure, name = draw_predictions(model, test.classes, images, labels, args), "predictions"
             place = Path(args.model_path)
             output = (place if place.is_dir() else place.parent) / f"{name}.png"
-        output = Path(args.output or output)
+        output = args.output or output
         save(figure, output)
     print(output)
 

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-import training
+import processes as group
 import utils
 from errors import UserError, as_user_error, exit_in_one_line
 from figures import STYLES, plt, save
@@ -83,7 +83,7 @@ def serve(name, device, batch_size, model_args, rank, processes, meeting, pipe):
     while (wish := pipe.recv()) != "end":
         pipe.send(timed(step, next(steps), device) if wish == "step" else give_memory_back(device))
     pipe.send((precision, utils.peak_memory_mb(device) - (0 if device.type == "cuda" else before)))
-    training.leave_processes()
+    group.leave()
 
 
 def give_memory_back(device):

@@ -33,22 +33,23 @@ def classifier(images, model_args):
 
 
 def our_step(script, model, drawn_from, images, model_args, batch_size, precision, compiled):
-    """The step of a training script: its optimizer, the loss of its batches, its update.
+    """The step of a training script: its batches, its loss, its optimizer.
 
     Args:
-        drawn_from: what the script's batch_loss takes between the model and the arguments.
+        drawn_from: what the script's draw_batch takes before the arguments.
     """
     device, args = images.device, script.parse_args([])
     utils.tune(model, device, precision, (model_args["img_size"] // model_args["patch_size"]) ** 2)
     slices = training.micro_batches(0, batch_size, script.DEVICE_BATCH_SIZE[device.type])
     optimizer, ids = script.build_optimizer(model, 1e-4, args.weight_decay), batches(images, batch_size)
-    loss = functools.partial(script.batch_loss, utils.compiled(model, compiled, device), *drawn_from, args, precision)
-    return lambda i: training.update(model, optimizer, slices, 1e-4, loss(ids(i), 0, i))
+    loss = functools.partial(script.loss_of, utils.compiled(model, compiled, device), precision)
+    draw = functools.partial(script.draw_batch, *drawn_from, args)
+    return lambda i: training.update(model, optimizer, slices, 1e-4, loss, draw(ids(i), 0, i))
 
 
 def ours_pretraining(images, model_args, *how):
     model = MAE_ViT(**model_args).to(images.device)
-    return our_step(mae_pretrain, model, (model.shuffle, images), images, model_args, *how)
+    return our_step(mae_pretrain, model, (images, model.shuffle), images, model_args, *how)
 
 
 def ours_fine_tuning(images, model_args, *how):

@@ -17,6 +17,7 @@ NAMES = {
     "test/acc": "test accuracy",
     "val/loss": "loss on held-out images",
     "val/acc": "accuracy on held-out images",
+    "knn/acc": "k-NN accuracy",
     "lr": "learning rate",
     "speed/images_per_sec": "images/s",
 }
@@ -28,26 +29,27 @@ def parse_args(argv=None):
     parser.add_argument(
         "--metric",
         nargs="+",
-        help="columns of metrics.csv; left out: train/loss and val/acc where all runs have it, else test/acc",
+        help="columns of metrics.csv; left out: train/loss and the accuracy that all runs have, val/, test/ or knn/acc",
     )
     parser.add_argument("--label", nargs="+", help="a legend entry for each run; left out: its directory's name")
-    parser.add_argument("--output", type=Path, default=Path("curves.png"), help="PNG to write")
+    parser.add_argument("--output", type=utils.png_path, default=Path("curves.png"), help="PNG to write")
     return parser.parse_args(argv)
 
 
+@exit_in_one_line()
+@as_user_error(OSError)
 def main(argv=None):
     args = parse_args(argv)
     labels = args.label or [run.name for run in args.runs]
-    with exit_in_one_line(), as_user_error(OSError):
-        if len(labels) != len(args.runs):
-            raise UserError(f"--label has {len(labels)} entries for {len(args.runs)} runs; give one for each.")
-        tables = [read_metrics(run) for run in args.runs]
-        metrics = args.metric or ["train/loss", watched(tables)]
-        for run, table in zip(args.runs, tables, strict=True):
-            if not table:
-                raise UserError(f"{run} has no metrics.csv with a complete epoch; name run directories.")
-            if missing := set(metrics) - set(table[0]):
-                raise UserError(f"{run} has no {', '.join(sorted(missing))}; it has {', '.join(table[0])}.")
+    if len(labels) != len(args.runs):
+        raise UserError(f"--label has {len(labels)} entries for {len(args.runs)} runs; give one for each.")
+    tables = [read_metrics(run) for run in args.runs]
+    metrics = args.metric or ["train/loss", *filter(None, [watched(tables)])]
+    for run, table in zip(args.runs, tables, strict=True):
+        if not table:
+            raise UserError(f"{run} has no metrics.csv with a complete epoch; name run directories.")
+        if missing := set(metrics) - set(table[0]):
+            raise UserError(f"{run} has no {', '.join(sorted(missing))}; it has {', '.join(table[0])}.")
     width = max(len(label) for label in labels)
     for label, table in zip(labels, tables, strict=True):
         last = ", ".join(f"{NAMES.get(metric, metric)} {table[-1][metric]:.4f}" for metric in metrics)
@@ -60,8 +62,7 @@ def main(argv=None):
         ]
         draw_curves(place, curves, NAMES.get(metric, metric), percent=metric.endswith("/acc"))
         place.legend()
-    with exit_in_one_line(), as_user_error(OSError):
-        save(figure, args.output)
+    save(figure, args.output)
     print(args.output)
 
 

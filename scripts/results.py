@@ -49,11 +49,19 @@ def find_results(runs):
 
 
 def by_setting(results, setting):
-    """Group results by what `setting` says of each: {setting(result): [Result, ...] by seed}."""
+    """Group results by what `setting` says of each: {setting(result): [Result, ...] by seed}.
+
+    Raises:
+        UserError: two results of a setting have the same seed.
+    """
     groups = {}
     for result in results:
-        groups.setdefault(setting(result), []).append(result)
-    return {name: sorted(found) for name, found in groups.items()}
+        seeds = groups.setdefault(setting(result), {})
+        if other := seeds.get(result.seed):
+            runs = f"{other.classifier} and {result.classifier}"
+            raise UserError(f"Seed {result.seed} of {setting(result)} is there twice: {runs}.")
+        seeds[result.seed] = result
+    return {name: sorted(seeds.values()) for name, seeds in groups.items()}
 
 
 def what_differs(directories):
@@ -94,8 +102,9 @@ def tables_of(results, kind):
 
 
 def watched(tables):
-    """The accuracy that all these classifiers have of every epoch: on held-out images, or else on the test images."""
-    return "val/acc" if all("val/acc" in table[0] for table in tables if table) else "test/acc"
+    """The accuracy by which all these runs can be watched: on held-out images, on the test images, by k-NN, or None."""
+    names = ("val/acc", "test/acc", "knn/acc")
+    return next((name for name in names if all(name in table[0] for table in tables if table)), None)
 
 
 def accuracy(result):

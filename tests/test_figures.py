@@ -59,6 +59,13 @@ def test_curves_are_means_over_seeds_with_their_range_as_a_band():
     plt.close()
 
 
+def test_a_line_goes_on_over_epochs_without_a_value():
+    _, axes = plt.subplots()
+    figures.draw_curves(axes, [("", [1, 2, 3, 4], [[0.1, math.nan, 0.3, math.nan]])], "k-NN accuracy")
+    assert axes.lines[0].get_xydata().tolist() == [[1, 0.1], [3, 0.3]]
+    plt.close()
+
+
 def test_epochs_are_marked_where_the_line_alone_says_too_little():
     _, axes = plt.subplots()
     rising, nan = list(range(20)), [math.nan] * 19

@@ -41,6 +41,12 @@ def test_results_are_the_finished_classifiers_with_their_maes(tmp_path, capsys):
     assert groups == {False: [(9, two, mae), (10, one, mae)], True: [(3, scratch, None)]}
 
 
+def test_the_same_seed_twice_in_a_setting_is_refused(tmp_path):
+    one, other = (results.Result(1, tmp_path / name, tmp_path / "mae") for name in "ab")
+    with pytest.raises(ValueError, match=r"Seed 1 of depth 4 is there twice: .*a and .*b"):
+        results.by_setting([one, other], lambda result: "depth 4")
+
+
 def test_runs_that_differ_in_more_than_the_sweep_are_refused(tmp_path):
     base = write_run(tmp_path / "base", encoder_digest="ee", depth=4, width=8)
     alike = write_run(tmp_path / "alike", seed=2, device="cuda", encoder_digest="ff", depth=4)  # an older one
@@ -60,6 +66,8 @@ def test_the_accuracy_watched_is_of_held_out_images_where_all_have_it():
     val, test = [{"val/acc": 0.5, "test/acc": math.nan}], [{"test/acc": 0.5}]
     assert results.watched([val, val]) == "val/acc"
     assert results.watched([val, test]) == results.watched([test]) == "test/acc"
+    assert results.watched([[{"knn/acc": 0.5}]]) == "knn/acc"
+    assert results.watched([test, [{"train/loss": 0.5}]]) is None
 
 
 def test_paired_differences_and_what_they_decide():

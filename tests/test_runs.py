@@ -126,6 +126,40 @@ def test_a_signal_saves_and_leaves_with_the_usual_code(tmp_path, capsys):
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+def test_a_signal_that_comes_after_the_last_save_ends_the_program_when_the_run_is_finished(tmp_path):
+    with pytest.raises(SystemExit) as leaving, opened(tmp_path) as run:  # noqa: PT012
+        train(run, 4)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL  # for a second one
+        run.finish({"kind": "toy"})
+    assert leaving.value.code == 128 + signal.SIGINT
+    assert Run(tmp_path, "toy", ARGUMENTS).finished
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_the_first_error_is_not_hidden_by_one_of_closing(tmp_path, monkeypatch):
+    def full(self):
+        raise OSError("No space left on device")
+
+    with pytest.raises(IndexError, match="a student's mistake"), opened(tmp_path) as run:  # noqa: PT012
+        monkeypatch.setattr(type(run.board), "close", full)
+        raise IndexError("a student's mistake")
+    with pytest.raises(SystemExit, match="Cannot write: No space left"), opened(tmp_path):
+        pass
+
+
+def test_processes_with_gpus_agree_on_saving_every_tenth_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs.processes, "group_device", lambda: "cuda")
+    monkeypatch.setattr(runs, "SAVE_INTERVAL", 0)
+    with opened(tmp_path) as run:
+        saves = []
+        monkeypatch.setattr(run, "save", lambda: saves.append(run.progress["step"]))
+        for step in range(1, 26):
+            run.progress["step"] = step
+            run.tick()
+    assert saves == [10, 20]
+
+
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
 def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_checkpoint(tmp_path, loss):
     with opened(tmp_path) as run:
@@ -137,13 +171,14 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_checkpoint(tmp_path
         assert (tmp_path / "toy" / "checkpoint.pt").read_bytes() == before
 
 
-def test_a_weight_that_is_no_number_is_never_saved(tmp_path):
+@pytest.mark.parametrize("step", [0, 7])
+def test_a_weight_that_is_no_number_is_never_saved(tmp_path, step):
     with opened(tmp_path) as run:
         model = train(run, 2)
         before = (tmp_path / "toy" / "checkpoint.pt").read_bytes()
         model.weight.data[3, 4] = float("nan")
-        run.progress |= {"step": 7, "loss_sum": 1.0}
-        last = r"A weight is infinite or nan at epoch 3, by step 7 .*checkpoint has 2 epochs and 0 steps"
+        run.progress |= {"step": step, "loss_sum": 1.0}
+        last = r"A weight is infinite or nan at epoch 3, by step \d .*checkpoint has 2 epochs and 0 steps"
         with pytest.raises(SystemExit, match=last):
             run.save()
         assert (tmp_path / "toy" / "checkpoint.pt").read_bytes() == before
@@ -216,6 +251,11 @@ def test_tensorboard_has_the_numbers_of_the_csv_but_nan(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     with opened(tmp_path) as run:
+        train(run, 2)
+    with opened(tmp_path) as run:  # goes on with the third epoch, whose numbers it had not saved
+        run.log(3, {"train/loss": 9.0})
+    with opened(tmp_path) as run:
+        run.log_image("picture", torch.zeros(3, 4, 4, dtype=torch.uint8))
         train(run, 3)
         run.log(4, {"train/loss": float("nan")})
     events = EventAccumulator(str(tmp_path / "toy"))
@@ -223,3 +263,4 @@ def test_tensorboard_has_the_numbers_of_the_csv_but_nan(tmp_path):
     shown = [(event.step, event.value) for event in events.Scalars("train/loss")]
     written = [(row["epoch"], row["train/loss"]) for row in read_metrics(tmp_path / "toy")[:3]]
     assert shown == [(epoch, pytest.approx(value)) for epoch, value in written]
+    assert [event.step for event in events.Images("picture")] == [3]

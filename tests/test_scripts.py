@@ -14,13 +14,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import data
 import mae_pretrain
 import train_classifier
+import training
 import visualize_predictions
-from checkpoints import digest, load_file
-from model import MASK_STRATEGIES, MAE_ViT
+from checkpoints import digest, load_file, load_model
+from errors import exit_in_one_line
+from model import MASK_STRATEGIES, MAE_ViT, mae_loss
 from runs import Session, read_config, read_metrics
 from scripts import plot_curves
 
@@ -41,13 +44,15 @@ def few_shapes(monkeypatch, tmp_path):
 
 def pretrain(*more):
     args = mae_pretrain.parse_args([*SIZE, "--decoder_depth", "1", *SET, "--base_learning_rate", "0.01", *more])
-    return mae_pretrain.pretrain(args)
+    with exit_in_one_line():
+        return mae_pretrain.pretrain(args)
 
 
 def classify(*more):
     size = [] if "--pretrained_model_path" in more else SIZE
     args = train_classifier.parse_args([*size, "--device", "cpu", *SET, "--base_learning_rate", "0.01", *more])
-    return train_classifier.train_classifier(args)
+    with exit_in_one_line():
+        return train_classifier.train_classifier(args)
 
 
 def weights(directory):
@@ -94,7 +99,8 @@ def test_pretraining_leaves_a_complete_run_behind():
     assert list(directory.glob("events.out.tfevents.*"))
     with open(directory / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["epoch", "train/loss", "lr", "speed/images_per_sec", "seconds", "memory/peak_mb"]
+    columns = ["epoch", "train/loss", "lr", "speed/images_per_sec", "seconds", "memory/peak_mb"]
+    assert list(rows[0]) == [*columns, "test/loss", "knn/acc"]
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
     assert float(rows[2]["train/loss"]) < float(rows[0]["train/loss"])
     config = read_config(directory)
@@ -103,6 +109,50 @@ def test_pretraining_leaves_a_complete_run_behind():
     assert config["peak_learning_rate"] == pytest.approx(0.01 * 16 / 256)
     content = load_file("out/mae.pt", "MAE_ViT")
     MAE_ViT(**content["model_args"]).load_state_dict(content["model"])
+
+
+def test_probes_look_at_test_images_now_and_then_and_change_nothing():
+    rows = read_metrics(pretrain("--probe_every", "2", "--log_dir", "probed"))
+    assert [row["knn/acc"] == row["knn/acc"] for row in rows] == [False, True, True]  # every second epoch, and the last
+    run = next(Path("probed").iterdir())
+    assert same_weights(run, pretrain("--probe_every", "0", "--log_dir", "plain"))
+    assert "knn/acc" not in read_metrics(next(Path("plain").iterdir()))[0]
+
+    model, _ = load_model(run, MAE_ViT)
+    train, test = data.load_dataset("shapes", "data", 32, 40)
+    with torch.no_grad():
+        bank, asked = (
+            F.normalize(model.encoder(data.normalize(images.images))[:, 1:].mean(1), dim=1) for images in (train, test)
+        )
+        right = 0
+        for feature, label in zip(asked, test.labels.tolist(), strict=True):
+            similarity, nearest = (bank @ feature).sort(descending=True)
+            votes = [0.0] * 10
+            for weight, neighbour in zip(
+                (similarity[:20] / 0.07).exp().tolist(), train.labels[nearest[:20]], strict=True
+            ):
+                votes[neighbour] += weight
+            right += votes.index(max(votes)) == label
+        assert rows[2]["knn/acc"] == pytest.approx(right / 100)
+        images = data.normalize(test.images)
+        pred, mask = model(images, model.shuffle(100, torch.Generator().manual_seed(0)))
+        assert rows[2]["test/loss"] == pytest.approx(mae_loss(pred, images, mask).item(), rel=0.05)  # under other masks
+
+
+@pytest.mark.parametrize(
+    ("flags", "images", "expected"),
+    [
+        ("", 50_000, 100),  # 20 probes in 2000 epochs
+        ("--total_epoch 30 --batch_size 32", 5000, 30),  # the quickstart can afford the last one only
+        ("--total_epoch 30 --batch_size 32", 50_000, 5),  # 7 probes of 6,000 images in 3 % of 1.5 million
+        ("--total_epoch 5 --batch_size 32", 500_000, 1),
+        ("--probe_every 7", 50_000, 7),
+        ("--probe_every 0", 50_000, 0),
+    ],
+)
+def test_probes_are_about_20_or_fewer_where_epochs_are_short(flags, images, expected):
+    args = mae_pretrain.parse_args(shlex.split(flags))
+    assert mae_pretrain.probe_interval(args, training.plan_training(args, images, 0.1, 128), 6000) == expected
 
 
 def test_a_classifier_starts_from_the_pretrained_encoder():
@@ -331,7 +381,9 @@ BAD = [
     (MAE, "--num_heads 0", "--num_heads: '0'"),
     (MAE, "--batch_size 0", "--batch_size: '0'"),
     (MAE, "--max_device_batch_size 0", "--max_device_batch_size: '0'"),
-    (MAE, "--seed x", "--seed: invalid int value: 'x'"),
+    (MAE, "--seed x", "--seed: 'x' is not a whole number"),
+    (MAE, "--seed 9223372036854775808", "--seed: '9223372036854775808' is not a whole number of at most 63 bits"),
+    (MAE, "--probe_every -1", "--probe_every: '-1' is not a whole number from 0 on"),
     (MAE, "--train_images 0", "--train_images: '0'"),
     (MAE, "--base_learning_rate inf", "--base_learning_rate: 'inf'"),
     (MAE, "--warmup_epoch soon", "--warmup_epoch: 'soon'"),
@@ -359,6 +411,7 @@ BAD = [
     (VIS, "--masks --mask_ratio 0", "mask_ratio 0.0 does not split 256 patches"),
     (VIS, "--masks --model_path a.pt", "--model_path: not allowed with argument --masks"),
     (VIS, "--masks --grid_size 0", "--grid_size: '0'"),
+    (VIS, "--masks --output a.txt", "--output: 'a.txt' does not end in .png"),
     (VIS, "--masks --num_images -1", "--num_images: '-1'"),
     (VIS, "--masks --mask_strategy spiral", "invalid choice: 'spiral'"),
 ]
@@ -406,6 +459,22 @@ def test_checkpoints_that_do_not_fit_are_named(capsys):
             main([str(argument) for argument in arguments])
         assert leaving.value.code == 2
         assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.csv", "model.pt"])
+def test_a_damaged_file_of_a_run_is_named(name, capsys):
+    directory = pretrain()
+    if name == "metrics.csv":
+        (directory / "model.pt").unlink()
+        (directory / name).write_text("epoch,train/loss\n1,0.5\n2,half\n")
+    else:
+        (directory / name).write_bytes((directory / name).read_bytes()[:-100])
+    with pytest.raises(SystemExit) as leaving:
+        mae_pretrain.main([*SIZE, "--decoder_depth", "1", *SET, "--base_learning_rate", "0.01"])
+    assert leaving.value.code == 2
+    error = capsys.readouterr().err
+    assert f"Cannot read {directory / name}: " in error
+    assert error.count("\n") == 1
 
 
 def test_a_damaged_checkpoint_of_a_run_stops_it(capsys):
@@ -480,10 +549,11 @@ def test_curves_are_of_the_held_out_images_where_all_runs_have_them(capsys):
         ([val], "accuracy on held-out images"),
         ([val, test], "test accuracy"),
         ([val, "--metric", "test/acc"], "test accuracy"),
+        ([str(pretrain())], "k-NN accuracy"),
     ]:
         plot_curves.main(arguments)
         shown = re.findall(rf"epoch 3: .*{expected} 0\.\d{{4}}", capsys.readouterr().out)
-        assert len(shown) == sum(argument in (val, test) for argument in arguments)
+        assert len(shown) == len([argument for argument in arguments if Path(argument).is_dir()])
 
 
 # --- sweeps ---
@@ -592,6 +662,17 @@ def test_commands_in_the_readme_and_the_scripts_have_flags_that_exist():
                 parsers[script].parse_args(words[words.index(script) + 1 :])
                 commands.append(words)
     assert len(commands) > 20
+
+
+def test_the_readmes_python_runs():
+    (code,) = re.findall(r"```python\n(import torch.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    mae = pretrain("--model_path", "logs/quickstart/seed42/mae.pt")
+    classify("--pretrained_model_path", str(mae), "--output_model_path", "logs/quickstart/seed42/pretrained.pt")
+    names = {}
+    exec(code, names)
+    assert names["features"].shape == (1, 17, 12)
+    assert names["pixels"].dtype == torch.uint8
+    assert names["name"] in data.SHAPES
 
 
 def test_the_quickstart_asks_for_flags_that_exist(tmp_path):

@@ -18,6 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import data
 import mae_pretrain
+import processes
 import train_classifier
 import training
 from checkpoints import load_model
@@ -256,7 +257,7 @@ def test_an_update_follows_the_mean_of_this_processs_part_of_the_batch():
     model, values = Weight(), torch.tensor([9.0, 9, 9, 1, 2, 6, 9])
     optimizer = torch.optim.SGD(model.parameters(), lr=9.0)
     loss = training.update(
-        model, optimizer, [slice(3, 4), slice(4, 6)], 0.5, lambda part: (model.weight * values[part] + 1).mean()
+        model, optimizer, [slice(3, 4), slice(4, 6)], 0.5, lambda x: (model.weight * x + 1).mean(), [values]
     )
     assert loss.item() == 1
     assert model.weight.item() == -0.5 * 3  # the rate times the mean of 1, 2 and 6
@@ -270,10 +271,13 @@ def test_an_epoch_that_was_stopped_goes_on_with_what_it_had(monkeypatch):
     plan = training.Plan(4, [slice(0, 4)], steps_per_epoch=3, warmup_steps=0, total_steps=9, peak_lr=1.0)
     progress = {"epoch": 1, "step": 1, "loss_sum": 5.0, "seconds": 10.0}
 
-    def batch_loss(ids, epoch, step):
+    def draw_batch(ids, epoch, step):
         seen.append((ids.tolist(), epoch, step))
         now[0] += 2
-        return lambda part: model.weight * 0 + len(seen)  # 1, then 2
+        return (ids,)
+
+    def loss_of(ids):
+        return model.weight * 0 + len(seen)  # 1, then 2
 
     def tick():
         ticks.append(dict(progress))
@@ -281,7 +285,7 @@ def test_an_epoch_that_was_stopped_goes_on_with_what_it_had(monkeypatch):
 
     order = torch.arange(14).flip(0)
     optimizer = torch.optim.SGD(model.parameters())
-    metrics = training.train_one_epoch(model, optimizer, plan, order, batch_loss, progress, tick)
+    metrics = training.train_one_epoch(model, optimizer, plan, order, draw_batch, loss_of, progress, tick)
     assert seen == [([9, 8, 7, 6], 1, 1), ([5, 4, 3, 2], 1, 2)]
     assert [(tick["step"], float(tick["loss_sum"]), tick["seconds"]) for tick in ticks] == [(2, 6, 12), (3, 8, 14.5)]
     assert metrics == {
@@ -295,12 +299,12 @@ def test_an_epoch_that_was_stopped_goes_on_with_what_it_had(monkeypatch):
 @pytest.mark.parametrize("count", [1, 500, 999, 3001])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_several_processes_share_out_every_image_once(count, world_size, monkeypatch):
-    monkeypatch.setattr(training.dist, "is_initialized", lambda: world_size > 1)
-    monkeypatch.setattr(training.dist, "get_world_size", lambda: world_size)
+    monkeypatch.setattr(processes.dist, "is_initialized", lambda: world_size > 1)
+    monkeypatch.setattr(processes.dist, "get_world_size", lambda: world_size)
     taken = []
     for rank in range(world_size):
-        monkeypatch.setattr(training.dist, "get_rank", lambda rank=rank: rank)
-        parts = [torch.arange(count)[part] for part in training.shared_out(count, 500)]
+        monkeypatch.setattr(processes.dist, "get_rank", lambda rank=rank: rank)
+        parts = [torch.arange(count)[part] for part in processes.shared_out(count, 500)]
         assert max(map(len, parts), default=0) <= 500
         assert len(parts) <= math.ceil(math.ceil(count / 500) / world_size)
         taken += parts
