@@ -123,6 +123,12 @@ def probe(model, train, test, precision, batch_size):
     return {"test/loss": processes.sum_over_ranks(loss).item() / len(test.images), "knn/acc": right}
 
 
+def images_to_show(model, test, device):
+    """16 test images (B, 3, H, W) and masks for them (B, N), the same in each epoch."""
+    images = data.normalize(data.draw(test, 16, utils.generator("cpu", "shown")).images.to(device))
+    return images, model.shuffle(len(images), utils.generator(device, "shown"), device)
+
+
 def reconstruction_grid(model, images, masks):
     """Masked input, reconstruction and original, a row each: (3, H, W) uint8."""
     rows = torch.cat([*model.reconstruct(images, masks), images])
@@ -135,10 +141,7 @@ def pretrain(args):
     rank, world_size = processes.join(device)
     run = Run(args.log_dir, run_name(args), vars(args), args.overwrite, writer=rank == 0)
     if run.finished:
-        if rank == 0:
-            print(f"Finished already: {run.directory}")
-        run.export(args.model_path)
-        return run.directory
+        return run.pass_over(args.model_path)
 
     torch.manual_seed(args.seed)
     model_args = {name: getattr(args, name) for name in utils.defaults(MAE_ViT)}
@@ -147,33 +150,29 @@ def pretrain(args):
     utils.tune(model, device, precision, model.shuffle.grid_size**2)
     train, test = data.load_dataset(args.dataset, args.data_dir, args.img_size, args.train_images)
     images = train.images.to(device)
-    at_once = DEVICE_BATCH_SIZE[device.type]
+    at_once = args.max_device_batch_size or DEVICE_BATCH_SIZE[device.type]
     plan = training.plan_training(args, len(images), WARMUP, at_once, rank, world_size)
     optimizer = build_optimizer(model, plan.peak_lr, args.weight_decay)
     draw = functools.partial(draw_batch, images, model.shuffle, args)
     loss = functools.partial(loss_of, utils.compiled(model, args.compile, device), precision)
-    shown = data.normalize(data.draw(test, 16, utils.generator("cpu", "shown")).images.to(device))
-    shown_masks = model.shuffle(len(shown), utils.generator(device, "shown"), device)
+    shown = images_to_show(model, test, device)
     banks = [data.draw(*bank, utils.generator("cpu", "probe")).to(device) for bank in ((train, 5000), (test, 1000))]
     every = probe_interval(args, plan, sum(len(bank.images) for bank in banks))
+    look = functools.partial(probe, model, *banks, precision, at_once)
 
     facts = {"parameters": utils.count_parameters(model), "precision": precision, "images": train.digest()}
-    start = utils.environment() if rank == 0 else {}  # of the one that writes
-    start |= {"device": device.type, "processes": world_size, "micro_batches": len(plan.slices)}
+    start = utils.this_start(device, world_size, plan) if rank == 0 else {}
     with run.open(model, optimizer, plan, facts | plan.facts(), start) as session:
         for epoch in range(session.progress["epoch"], args.total_epoch):
             order = utils.epoch_order(len(images), args.seed, epoch, device)
-            metrics = training.train_one_epoch(
-                model, optimizer, plan, order, draw, loss, session.progress, session.tick
-            )
+            metrics = training.train_one_epoch(model, optimizer, plan, order, draw, loss, session)
             session.check_finite(metrics["train/loss"])
             metrics["memory/peak_mb"] = utils.peak_memory_mb(device)
             last = epoch + 1 == args.total_epoch
             if every:
-                due = last or (epoch + 1) % every == 0
-                metrics |= probe(model, *banks, precision, args.max_device_batch_size or at_once) if due else NOT_PROBED
+                metrics |= look() if last or (epoch + 1) % every == 0 else NOT_PROBED
             if last or epoch % max(1, args.total_epoch // IMAGE_LOGS) == 0:
-                session.log_image("reconstruction", reconstruction_grid(model, shown, shown_masks))
+                session.log_image("reconstruction", reconstruction_grid(model, *shown))
             session.end_epoch(metrics)
         trained_on = {"dataset": args.dataset, "data_dir": args.data_dir}
         session.finish({"kind": "MAE_ViT", "model_args": model_args, "model": model.state_dict(), **trained_on})

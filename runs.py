@@ -25,19 +25,8 @@ from errors import UserError, as_user_error
 
 # May differ when a run is continued: where things are and how they are computed, not what. What --precision auto
 # comes to is compared all the same, as one of the facts given to Run.open.
-FREE_ARGUMENTS = {
-    "compile",
-    "data_dir",
-    "device",
-    "log_dir",
-    "max_device_batch_size",
-    "model_path",
-    "output_model_path",
-    "overwrite",
-    "precision",
-    "pretrained_model_path",
-    "probe_every",
-}
+FREE_ARGUMENTS = {"compile", "data_dir", "device", "log_dir", "max_device_batch_size", "overwrite", "precision"}
+FREE_ARGUMENTS |= {"model_path", "output_model_path", "pretrained_model_path", "probe_every"}
 SAVE_INTERVAL = 50  # times as long as a save takes; so saving takes under 2 % of the time
 STEPS_BETWEEN_AGREEMENTS = 10  # of processes with a GPU each on whether to save; each waits for the GPUs
 
@@ -153,6 +142,13 @@ class Run:
         config = {"name": self.name, "arguments": self.arguments, **facts, "starts": starts}
         with replacing(self.directory / "config.json") as file:
             file.write(json.dumps(config, indent=1).encode())
+
+    def pass_over(self, path):
+        """Say that the run is finished, and export it; its directory."""
+        if self.writer:
+            print(f"Finished already: {self.directory}")
+        self.export(path)
+        return self.directory
 
     def export(self, path):
         """Copy the finished model.pt to a path of the user's, if one was given."""

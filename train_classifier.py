@@ -174,10 +174,7 @@ def train_classifier(args):
         args.log_dir, run_name(args, pretrained and pretrained["run_name"]), vars(args), args.overwrite, rank == 0
     )
     if run.finished:
-        if rank == 0:
-            print(f"Finished already: {run.directory}")
-        run.export(args.output_model_path)
-        return run.directory
+        return run.pass_over(args.output_model_path)
 
     model_args = {name: getattr(args, name) for name in SIZE}
     ViT_Classifier(**model_args)  # bad sizes end here, before the data is read
@@ -190,21 +187,18 @@ def train_classifier(args):
     model = model.to(device)
     precision = utils.pick_precision(args.precision, device, args.embed_dim)
     utils.tune(model, device, precision, (args.img_size // args.patch_size) ** 2)
-    at_once = DEVICE_BATCH_SIZE[device.type]
+    at_once = args.max_device_batch_size or DEVICE_BATCH_SIZE[device.type]
     plan = training.plan_training(args, len(train.images), WARMUP, at_once, rank, world_size)
     optimizer = build_optimizer(model, plan.peak_lr, args.weight_decay)
     draw = functools.partial(draw_batch, train, args)
     loss = functools.partial(loss_of, utils.compiled(model, args.compile, device), precision)
 
     facts = {"parameters": utils.count_parameters(model), "precision": precision, "images": images_digest}
-    start = utils.environment() if rank == 0 else {}  # of the one that writes
-    start |= {"device": device.type, "processes": world_size, "micro_batches": len(plan.slices)}
+    start = utils.this_start(device, world_size, plan) if rank == 0 else {}
     with run.open(model, optimizer, plan, facts | plan.facts(), start) as session:
         for epoch in range(session.progress["epoch"], args.total_epoch):
             order = utils.epoch_order(len(train.images), args.seed, epoch, device)
-            metrics = training.train_one_epoch(
-                model, optimizer, plan, order, draw, loss, session.progress, session.tick
-            )
+            metrics = training.train_one_epoch(model, optimizer, plan, order, draw, loss, session)
             session.check_finite(metrics["train/loss"])
             metrics["memory/peak_mb"] = utils.peak_memory_mb(device)
             last = epoch + 1 == args.total_epoch

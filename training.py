@@ -55,17 +55,16 @@ class Plan(NamedTuple):
         }
 
 
-def plan_training(args, num_images, warmup, device_batch_size, rank=0, world_size=1):
+def plan_training(args, num_images, warmup, at_once, rank=0, world_size=1):
     """Cut the global batch by process and into micro-batches that fit the device; lay out the learning rate.
 
     An epoch's last short batch is dropped. The rate scales with the batch: peak = base * batch / 256 (Goyal et al.
     2017, arXiv:1706.02677).
 
     Args:
-        args: with batch_size, total_epoch, base_learning_rate, and warmup_epoch and max_device_batch_size, where None
-            stands for the defaults that follow.
+        args: with batch_size, total_epoch, base_learning_rate and warmup_epoch, where None stands for `warmup`.
         warmup: fraction of all epochs.
-        device_batch_size: the most images at once on this device.
+        at_once: the most images at once on this device.
 
     Raises:
         UserError: the batch is no multiple of world_size or larger than the data, or the warm-up longer than the run.
@@ -82,7 +81,7 @@ def plan_training(args, num_images, warmup, device_batch_size, rank=0, world_siz
     steps_per_epoch = num_images // batch_size
     return Plan(
         batch_size=batch_size,
-        slices=micro_batches(rank * share, share, args.max_device_batch_size or device_batch_size),
+        slices=micro_batches(rank * share, share, at_once),
         steps_per_epoch=steps_per_epoch,
         warmup_steps=round(warmup_epochs * steps_per_epoch),
         total_steps=args.total_epoch * steps_per_epoch,
@@ -116,7 +115,7 @@ def update(model, optimizer, slices, lr, loss_of, batch):
     return loss
 
 
-def train_one_epoch(model, optimizer, plan, order, draw_batch, loss_of, progress, tick):
+def train_one_epoch(model, optimizer, plan, order, draw_batch, loss_of, session):
     """Take the remaining steps of the current epoch; its metrics.
 
     Args:
@@ -125,17 +124,18 @@ def train_one_epoch(model, optimizer, plan, order, draw_batch, loss_of, progress
             follows from (seed, epoch, step) and is made for the global batch: neither a stop in between nor the number
             of processes changes which images are seen, and how.
         loss_of: as `update` takes it.
-        progress: epoch and step to go on from, loss_sum and seconds of the steps before; changed in place.
-        tick: called after each step.
+        session: with progress, a dictionary of the epoch and step to go on from, and loss_sum and seconds of the steps
+            before, which is kept up to date; and tick(), called after each step.
     """
-    epoch, started = progress["epoch"], time.monotonic()
+    progress, started = session.progress, time.monotonic()
+    epoch = progress["epoch"]
     for step in range(progress["step"], plan.steps_per_epoch):
         batch = draw_batch(order[step * plan.batch_size : (step + 1) * plan.batch_size], epoch, step)
         lr = plan.lr(epoch * plan.steps_per_epoch + step)
         progress["loss_sum"] = progress["loss_sum"] + update(model, optimizer, plan.slices, lr, loss_of, batch)
         progress["step"] = step + 1
         progress["seconds"], started = progress["seconds"] + time.monotonic() - started, time.monotonic()
-        tick()
+        session.tick()
     loss = float(progress["loss_sum"]) / plan.steps_per_epoch  # waits for the device
     seconds = progress["seconds"] + time.monotonic() - started
     return {

@@ -298,6 +298,11 @@ def environment():
     }
 
 
+def this_start(device, world_size, plan):
+    """What config.json keeps of each start of a run."""
+    return {**environment(), "device": device.type, "processes": world_size, "micro_batches": len(plan.slices)}
+
+
 def cpu_name():
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []

@@ -9,6 +9,7 @@ import hashlib
 import math
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -185,9 +186,9 @@ def test_the_logged_rate_is_the_one_that_the_optimizer_used(few_shapes):
 
 
 def plan(num_images=1000, rank=0, world_size=1, **changes):
-    args = {"batch_size": 64, "max_device_batch_size": 16, "total_epoch": 10, "warmup_epoch": None}
+    args = {"batch_size": 64, "total_epoch": 10, "warmup_epoch": None}
     args = argparse.Namespace(**{**args, "base_learning_rate": 1e-3, **changes})
-    return training.plan_training(args, num_images, 0.1, 10, rank, world_size)
+    return training.plan_training(args, num_images, 0.1, 16, rank, world_size)
 
 
 def test_schedule_hits_its_end_points():
@@ -225,7 +226,7 @@ def test_micro_batches_are_as_few_and_even_as_can_be(count, sizes):
     slices = training.micro_batches(5, count, 16)
     assert [part.stop - part.start for part in slices] == sizes
     assert torch.equal(torch.cat([torch.arange(200)[part] for part in slices]), torch.arange(5, 5 + count))
-    assert plan(batch_size=count, max_device_batch_size=None).slices == training.micro_batches(0, count, 10)
+    assert plan(batch_size=count).slices == training.micro_batches(0, count, 16)
 
 
 @pytest.mark.parametrize(
@@ -285,7 +286,9 @@ def test_an_epoch_that_was_stopped_goes_on_with_what_it_had(monkeypatch):
 
     order = torch.arange(14).flip(0)
     optimizer = torch.optim.SGD(model.parameters())
-    metrics = training.train_one_epoch(model, optimizer, plan, order, draw_batch, loss_of, progress, tick)
+    metrics = training.train_one_epoch(
+        model, optimizer, plan, order, draw_batch, loss_of, SimpleNamespace(progress=progress, tick=tick)
+    )
     assert seen == [([9, 8, 7, 6], 1, 1), ([5, 4, 3, 2], 1, 2)]
     assert [(tick["step"], float(tick["loss_sum"]), tick["seconds"]) for tick in ticks] == [(2, 6, 12), (3, 8, 14.5)]
     assert metrics == {
