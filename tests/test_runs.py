@@ -127,6 +127,7 @@ def test_a_signal_saves_and_leaves_with_the_usual_code(tmp_path, capsys):
 
 
 def test_a_signal_that_comes_after_the_last_save_ends_the_program_when_the_run_is_finished(tmp_path):
+    handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit) as leaving, opened(tmp_path) as run:  # noqa: PT012
         train(run, 4)
         os.kill(os.getpid(), signal.SIGINT)
@@ -134,7 +135,7 @@ def test_a_signal_that_comes_after_the_last_save_ends_the_program_when_the_run_i
         run.finish({"kind": "toy"})
     assert leaving.value.code == 128 + signal.SIGINT
     assert Run(tmp_path, "toy", ARGUMENTS).finished
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_the_first_error_is_not_hidden_by_one_of_closing(tmp_path, monkeypatch):
