@@ -137,14 +137,18 @@ def defaults(constructor):
     return {name: parameter.default for name, parameter in inspect.signature(constructor).parameters.items()}
 
 
-def add_run_arguments(parser, log_dir):
-    group = parser.add_argument_group("run")
-    group.add_argument("--seed", type=seed, default=42, help="all random draws follow from it")
-    group.add_argument("--log_dir", default=log_dir, help="the run's directory is made in here")
+def add_device_arguments(group, seed_help):
+    group.add_argument("--seed", type=seed, default=42, help=seed_help)
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto takes CUDA where there is one")
     group.add_argument(
         "--precision", choices=("auto", "float32", "bf16"), default="auto", help="auto takes the faster on this device"
     )
+
+
+def add_run_arguments(parser, log_dir):
+    group = parser.add_argument_group("run")
+    add_device_arguments(group, "all random draws follow from it")
+    group.add_argument("--log_dir", default=log_dir, help="the run's directory is made in here")
     group.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
