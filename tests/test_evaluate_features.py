@@ -1,0 +1,204 @@
+"""evaluate_features.py as a user starts it, on tiny models of fresh weights."""
+
+import csv
+import json
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import evaluate_features
+import features
+from checkpoints import save_file
+from evaluate_features import main, plt
+from model import MAE_ViT, ViT_Classifier
+
+ROOT = Path(__file__).parents[1]
+SIZE = {"img_size": 16, "patch_size": 8, "embed_dim": 12, "encoder_depth": 3, "num_heads": 2}
+
+
+@pytest.fixture(autouse=True)
+def few_shapes(monkeypatch, tmp_path):
+    """Work in an empty directory; drawn training sets of 60 images and test sets of 150, so that batches are uneven."""
+    draw = data.shapes
+    monkeypatch.setattr(data, "shapes", lambda count, img_size, seed: draw(60 + 90 * seed, img_size, seed))
+    monkeypatch.chdir(tmp_path)
+
+
+def save_model(path, kind=MAE_ViT, seed=0, **trained_on):
+    torch.manual_seed(seed)
+    model = kind(**SIZE)
+    content = {"kind": kind.__name__, "model_args": SIZE, "model": model.state_dict(), "run_name": Path(path).stem}
+    save_file(path, {"dataset": "shapes", "data_dir": "data", **content, **trained_on})
+    return model
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def untimed(path):
+    return [{name: value for name, value in row.items() if "seconds" not in name} for row in rows_of(path)]
+
+
+def test_the_table_is_of_the_models_features_and_stands_beside_it(capsys):
+    model = save_model("run/model.pt").eval()
+    main(["--model_path", "run", "--device", "cpu", "--save", "deep/features.npz"])
+    rows = rows_of("run/features.csv")
+    assert [(row["encoder"], row["layer"], row["pool"]) for row in rows] == [
+        ("trained", "3", "cls"),
+        ("trained", "3", "mean"),
+    ]
+    train, test = data.load_dataset("shapes", "data", 16)
+    with np.load("deep/features.npz") as stored:
+        saved = {name: torch.from_numpy(stored[name]) for name in stored.files if name != "classes"}
+        assert stored["classes"].tolist() == train.classes
+    assert torch.equal(saved["train_labels"], train.labels)
+    assert torch.equal(saved["test_labels"], test.labels)
+    with torch.no_grad():
+        tokens = {part: model.encoder(data.normalize(of.images)) for part, of in (("train", train), ("test", test))}
+    shown = capsys.readouterr().out
+    for row in rows:
+        x, queries = (saved[f"{part}_{row['pool']}_3"] for part in ("train", "test"))
+        for part, found in (("train", x), ("test", queries)):
+            torch.testing.assert_close(found, features.POOLS[row["pool"]](tokens[part]), rtol=1e-5, atol=1e-5)
+        predicted = features.knn_predict(x, train.labels, queries, 10)
+        assert float(row["knn/acc"]) == (predicted == test.labels).double().mean().item()
+        held_out = evaluate_features.utils.generator("cpu", 42, "held out")
+        predicted, weight_decay = features.linear_probe(x, train.labels, queries, 10, held_out)
+        assert float(row["linear/acc"]) == (predicted == test.labels).double().mean().item()
+        assert float(row["linear/weight_decay"]) == weight_decay
+        line = next(line for line in shown.splitlines() if line.split()[:3] == ["trained", "3", row["pool"]])
+        assert line.split()[3:5] == [f"{float(row[name]):.2%}" for name in ("knn/acc", "linear/acc")]
+    facts = json.loads(Path("run/features.json").read_text())
+    assert (facts["train_images"], facts["test_images"], facts["kind"]) == (60, 150, "MAE_ViT")
+    assert facts["rows"][1]["knn/acc"] == float(rows[1]["knn/acc"])
+    assert facts.keys() >= {"command", "commit", "precision", "device", "seconds", "memory/peak_mb", "dataset"}
+    assert facts["arguments"]["seed"] == 42
+    assert not Path("run/features.png").exists()
+
+
+def test_every_block_is_measured_and_drawn_beside_an_untrained_encoder(monkeypatch):
+    save_model("run/model.pt", seed=1)
+    drawn = []
+    monkeypatch.setattr(evaluate_features, "save", lambda figure, path: drawn.append((figure, path)))
+    main(["--model_path", "run", "--layers", "all", "--untrained", "--seed", "5"])
+    rows = rows_of("run/features.csv")
+    expected = [(name, k, pool) for name in ("trained", "untrained") for k in "123" for pool in ("cls", "mean")]
+    assert [(row["encoder"], row["layer"], row["pool"]) for row in rows] == expected
+    ((figure, path),) = drawn
+    assert path == Path("run/features.png")
+    for axes, name in zip(figure.axes, ("linear/acc", "knn/acc"), strict=True):
+        assert axes.get_xlabel() == "encoder block"
+        lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
+        for encoder, pool in {(row["encoder"], row["pool"]) for row in rows}:
+            mine = [row for row in rows if (row["encoder"], row["pool"]) == (encoder, pool)]
+            assert lines[f"{encoder}, {pool}"] == ([1, 2, 3], [float(row[name]) for row in mine])
+    plt.close(figure)
+    save_model("fresh.pt", seed=5)  # what an untrained one is
+    main(["--model_path", "fresh.pt", "--layers", "all", "--seed", "5"])
+    measured = [list(row.values())[1:] for row in untimed("fresh_features.csv")]
+    assert measured == [list(row.values())[1:] for row in untimed("run/features.csv")[6:]]
+
+
+def test_the_same_command_gives_the_same_numbers_whatever_fits_into_memory(monkeypatch):
+    save_model("run/model.pt")
+    command = ["--model_path", "run", "--layers", "all", "--save"]
+    monkeypatch.setattr(evaluate_features, "save", lambda figure, path: plt.close(figure))
+    main([*command, "one.npz"])
+    once, passes = untimed("run/features.csv"), []
+    extract = evaluate_features.extract_features
+
+    def noting(encoder, images, prepare, layers, *rest):
+        passes.append((len(images), layers))
+        return extract(encoder, images, prepare, layers, *rest)
+
+    monkeypatch.setattr(evaluate_features, "extract_features", noting)
+    layer_bytes = 210 * 12 * 2 * 4
+    for limit, groups in [(1, [[1], [2], [3]]), (3 * layer_bytes - 1, [[1, 2], [3]]), (3 * layer_bytes, [[1, 2, 3]])]:
+        monkeypatch.setattr(evaluate_features, "CACHE_BYTES", limit)
+        passes.clear()
+        main([*command, "more.npz"])
+        assert untimed("run/features.csv") == once
+        assert passes == [(count, group) for group in groups for count in (60, 150)]
+        with np.load("one.npz") as one, np.load("more.npz") as more:
+            assert sorted(one.files) == sorted(more.files)
+            assert len(one.files) == 3 * 2 * 2 + 3
+            assert all((one[name] == more[name]).all() for name in one.files)
+
+
+def test_several_models_of_both_kinds_have_their_own_files():
+    save_model("mae/model.pt")
+    save_model("made/cls.pt", ViT_Classifier, classes=["whatever"] * 10)
+    main(["--model_path", "mae", "made/cls.pt", "--pool", "mean", "--train_images", "20", "--dataset", "shapes"])
+    places = ("mae/features_shapes_20.json", "made/cls_features_shapes_20.json")
+    mae, classifier = (json.loads(Path(place).read_text()) for place in places)
+    assert (mae["kind"], classifier["kind"]) == ("MAE_ViT", "ViT_Classifier")
+    assert mae["train_images"] == classifier["train_images"] == 20
+    assert [row["pool"] for row in classifier["rows"]] == ["mean"]
+    assert mae["model_digest"] != classifier["model_digest"]
+
+
+def bad_files():
+    Path("text.pt").write_text("not a checkpoint")
+    save_file("checkpoint.pt", {"kind": "checkpoint"})
+    save_model("mae.pt")
+    save_model("nan.pt")
+    content = torch.load("nan.pt")
+    content["model"]["encoder.cls_token"][:] = torch.nan
+    save_file("nan.pt", content)
+    for name in ("train/a", "train/b", "test"):
+        Path("pets", name).mkdir(parents=True)
+        if name != "test":
+            plt.imsave(f"pets/{name}/0.png", np.zeros((16, 16, 3)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "the following arguments are required: --model_path"),
+        ("--model_path nowhere.pt", "No file nowhere.pt"),
+        ("--model_path mae.pt text.pt", "Cannot read text.pt"),
+        ("--model_path checkpoint.pt", "checkpoint.pt holds checkpoint; MAE_ViT or ViT_Classifier is needed"),
+        ("--model_path mae.pt mae.pt --save a.npz", "--save takes the features of one model; --model_path names 2"),
+        ("--model_path mae.pt --dataset folder --data_dir pets", "pets/test holds no images"),
+        ("--model_path mae.pt --train_images 7", "--train_images 7 is not 10 classes times 1 to"),
+        ("--model_path mae.pt --layers 4", "--layers: invalid choice: '4' .choose from .*last.*all"),
+        ("--model_path mae.pt --pool max", "--pool: invalid choice: 'max' .choose from .*cls.*mean"),
+        ("--model_path mae.pt --device cuda:7", "--device cuda:7 is not there"),
+        ("--model_path mae.pt --save text.pt/a.npz", "'text.pt'"),
+        ("--model_path nan.pt", "features are infinite or nan"),
+    ],
+)
+def test_bad_input_gets_one_line_and_leaves_no_table(arguments, message, capsys, monkeypatch):
+    bad_files()
+    monkeypatch.setattr(sys, "argv", ["evaluate_features.py"])
+    with pytest.raises(SystemExit) as leaving:
+        main(shlex.split(arguments))
+    assert leaving.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    assert error.startswith("evaluate_features.py: error: ")
+    assert re.search(message, error), error
+    assert not list(Path().rglob("*features*"))
+    assert not list(Path().rglob("*.npz*"))
+
+
+def test_help_shows_every_flag_and_the_commands_above_have_flags_that_exist(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["evaluate_features.py", "--help"])
+    with pytest.raises(SystemExit) as leaving:
+        runpy.run_path(str(ROOT / "evaluate_features.py"), run_name="__main__")
+    assert leaving.value.code == 0
+    text = capsys.readouterr().out
+    assert "(default: None)" not in text
+    commands = re.findall(r"^python evaluate_features.py (.*)$", evaluate_features.__doc__, re.MULTILINE)
+    assert len(commands) == 3
+    for command in commands:
+        evaluate_features.parse_args(shlex.split(command))
