@@ -55,7 +55,7 @@ class Plan(NamedTuple):
         }
 
 
-def plan_training(args, num_images, warmup, at_once, rank=0, world_size=1):
+def plan_training(args, num_images, warmup, at_once, rank, world_size):
     """Cut the global batch by process and into micro-batches that fit the device; lay out the learning rate.
 
     An epoch's last short batch is dropped. The rate scales with the batch: peak = base * batch / 256 (Goyal et al.

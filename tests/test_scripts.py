@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import data
+import evaluate_features
 import mae_pretrain
 import train_classifier
 import training
@@ -152,7 +153,7 @@ def test_probes_look_at_test_images_now_and_then_and_change_nothing():
 )
 def test_probes_are_about_20_or_fewer_where_epochs_are_short(flags, images, expected):
     args = mae_pretrain.parse_args(shlex.split(flags))
-    assert mae_pretrain.probe_interval(args, training.plan_training(args, images, 0.1, 128), 6000) == expected
+    assert mae_pretrain.probe_interval(args, training.plan_training(args, images, 0.1, 128, 0, 1), 6000) == expected
 
 
 def test_a_classifier_starts_from_the_pretrained_encoder():
@@ -641,7 +642,9 @@ def test_dry_run_goes_through_every_line_and_leaves_nothing(script, more, capsys
     assert not list(Path().iterdir())
 
 
-@pytest.mark.parametrize("name", ["mae_pretrain", "train_classifier", "visualize_predictions", "scripts/plot_curves"])
+@pytest.mark.parametrize(
+    "name", ["mae_pretrain", "train_classifier", "evaluate_features", "visualize_predictions", "scripts/plot_curves"]
+)
 def test_help_shows_every_flag(name, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", [name, "--help"])
     with pytest.raises(SystemExit) as leaving:
@@ -654,7 +657,8 @@ def test_help_shows_every_flag(name, capsys, monkeypatch):
 
 def test_commands_in_the_readme_and_the_scripts_have_flags_that_exist():
     commands = []
-    parsers = {f"{module.__name__}.py": module for module in (mae_pretrain, train_classifier, visualize_predictions)}
+    modules = (mae_pretrain, train_classifier, evaluate_features, visualize_predictions)
+    parsers = {f"{module.__name__}.py": module for module in modules}
     for path in [ROOT / "README.md", *ROOT.glob("*.py")]:
         for line in path.read_text().replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True) if re.match(r" *(python|torchrun) ", line) else []
