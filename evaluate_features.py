@@ -60,9 +60,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group("run")
     utils.add_device_arguments(group, "which training images are held out; the untrained encoder's weights")
     group.add_argument("--save", help="also write the features, labels and class names to this .npz file")
-    args = parser.parse_args(argv)
-    args.pool = list(dict.fromkeys(args.pool))
-    return args
+    return parser.parse_args(argv)
 
 
 def measure(features, labels, queries, query_labels, num_classes, seed):

@@ -15,6 +15,7 @@ import torch
 import data
 import evaluate_features
 import features
+import utils
 from checkpoints import save_file
 from evaluate_features import main, plt
 from model import MAE_ViT, ViT_Classifier
@@ -71,7 +72,7 @@ def test_the_table_is_of_the_models_features_and_stands_beside_it(capsys):
             torch.testing.assert_close(found, features.POOLS[row["pool"]](tokens[part]), rtol=1e-5, atol=1e-5)
         predicted = features.knn_predict(x, train.labels, queries, 10)
         assert float(row["knn/acc"]) == (predicted == test.labels).double().mean().item()
-        held_out = evaluate_features.utils.generator("cpu", 42, "held out")
+        held_out = utils.generator("cpu", 42, "held out")
         predicted, weight_decay = features.linear_probe(x, train.labels, queries, 10, held_out)
         assert float(row["linear/acc"]) == (predicted == test.labels).double().mean().item()
         assert float(row["linear/weight_decay"]) == weight_decay
@@ -87,13 +88,27 @@ def test_the_table_is_of_the_models_features_and_stands_beside_it(capsys):
 
 def test_every_block_is_measured_and_drawn_beside_an_untrained_encoder(monkeypatch):
     save_model("run/model.pt", seed=1)
-    drawn = []
+    drawn, seeds = [], set()
+
+    def noting(*arguments):
+        seeds.add(arguments[-1].initial_seed())
+        return features.linear_probe(*arguments)
+
+    monkeypatch.setattr(evaluate_features, "linear_probe", noting)
     monkeypatch.setattr(evaluate_features, "save", lambda figure, path: drawn.append((figure, path)))
-    main(["--model_path", "run", "--layers", "all", "--untrained", "--seed", "5"])
+    command = ["--layers", "all", "--seed", "5", "--save", "features.npz"]
+    main(["--model_path", "run", "--untrained", *command])
+    assert seeds == {utils.generator("cpu", 5, "held out").initial_seed()}
+    with np.load("features.npz") as one:
+        both = {name: one[name] for name in one.files}
+    main(["--model_path", "run/model.pt", *command])
+    with np.load("features.npz") as one:
+        assert sorted(one.files) == sorted(both)  # the trained encoder's only
+        assert all((one[name] == both[name]).all() for name in one.files)
     rows = rows_of("run/features.csv")
     expected = [(name, k, pool) for name in ("trained", "untrained") for k in "123" for pool in ("cls", "mean")]
     assert [(row["encoder"], row["layer"], row["pool"]) for row in rows] == expected
-    ((figure, path),) = drawn
+    figure, path = drawn[0]
     assert path == Path("run/features.png")
     for axes, name in zip(figure.axes, ("linear/acc", "knn/acc"), strict=True):
         assert axes.get_xlabel() == "encoder block"
@@ -101,7 +116,7 @@ def test_every_block_is_measured_and_drawn_beside_an_untrained_encoder(monkeypat
         for encoder, pool in {(row["encoder"], row["pool"]) for row in rows}:
             mine = [row for row in rows if (row["encoder"], row["pool"]) == (encoder, pool)]
             assert lines[f"{encoder}, {pool}"] == ([1, 2, 3], [float(row[name]) for row in mine])
-    plt.close(figure)
+    plt.close("all")
     save_model("fresh.pt", seed=5)  # what an untrained one is
     main(["--model_path", "fresh.pt", "--layers", "all", "--seed", "5"])
     measured = [list(row.values())[1:] for row in untimed("fresh_features.csv")]
