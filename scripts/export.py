@@ -17,8 +17,14 @@ from checkpoints import load_file, load_model, save_file
 from errors import UserError, as_user_error, exit_in_one_line
 from model import MAE_ViT, ViT_Classifier
 
-# ours -> theirs, in this order; the position embeddings, which differ in shape, and transformers' q, k and v apart
+# names: ours to timm's, and timm's to transformers', which has q, k and v apart
 TIMM = {"pos_embedding": "pos_embed", "patchify": "patch_embed.proj", "transformer": "blocks", "layer_norm": "norm"}
+HF = {
+    "cls_token": "embeddings.cls_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "patch_embed.proj": "embeddings.patch_embeddings.projection",
+    "norm": "layernorm",
+}
 HF_BLOCK = {
     "norm1": "layernorm_before",
     "norm2": "layernorm_after",
@@ -107,12 +113,6 @@ def to_hf(model, classes):
     """
     model_args, timm_state = to_timm(model)
     prefix = "vit." if classes else ""
-    names = {
-        "cls_token": "embeddings.cls_token",
-        "pos_embed": "embeddings.position_embeddings",
-        "patch_embed.proj": "embeddings.patch_embeddings.projection",
-        "norm": "layernorm",
-    }
     state = {}
     for name, tensor in timm_state.items():
         module, _, kind = name.rpartition(".")  # kind: weight or bias
@@ -127,7 +127,7 @@ def to_hf(model, classes):
         elif module == "head":
             state[f"classifier.{kind}"] = tensor
         else:
-            state[prefix + (f"{names[module]}.{kind}" if module else names[name])] = tensor
+            state[prefix + (f"{HF[module]}.{kind}" if module else HF[name])] = tensor
     config = {
         "model_type": "vit",
         "architectures": ["ViTForImageClassification" if classes else "ViTModel"],
