@@ -1,9 +1,7 @@
 """The .pt files: dictionaries of tensors and plain values, written whole or not at all, read without unpickling."""
 
-import contextlib
 import hashlib
 import io
-import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -11,6 +9,10 @@ from pathlib import Path
 import torch
 
 from errors import UserError, as_user_error
+from files import replacing
+
+FIELDS = {"MAE_ViT": {"run_name", "dataset", "data_dir"}}  # of a finished model's file, beside the model
+FIELDS["ViT_Classifier"] = FIELDS["MAE_ViT"] | {"classes"}
 
 
 def save_file(path, content):
@@ -68,6 +70,8 @@ def load_model(path, *constructors):
     content = load_file(path, *(constructor.__name__ for constructor in constructors))
     constructor = next(constructor for constructor in constructors if constructor.__name__ == content["kind"])
     try:
+        if absent := FIELDS[content["kind"]] - content.keys():
+            raise ValueError(f"it has no {', '.join(sorted(absent))}")
         model = constructor(**content["model_args"])
         model.load_state_dict(content["model"])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -81,21 +85,3 @@ def digest(state_dict):
     for name, tensor in sorted(state_dict.items()):
         result.update(name.encode() + tensor.contiguous().numpy().tobytes())
     return result.hexdigest()
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """Open a file for writing bytes; path has the new content after the block, or is as it was if anything fails."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    os.fsync(directory)  # the new name, too
-    os.close(directory)

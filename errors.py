@@ -23,9 +23,12 @@ def as_user_error(*kinds):
 
 @contextlib.contextmanager
 def exit_in_one_line():
-    """End the program with one line: with exit code 2 where a user can mend it, 1 where memory was refused."""
+    """End the program with one line: exit code 2 where a user can mend it, 1 if memory was refused, 130 for Ctrl-C."""
     try:
         yield
+    except KeyboardInterrupt:  # while there is nothing to save: an open run notes signals
+        print("\nInterrupted.", file=sys.stderr)
+        sys.exit(130)
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -17,7 +17,7 @@ import data
 import processes
 import training
 import utils
-from checkpoints import load_model
+from checkpoints import digest, load_model
 from errors import exit_in_one_line
 from features import extract_features, knn_predict
 from model import MASK_STRATEGIES, MAE_ViT, mae_loss
@@ -54,7 +54,9 @@ def parse_args(argv=None):
         help=f"epochs between looks at test images (k-NN accuracy, reconstruction error); 0: never; left out: about "
         f"{PROBES} looks in a run, fewer where they would take more than {100 * PROBE_SHARE:.0f} %% of its time",
     )
-    parser.add_argument_group("output").add_argument("--model_path", help="copy the finished model.pt to here")
+    parser.add_argument_group("output").add_argument(
+        "--model_path", type=utils.file_path, help="copy the finished model.pt to this file"
+    )
     parser.set_defaults(**utils.defaults(MAE_ViT))
     return parser.parse_args(argv)
 
@@ -84,6 +86,11 @@ def loss_of(forward, precision, images, ids_shuffle):
     with utils.autocast(precision, images.device):
         pred, mask = forward(images, ids_shuffle)
     return mae_loss(pred, images, mask)  # each image has equally many hidden patches
+
+
+def mask_digest(shuffle, count=100):
+    """16 hex digits that change where a strategy of this name draws other masks."""
+    return digest({"masks": shuffle(count, utils.generator("cpu", "digest"))})
 
 
 def probe_interval(args, plan, bank_size):
@@ -123,46 +130,53 @@ def probe(model, train, test, precision, batch_size):
     return {"test/loss": processes.sum_over_ranks(loss).item() / len(test.images), "knn/acc": right}
 
 
-def images_to_show(model, test, device):
-    """16 test images (B, 3, H, W) and masks for them (B, N), the same in each epoch."""
-    images = data.normalize(data.draw(test, 16, utils.generator("cpu", "shown")).images.to(device))
-    return images, model.shuffle(len(images), utils.generator(device, "shown"), device)
-
-
-def reconstruction_grid(model, images, masks):
-    """Masked input, reconstruction and original, a row each: (3, H, W) uint8."""
+def reconstruction_grid(model, images):
+    """Masked input, reconstruction and original, a row each, under the same masks each time: (3, H, W) uint8."""
+    masks = model.shuffle(len(images), utils.generator(images.device, "shown"), images.device)
     rows = torch.cat([*model.reconstruct(images, masks), images])
     return make_grid(data.to_pixels(rows), nrow=len(images))
+
+
+def load_images(args, device):
+    """The images to train on, (N, 3, H, W) uint8, and others to look at, all on the device; the digests of both sets.
+
+    Returns:
+        images; banks: the training and the test ImageSet of a probe; shown: 16 test images, normalised; digests.
+    """
+    train, test = data.load_dataset(args.dataset, args.data_dir, args.img_size, args.train_images)
+    banks = [data.draw(*bank, utils.generator("cpu", "probe")).to(device) for bank in ((train, 5000), (test, 1000))]
+    shown = data.normalize(data.draw(test, 16, utils.generator("cpu", "shown")).images.to(device))
+    return train.images.to(device), banks, shown, {"images": train.digest(), "test_set": test.digest()}
 
 
 def pretrain(args):
     """Train one run to its end, on from where it stopped; returns its directory."""
     device = utils.pick_device(args.device)
     rank, world_size = processes.join(device)
-    run = Run(args.log_dir, run_name(args), vars(args), args.overwrite, writer=rank == 0)
-    if run.finished:
+    with processes.together():
+        run = Run(args.log_dir, run_name(args), vars(args), args.overwrite, writer=rank == 0)
+        torch.manual_seed(args.seed)
+        model_args = {name: getattr(args, name) for name in utils.defaults(MAE_ViT)}
+        model = MAE_ViT(**model_args).to(device)  # bad sizes end here, before the data is read
+        images, banks, shown, digests = load_images(args, device)
+        digests["masks"] = mask_digest(model.shuffle)
+        finished = run.is_finished(digests)
+    if processes.what_first_has([int(finished)])[0]:
         return run.pass_over(args.model_path)
 
-    torch.manual_seed(args.seed)
-    model_args = {name: getattr(args, name) for name in utils.defaults(MAE_ViT)}
-    model = MAE_ViT(**model_args).to(device)
-    precision = utils.pick_precision(args.precision, device, args.embed_dim)
-    utils.tune(model, device, precision, model.shuffle.grid_size**2)
-    train, test = data.load_dataset(args.dataset, args.data_dir, args.img_size, args.train_images)
-    images = train.images.to(device)
     at_once = args.max_device_batch_size or DEVICE_BATCH_SIZE[device.type]
     plan = training.plan_training(args, len(images), WARMUP, at_once, rank, world_size)
+    precision = utils.pick_precision(args.precision, device, args.embed_dim)
+    utils.tune(model, device, precision, model.shuffle.grid_size**2)
     optimizer = build_optimizer(model, plan.peak_lr, args.weight_decay)
     draw = functools.partial(draw_batch, images, model.shuffle, args)
     loss = functools.partial(loss_of, utils.compiled(model, args.compile, device), precision)
-    shown = images_to_show(model, test, device)
-    banks = [data.draw(*bank, utils.generator("cpu", "probe")).to(device) for bank in ((train, 5000), (test, 1000))]
     every = probe_interval(args, plan, sum(len(bank.images) for bank in banks))
     look = functools.partial(probe, model, *banks, precision, at_once)
 
-    facts = {"parameters": utils.count_parameters(model), "precision": precision, "images": train.digest()}
+    facts = {"parameters": utils.count_parameters(model), "precision": precision, **digests, **plan.facts()}
     start = utils.this_start(device, world_size, plan) if rank == 0 else {}
-    with run.open(model, optimizer, plan, facts | plan.facts(), start) as session:
+    with run.open(model, optimizer, plan, facts, start) as session:
         for epoch in range(session.progress["epoch"], args.total_epoch):
             order = utils.epoch_order(len(images), args.seed, epoch, device)
             metrics = training.train_one_epoch(model, optimizer, plan, order, draw, loss, session)
@@ -172,7 +186,7 @@ def pretrain(args):
             if every:
                 metrics |= look() if last or (epoch + 1) % every == 0 else NOT_PROBED
             if last or epoch % max(1, args.total_epoch // IMAGE_LOGS) == 0:
-                session.log_image("reconstruction", reconstruction_grid(model, *shown))
+                session.log_image("reconstruction", reconstruction_grid(model, shown))
             session.end_epoch(metrics)
         trained_on = {"dataset": args.dataset, "data_dir": args.data_dir}
         session.finish({"kind": "MAE_ViT", "model_args": model_args, "model": model.state_dict(), **trained_on})

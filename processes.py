@@ -1,18 +1,31 @@
 """The processes that torchrun started, if any, and what they tell each other; with one process nothing happens."""
 
+import contextlib
 import os
+import sys
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from errors import UserError, as_user_error
+
+LONGEST_WAIT = timedelta(hours=2)  # for each other: one may have a large folder of images to decode
+
 
 def join(device):
-    """Join the processes that torchrun started, if any: (rank, world_size)."""
+    """Join the processes that torchrun started, if any: (rank, world_size).
+
+    Raises:
+        UserError: RANK is set, and what else torchrun sets is not.
+    """
     if "RANK" not in os.environ:
         return 0, 1
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    gpu = device if device.type == "cuda" else None
+    if gpu:
+        torch.cuda.set_device(gpu)
+    with as_user_error(ValueError):
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=LONGEST_WAIT, device_id=gpu)
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -21,6 +34,21 @@ def leave():
     barrier()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def together():
+    """A block that all processes pass, or none: what the user can mend on one of them ends the others, silently.
+
+    In the block none waits for another, but in what all reach before any can fail.
+    """
+    try:
+        yield
+    except UserError:
+        largest_over_ranks(1)
+        raise
+    if largest_over_ranks(0)[0]:
+        sys.exit(2)
 
 
 def is_first():

@@ -6,7 +6,6 @@ the end, model.pt. The name says what sets the run apart, so the same command ag
 
 import contextlib
 import csv
-import fcntl
 import io
 import json
 import math
@@ -20,14 +19,21 @@ import torch
 from tqdm import tqdm
 
 import processes
-from checkpoints import load_file, replacing, save_file
+from checkpoints import load_file, save_file
 from errors import UserError, as_user_error
+from files import locked, replacing
 
 # May differ when a run is continued: where things are and how they are computed, not what. What --precision auto
 # comes to is compared all the same, as one of the facts given to Run.open.
 FREE_ARGUMENTS = {"compile", "data_dir", "device", "log_dir", "max_device_batch_size", "overwrite", "precision"}
 FREE_ARGUMENTS |= {"model_path", "output_model_path", "pretrained_model_path", "probe_every"}
+# What else must be as it was, as digests: of a finished run, too
+DIGESTS = {"images": "training images", "test_set": "test images", "masks": "masks from the strategy of this name"}
+DIGESTS |= {"encoder_digest": "weights of the pretrained encoder"}
 SAVE_INTERVAL = 50  # times as long as a save takes; so saving takes under 2 % of the time
+LEAST_SAVE_INTERVAL = 60  # seconds: files of 100 MB would else wear the disk
+SHOWN = ("train/loss", "test/loss", "val/acc", "test/acc", "knn/acc")  # after each epoch
+REPEAT_SECONDS = 3  # torchrun sends a signal that its processes may have got already
 STEPS_BETWEEN_AGREEMENTS = 10  # of processes with a GPU each on whether to save; each waits for the GPUs
 
 # --- reading back ---
@@ -72,13 +78,27 @@ class Run:
         writer: False on all processes but one; they read what it wrote and write nothing.
 
     Raises:
-        UserError: the directory holds a run with other arguments.
+        UserError: the name is no name of a directory, or the directory holds a run with other arguments.
     """
 
     def __init__(self, log_dir, name, arguments, overwrite=False, writer=True):
+        if name in ("", ".", "..") or set(name) & {"/", "\0"}:  # it may come from a file, and files are deleted in it
+            raise UserError(f"{name!r} cannot be the name of a run's directory.")
         self.directory = Path(log_dir) / name
         self.name, self.arguments, self.overwrite, self.writer = name, arguments, overwrite, writer
-        self.finished = self._checked_config({}) is not None and (self.directory / "model.pt").exists()
+        self._checked_config({})
+
+    def settings(self):
+        """The arguments that say what is computed, not where and how."""
+        return {name: value for name, value in self.arguments.items() if name not in FREE_ARGUMENTS}
+
+    def is_finished(self, facts):
+        """Whether this process finds the run finished.
+
+        Raises:
+            UserError: it was a run with other facts.
+        """
+        return self._checked_config(facts) is not None and (self.directory / "model.pt").exists()
 
     def _checked_config(self, facts):
         """The stored config, None for a new run; other arguments or facts than these are refused."""
@@ -92,11 +112,17 @@ class Run:
 
     def _check_same(self, stored, now, skip=frozenset()):
         for key in sorted(stored.keys() & now.keys() - skip):
-            if stored[key] != now[key]:
+            if stored[key] == now[key]:
+                continue
+            if key in DIGESTS:
                 raise UserError(
-                    f"{self.directory} is a run with {key} {stored[key]}, and now {key} is {now[key]}. Give the stored "
-                    f"value to continue it, --overwrite to start it anew, or another --log_dir."
+                    f"{self.directory} is a run with other {DIGESTS[key]} (digest {stored[key]}, now {now[key]}). "
+                    f"--overwrite starts it anew; another --log_dir keeps both."
                 )
+            raise UserError(
+                f"{self.directory} is a run with {key} {stored[key]}, and now {key} is {now[key]}. Give the stored "
+                f"value to continue it, --overwrite to start it anew, or another --log_dir."
+            )
 
     @contextlib.contextmanager
     def open(self, model, optimizer, plan, facts, start):
@@ -116,15 +142,20 @@ class Run:
                 run's, or not all processes see it.
         """
         with contextlib.ExitStack() as stack:
-            if self.writer:
-                stack.enter_context(locked(self.directory))
             signals = stack.enter_context(noted_signals())
-            config = self._checked_config(facts)
+            with processes.together():  # nobody reads what is still to be cleared
+                if self.writer:
+                    self._lock(stack)
+                config = self._checked_config(facts)
+                if self.writer:
+                    with as_user_error(OSError):
+                        self._write_config(facts, [*(config["starts"] if config else []), start])
+            with processes.together():
+                session = Session(self, model, optimizer, plan, facts, signals)
+            with processes.together():
+                session.check_same_start()
             if self.writer:
-                with as_user_error(OSError):
-                    self._write_config(facts, [*(config["starts"] if config else []), start])
-            processes.barrier()  # nobody reads what is still to be cleared
-            session = Session(self, model, optimizer, plan, signals)
+                session.announce(start)
             try:
                 yield session
             except BaseException:
@@ -133,6 +164,14 @@ class Run:
                 raise
             with session.writing():
                 session.close()
+
+    def _lock(self, stack):
+        with as_user_error(OSError):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            try:
+                stack.enter_context(locked(self.directory, wait=False))
+            except BlockingIOError:
+                raise UserError(f"Another process is at work on {self.directory}; wait for it or stop it.") from None
 
     def _write_config(self, facts, starts):
         if self.overwrite:
@@ -161,35 +200,21 @@ class Run:
 
 
 @contextlib.contextmanager
-def locked(directory):
-    """Make a directory and let no other process have it; the kernel drops the lock when the process ends, however.
-
-    Raises:
-        UserError: another process has it, or it cannot be made.
-    """
-    with contextlib.ExitStack() as stack:
-        with as_user_error(OSError):
-            directory.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(open(directory / ".lock", "w"))
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"Another process is at work on {directory}; wait for it or stop it.") from None
-        yield
-
-
-@contextlib.contextmanager
 def noted_signals():
-    """SIGINT and SIGTERM are only noted in the list that this yields; a second of the same ends the process at once.
+    """SIGINT and SIGTERM are only noted in the list that this yields; a later second one ends the process at once.
 
-    One that came too late for the block to act on ends the program after it.
+    Repeats within a moment are one signal. One that came too late for the block to act on ends the program after it.
     """
-    noted = []
+    noted, noted_at = [], {}
 
     def note(number, frame):
-        noted.append(number)
-        signal.signal(number, signal.SIG_DFL)
-        os.write(2, f"\n{signal.Signals(number).name}: finishing this step, then saving.\n".encode())
+        if number not in noted_at:
+            noted.append(number)
+            noted_at[number] = time.monotonic()
+            os.write(2, f"\n{signal.Signals(number).name}: finishing this step, then saving.\n".encode())
+        elif time.monotonic() - noted_at[number] > REPEAT_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -213,16 +238,19 @@ class Session:
     them), seconds (spent on them), and whatever a script adds to it.
     """
 
-    def __init__(self, run, model, optimizer, plan, signals):
-        self.run, self.model, self.optimizer, self.plan, self.signals = run, model, optimizer, plan, signals
+    def __init__(self, run, model, optimizer, plan, facts, signals):
+        self.run, self.model, self.optimizer, self.plan = run, model, optimizer, plan
+        self.facts, self.signals = facts, signals
+        self.epochs = plan.total_steps // plan.steps_per_epoch
         self.columns = None  # of metrics.csv, None while it has no row
         self.saved = None  # epoch and step of the last save
         self.saved_at, self.save_seconds = time.monotonic(), 0.2
         self.progress = self._restore()
+        self.started_at, self.steps_before = time.monotonic(), self._steps()
         self.board = self._board() if run.writer else None
         self.bar = tqdm(  # loss, images/s and the time left of the whole run, on a terminal
             total=plan.total_steps * plan.batch_size,
-            initial=(self.progress["epoch"] * plan.steps_per_epoch + self.progress["step"]) * plan.batch_size,
+            initial=self.steps_before * plan.batch_size,
             desc=run.name.split("_")[0],
             unit="img",
             unit_scale=True,
@@ -241,20 +269,23 @@ class Session:
             except (KeyError, RuntimeError, ValueError) as error:
                 raise UserError(f"{path} is of another run; start anew with --overwrite. {error}") from error
             self.saved = {name: progress[name] for name in ("epoch", "step")}
-        self._check_same_start(progress)
         if self.run.writer and (self.run.directory / "metrics.csv").exists():
             rows = [row for row in read_metrics(self.run.directory) if row["epoch"] <= progress["epoch"]]
             with self.writing():
                 self._rewrite_metrics(rows)
         return progress
 
+    def _steps(self):
+        return self.progress["epoch"] * self.plan.steps_per_epoch + self.progress["step"]
+
     def _rewrite_metrics(self, rows):
         with replacing(self.run.directory / "metrics.csv") as file:
             file.write(csv_text(rows, header=True).encode())
         self.columns = rows[0].keys() if rows else None
 
-    def _check_same_start(self, progress):
-        mine = [progress["epoch"], progress["step"]]
+    def check_same_start(self):
+        """Raises UserError where this process found another checkpoint than the first, or none."""
+        mine = [self.progress["epoch"], self.progress["step"]]
         if processes.what_first_has(mine) != mine:
             raise UserError(
                 f"Process {processes.rank()} does not see process 0's checkpoint in {self.run.directory}; --log_dir "
@@ -300,13 +331,34 @@ class Session:
         """The current epoch is done: log its metrics and go on to the next; save and leave as `tick` does."""
         self.progress |= start_of(self.progress["epoch"] + 1)
         epoch = self.progress["epoch"]
-        self.bar.set_postfix_str(f"epoch {epoch}, loss {metrics['train/loss']:.4f}")
         self.log(epoch, metrics)
-        self._save_or_stop(last=epoch * self.plan.steps_per_epoch == self.plan.total_steps)
+        self._print_epoch(epoch, metrics)
+        self._save_or_stop(last=self._steps() == self.plan.total_steps)
+
+    def announce(self, start):
+        """Print where the run is, what it computes and on what; how far it is, if it is continued."""
+        what = f"{self.facts['parameters']:,} parameters, {self.facts['precision']} on {start['device']}"
+        self._print(f"{self.run.directory}: {self.epochs} epochs of {self.plan.steps_per_epoch} steps, {what}")
+        if self.steps_before:
+            self._print("Continued: {epoch} epochs and {step} steps are done".format(**self.progress))
+        if start["device"] == "cpu" and start["processes"] == 1 and start["threads"] > 1:
+            self._print(f"One process a core is usually faster: torchrun --nproc_per_node={start['threads']} ...")
+
+    def _print_epoch(self, epoch, metrics):
+        shown = [f"{name} {metrics[name]:.4f}" for name in SHOWN if not math.isnan(metrics.get(name, math.nan))]
+        seconds_a_step = (time.monotonic() - self.started_at) / max(self._steps() - self.steps_before, 1)
+        left = tqdm.format_interval(seconds_a_step * (self.plan.total_steps - self._steps()))
+        self._print(f"epoch {epoch} of {self.epochs}: {', '.join(shown)}, {left} left")
+
+    def _print(self, line):
+        if self.run.writer:
+            tqdm.write(line)  # above the bar
+            sys.stdout.flush()  # also where it goes to a file
 
     def _save_or_stop(self, last=False):
         """Save at the end, where the interval has passed or a signal came; all processes decide alike."""
-        due = last or (self.run.writer and time.monotonic() - self.saved_at >= SAVE_INTERVAL * self.save_seconds)
+        interval = max(SAVE_INTERVAL * self.save_seconds, LEAST_SAVE_INTERVAL)
+        due = last or (self.run.writer and time.monotonic() - self.saved_at >= interval)
         due, stop_signal = processes.largest_over_ranks(int(due), max(self.signals, default=0))
         if due or stop_signal:
             self.save()
@@ -379,11 +431,13 @@ class Session:
         """Write model.pt, the mark of a finished run, and its settings and last metrics as hyper-parameters."""
         if not self.run.writer:
             return
-        plain = {key: value for key, value in self.run.arguments.items() if isinstance(value, (bool, int, float, str))}
+        settings = self.run.settings()
+        pretraining = {f"pretraining/{key}": value for key, value in self.facts.get("pretraining", {}).items()}
+        plain = {k: v for k, v in {**settings, **pretraining}.items() if isinstance(v, (bool, int, float, str))}
         last = {f"final/{key}": v for key, v in read_metrics(self.run.directory)[-1].items() if key != "epoch"}
         with self.writing():
             self.board.add_hparams(plain, last, run_name=".")
-            save_file(self.run.directory / "model.pt", {"run_name": self.run.name, **content})
+            save_file(self.run.directory / "model.pt", {"run_name": self.run.name, "arguments": settings, **content})
 
 
 def csv_text(rows, header):

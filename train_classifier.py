@@ -31,7 +31,7 @@ NOT_TESTED = dict.fromkeys(("test/loss", "test/acc", "test/acc_mean_of_batches",
 
 def parse_args(argv=None):
     parser = utils.Parser(description=__doc__.split("\n")[0])
-    utils.add_data_arguments(parser, data.DATASETS).add_argument(
+    utils.add_data_arguments(parser, data.DATASETS, pretrained=True).add_argument(
         "--val_images",
         type=utils.positive_int,
         help="hold out so many training images, equally many of each class, keep the epoch that is best on them and "
@@ -49,7 +49,9 @@ def parse_args(argv=None):
         base_learning_rate=1e-3,
     )
     utils.add_run_arguments(parser, log_dir="logs/classifier")
-    parser.add_argument_group("output").add_argument("--output_model_path", help="copy the finished model.pt to here")
+    parser.add_argument_group("output").add_argument(
+        "--output_model_path", type=utils.file_path, help="copy the finished model.pt to this file"
+    )
     return parser.parse_args(argv)
 
 
@@ -119,13 +121,14 @@ def best_of(best, model, epoch, acc):
 
 
 def load_pretrained(args):
-    """The MAE file named on the command line and the arguments completed by its sizes; (None, ...) from scratch.
+    """The MAE file named on the command line, and the arguments completed by its sizes and data; (None, ...) without.
 
     Raises:
         UserError: no such file, not a MAE, or a size flag that contradicts it.
     """
     if not args.pretrained_model_path:
-        return None, utils.fill_in(args, {name: utils.defaults(ViT_Classifier)[name] for name in SIZE})
+        sizes = {name: utils.defaults(ViT_Classifier)[name] for name in SIZE}
+        return None, utils.fill_in(args, {**sizes, **utils.DATA_DEFAULTS})
     _, pretrained = load_model(args.pretrained_model_path, MAE_ViT)
     sizes = {name: pretrained["model_args"][name] for name in SIZE}
     for name, stored in sizes.items():
@@ -134,18 +137,19 @@ def load_pretrained(args):
                 f"{args.pretrained_model_path} has {name}={stored} but --{name} is {getattr(args, name)}. Leave the "
                 f"flag out to use the stored value."
             )
-    return pretrained, utils.fill_in(args, {**sizes, "encoder_digest": digest(pretrained["model"])})
+    source = {name: pretrained[name] for name in utils.DATA_DEFAULTS} if args.dataset is None else utils.DATA_DEFAULTS
+    return pretrained, utils.fill_in(args, {**sizes, **source, "encoder_digest": digest(pretrained["model"])})
 
 
 def load_images(args, device):
-    """(train, val, test, digest of the training images as they are on disk); val is None without --val_images."""
+    """(train, val, test) on the device, val None without --val_images; digests of both sets as they are on disk."""
     loaded = None if args.val_images else args.train_images  # hold_out needs all
     train, test = data.load_dataset(args.dataset, args.data_dir, args.img_size, loaded)
-    images_digest, val = train.digest(), None
+    digests, val = {"images": train.digest(), "test_set": test.digest()}, None
     if args.val_images:
         train, val = data.hold_out(train, args.val_images, args.train_images)
         val = val.to(device)
-    return train.to(device), val, test.to(device), images_digest
+    return train.to(device), val, test.to(device), digests
 
 
 def scores_of_epoch(model, val, test, precision, session, last):
@@ -169,16 +173,19 @@ def train_classifier(args):
     """Train one run to its end, on from where it stopped; returns its directory."""
     device = utils.pick_device(args.device)
     rank, world_size = processes.join(device)
-    pretrained, args = load_pretrained(args)
-    run = Run(
-        args.log_dir, run_name(args, pretrained and pretrained["run_name"]), vars(args), args.overwrite, rank == 0
-    )
-    if run.finished:
+    with processes.together():
+        pretrained, args = load_pretrained(args)
+        name = run_name(args, pretrained and pretrained["run_name"])
+        run = Run(args.log_dir, name, vars(args), args.overwrite, writer=rank == 0)
+        model_args = {name: getattr(args, name) for name in SIZE}
+        ViT_Classifier(**model_args)  # bad sizes end here, before the data is read
+        train, val, test, digests = load_images(args, device)
+        finished = run.is_finished(digests)
+    if processes.what_first_has([int(finished)])[0]:
         return run.pass_over(args.output_model_path)
 
-    model_args = {name: getattr(args, name) for name in SIZE}
-    ViT_Classifier(**model_args)  # bad sizes end here, before the data is read
-    train, val, test, images_digest = load_images(args, device)
+    at_once = args.max_device_batch_size or DEVICE_BATCH_SIZE[device.type]
+    plan = training.plan_training(args, len(train.images), WARMUP, at_once, rank, world_size)
     torch.manual_seed(args.seed)
     model_args["num_classes"] = len(train.classes)
     model = ViT_Classifier(**model_args)
@@ -187,15 +194,15 @@ def train_classifier(args):
     model = model.to(device)
     precision = utils.pick_precision(args.precision, device, args.embed_dim)
     utils.tune(model, device, precision, (args.img_size // args.patch_size) ** 2)
-    at_once = args.max_device_batch_size or DEVICE_BATCH_SIZE[device.type]
-    plan = training.plan_training(args, len(train.images), WARMUP, at_once, rank, world_size)
     optimizer = build_optimizer(model, plan.peak_lr, args.weight_decay)
     draw = functools.partial(draw_batch, train, args)
     loss = functools.partial(loss_of, utils.compiled(model, args.compile, device), precision)
 
-    facts = {"parameters": utils.count_parameters(model), "precision": precision, "images": images_digest}
+    facts = {"parameters": utils.count_parameters(model), "precision": precision, **digests, **plan.facts()}
+    if pretrained:
+        facts["pretraining"] = pretrained.get("arguments", pretrained["model_args"])
     start = utils.this_start(device, world_size, plan) if rank == 0 else {}
-    with run.open(model, optimizer, plan, facts | plan.facts(), start) as session:
+    with run.open(model, optimizer, plan, facts, start) as session:
         for epoch in range(session.progress["epoch"], args.total_epoch):
             order = utils.epoch_order(len(train.images), args.seed, epoch, device)
             metrics = training.train_one_epoch(model, optimizer, plan, order, draw, loss, session)

@@ -63,6 +63,13 @@ def png_path(text):
     return Path(text)
 
 
+def file_path(text):
+    """An argparse type: the path of a file to write."""
+    if Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a directory; give the file to write, such as {text}/model.pt")
+    return text
+
+
 def non_negative_int(text):
     """An argparse type: 0, 1, 2, ..."""
     if not text.isdecimal():
@@ -81,10 +88,18 @@ def non_negative_float(text):
     return value
 
 
-def add_data_arguments(parser, datasets):
+DATA_DEFAULTS = {"dataset": "cifar10", "data_dir": "data"}
+
+
+def add_data_arguments(parser, datasets, pretrained=False):
+    """Args: pretrained: a pretrained model brings its own defaults, which the script fills in."""
     group = parser.add_argument_group("data")
-    group.add_argument("--dataset", choices=datasets, default="cifar10", help="what to train and test on")
-    group.add_argument("--data_dir", default="data", help="where the files are, or are downloaded to")
+    texts = {"dataset": "what to train and test on", "data_dir": "where the files are, or are downloaded to"}
+    for name, text in texts.items():
+        default, choices = DATA_DEFAULTS[name], datasets if name == "dataset" else None
+        if pretrained:
+            default, text = None, f"{text} (default: the pretrained model's; from scratch {default})"
+        group.add_argument(f"--{name}", choices=choices, default=default, help=text)
     group.add_argument("--train_images", type=positive_int, help="train on so many images, equally many of each class")
     group.add_argument("--augment", action="store_true", help="random shifts by up to 4 pixels and mirroring")
     return group

@@ -62,7 +62,7 @@ def run_script(
     draw = data.shapes
     data.shapes = lambda count, img_size, seed: draw(min(count, images), img_size, seed)
     if save_every_step:
-        runs.SAVE_INTERVAL = 0
+        runs.SAVE_INTERVAL = runs.LEAST_SAVE_INTERVAL = 0
     if file_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     if memory:  # bytes more than are in use now
@@ -190,7 +190,7 @@ def test_a_run_out_of_memory_says_so_and_fits_in_smaller_parts(start, tmp_path):
     command = f"{COMMAND[MAE]} --patch_size 2 --embed_dim 256 --batch_size 80 --total_epoch 1"
     command += " --precision float32 --log_dir logs"
     assert ends(start(MAE, command, memory=600 * 2**20)) == 1
-    assert re.fullmatch(r"Out of memory \(\d+ bytes more were asked for\)\. .*\n", (tmp_path / "output").read_text())
+    assert re.search(r"\nOut of memory \(\d+ bytes more were asked for\)\. .*\n$", (tmp_path / "output").read_text())
     assert ends(start(MAE, f"{command} --max_device_batch_size 8", memory=600 * 2**20)) == 0
 
 
@@ -289,6 +289,8 @@ def bad_model_files(directory):
         "other_kind": {**content, "kind": "Unet"},
         "checkpoint": {**content, "kind": "checkpoint"},
         "no_sizes": {key: value for key, value in content.items() if key != "model_args"},
+        "no_run_name": {key: value for key, value in content.items() if key != "run_name"},
+        "no_dataset": {key: value for key, value in content.items() if key != "dataset"},
         "no_weights": {**content, "model": None},
         "other_sizes": {**content, "model_args": {**content["model_args"], "embed_dim": 24}},
         "bad_sizes": {**content, "model_args": {**content["model_args"], "num_heads": 5}},
@@ -379,16 +381,51 @@ def test_a_machine_that_does_not_see_the_checkpoint_is_named(start, tmp_path):
     assert "must be on a file system that all machines share" in (tmp_path / "elsewhere" / "output").read_text()
 
 
+def test_a_finished_run_is_finished_for_all_also_where_they_do_not_see_it(start, tmp_path):
+    assert ends(start(MAE, f"{COMMAND[MAE]} --log_dir logs")) == 0
+    processes = group(start, MAE, f"{COMMAND[MAE]} --log_dir logs", [tmp_path, tmp_path / "elsewhere"])
+    assert [ends(process) for process in processes] == [0, 0]
+    assert (tmp_path / "output").read_text().count("Finished already") == 1
+    assert (tmp_path / "elsewhere" / "output").read_text() == ""
+
+
+def test_what_one_process_refuses_ends_the_others_in_silence(start, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    command = f"{COMMAND[MAE]} --log_dir logs"
+    assert ends(start(MAE, command)) == 0
+    (only_run(tmp_path / "logs") / "config.json").write_text("damaged")
+    processes = group(start, MAE, command, [tmp_path, tmp_path / "elsewhere"])
+    assert [ends(process) for process in processes] == [2, 2]
+    assert "error: Cannot read" in (tmp_path / "output").read_text()
+    assert (tmp_path / "elsewhere" / "output").read_text() == ""
+
+
+def test_a_process_without_the_addresses_of_the_others_says_so(start, tmp_path):
+    environment = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    assert ends(start(MAE, COMMAND[MAE], environment=environment)) == 2
+    assert re.search(r"error: .*MASTER_ADDR.*\n$", (tmp_path / "output").read_text())
+
+
+def test_a_signal_to_a_whole_job_is_one_though_it_comes_twice(tmp_path):
+    command = f"{COMMAND[MAE]} --train_images 1000 --total_epoch 400 --log_dir stopped"
+    job = torchrun("--standalone --nproc_per_node 2", command, tmp_path, start_new_session=True)
+    until(lambda: any(read_metrics(run) for run in tmp_path.glob("stopped/*")))
+    os.killpg(job.pid, signal.SIGTERM)
+    error = job.communicate(timeout=60)[1]
+    assert "same command continues" in error
+    assert load_file(only_run(tmp_path / "stopped") / "checkpoint.pt")["progress"]["epoch"] > 0
+
+
 def test_a_dry_run_of_several_processes(start, tmp_path):
     assert [ends(process) for process in group(start, MAE, f"{SIZE} --dry_run", [tmp_path] * 3)] == [0] * 3
     assert (tmp_path / "output").read_text().count("saved and reloaded") == 1
 
 
-def torchrun(options, arguments, directory):
+def torchrun(options, arguments, directory, **more):
     command = [sys.executable, "-m", "torch.distributed.run", *shlex.split(options), str(ROOT / "mae_pretrain.py")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command += shlex.split(arguments)
-    return subprocess.Popen(command, cwd=directory, env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=directory, env=environment, stderr=subprocess.PIPE, text=True, **more)
 
 
 def test_two_nodes_that_meet_at_a_rendezvous_train_like_one(tmp_path, monkeypatch):

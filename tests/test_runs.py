@@ -1,5 +1,6 @@
 import math
 import os
+import re
 import signal
 from types import SimpleNamespace
 
@@ -10,6 +11,8 @@ import runs
 from checkpoints import load_file
 from runs import Run, read_config, read_metrics, start_of
 
+FACTS = {"parameters": 2040, "precision": "float32", "images": "aa", "masks": "bb"}
+START = {"device": "cpu", "processes": 1, "threads": 1}
 ARGUMENTS = {"dataset": "shapes", "data_dir": "data", "train_images": None, "seed": 1, "base_learning_rate": 0.1}
 
 
@@ -19,10 +22,10 @@ def toy():
     return model, torch.optim.AdamW(model.parameters())
 
 
-def opened(log_dir, parameters=2040, **options):
+def opened(log_dir, facts=FACTS, start=START, **options):
     """A session of a run of a toy: four epochs of two steps of five images."""
     plan = SimpleNamespace(batch_size=5, steps_per_epoch=2, total_steps=8)
-    return Run(log_dir, "toy", ARGUMENTS, **options).open(*toy(), plan, {"parameters": parameters}, {"python": "3"})
+    return Run(log_dir, "toy", ARGUMENTS, **options).open(*toy(), plan, facts, start)
 
 
 def train(session, epochs):
@@ -48,7 +51,7 @@ def test_a_run_that_stopped_goes_on_as_if_it_had_not(tmp_path):
     assert csv[0] == csv[1]
     assert csv[0].count("epoch") == 1
     assert [row["train/loss"] for row in read_metrics(tmp_path / "parts" / "toy")] == [0, 1 / 3, 2 / 3, 1]
-    assert read_config(tmp_path / "parts" / "toy")["starts"] == [{"python": "3"}] * 2
+    assert read_config(tmp_path / "parts" / "toy")["starts"] == [START] * 2
 
 
 @pytest.mark.parametrize("tail", ["3,0.9\n4,0.7\n", "3,0.", "3,0.9\n4,0"])
@@ -89,10 +92,10 @@ def test_overwrite_starts_anew(tmp_path):
     with opened(tmp_path) as run:
         train(run, 2)
         run.finish({"kind": "toy"})
-    assert Run(tmp_path, "toy", ARGUMENTS).finished
+    assert Run(tmp_path, "toy", ARGUMENTS).is_finished(FACTS)
     with opened(tmp_path, overwrite=True) as run:
         assert run.progress == start_of(0)
-    assert not Run(tmp_path, "toy", ARGUMENTS).finished
+    assert not Run(tmp_path, "toy", ARGUMENTS).is_finished(FACTS)
     assert not (tmp_path / "toy" / "metrics.csv").exists()
 
 
@@ -131,10 +134,9 @@ def test_a_signal_that_comes_after_the_last_save_ends_the_program_when_the_run_i
     with pytest.raises(SystemExit) as leaving, opened(tmp_path) as run:  # noqa: PT012
         train(run, 4)
         os.kill(os.getpid(), signal.SIGINT)
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL  # for a second one
         run.finish({"kind": "toy"})
     assert leaving.value.code == 128 + signal.SIGINT
-    assert Run(tmp_path, "toy", ARGUMENTS).finished
+    assert Run(tmp_path, "toy", ARGUMENTS).is_finished(FACTS)
     assert signal.getsignal(signal.SIGINT) is handler
 
 
@@ -152,6 +154,7 @@ def test_the_first_error_is_not_hidden_by_one_of_closing(tmp_path, monkeypatch):
 def test_processes_with_gpus_agree_on_saving_every_tenth_step(tmp_path, monkeypatch):
     monkeypatch.setattr(runs.processes, "group_device", lambda: "cuda")
     monkeypatch.setattr(runs, "SAVE_INTERVAL", 0)
+    monkeypatch.setattr(runs, "LEAST_SAVE_INTERVAL", 0)
     with opened(tmp_path) as run:
         saves = []
         monkeypatch.setattr(run, "save", lambda: saves.append(run.progress["step"]))
@@ -194,24 +197,73 @@ def test_an_epochs_numbers_are_on_disk_before_its_checkpoint(tmp_path, monkeypat
     assert synced.index(csv) < synced.index(checkpoint)
 
 
-def test_saving_takes_at_most_a_fiftieth_of_the_time(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("seconds", "first"), [(3.0, 151), (0.01, 61)])
+def test_saving_takes_at_most_a_fiftieth_of_the_time_and_comes_at_most_once_a_minute(
+    tmp_path, monkeypatch, seconds, first
+):
     with opened(tmp_path) as run:
         train(run, 1)
-        run.save_seconds, saved_at, saves = 3.0, run.saved_at, []
+        run.save_seconds, saved_at, saves = seconds, run.saved_at, []
         monkeypatch.setattr(run, "save", lambda: saves.append(passed))
-        for passed in (0, 149, 151):
+        for passed in (0, first - 2, first):
             monkeypatch.setattr(runs.time, "monotonic", lambda passed=passed: saved_at + passed)
             run.tick()
-    assert saves == [151]
+    assert saves == [first]
 
 
 def test_other_facts_are_refused_under_the_same_arguments(tmp_path):
     with opened(tmp_path):
         pass
     refused = pytest.raises(ValueError, match="is a run with parameters 2040, and now parameters is 7")
-    with refused, opened(tmp_path, parameters=7):
+    with refused, opened(tmp_path, {**FACTS, "parameters": 7}):
         pass
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize(("key", "what"), [("images", "training images"), ("masks", "masks from the strategy")])
+def test_a_finished_run_does_not_answer_for_other_images_or_masks(tmp_path, key, what):
+    with opened(tmp_path) as run:
+        train(run, 1)
+        run.finish({"kind": "toy"})
+    run = Run(tmp_path, "toy", ARGUMENTS)
+    assert run.is_finished({**FACTS, "test_set": "not known when it ran"})
+    with pytest.raises(ValueError, match=f"toy is a run with other {what}.*--overwrite starts it anew"):
+        run.is_finished({**FACTS, key: "cc"})
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../mae", "x/../../ESCAPED", "/tmp/mae", "a\0b"])
+def test_a_name_that_leads_out_of_its_directory_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match="cannot be the name of a run's directory"):
+        Run(tmp_path, name, ARGUMENTS, overwrite=True)
+
+
+def test_a_run_says_where_it_is_and_how_each_epoch_went(tmp_path, capsys):
+    with opened(tmp_path, start={**START, "threads": 4}) as run:
+        run.end_epoch({"train/loss": 0.5, "lr": 0.1, "test/acc": 0.25, "knn/acc": math.nan})
+        run.save()
+    with opened(tmp_path) as run:
+        pass
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{tmp_path / 'toy'}: 4 epochs of 2 steps, 2,040 parameters, float32 on cpu"
+    assert "torchrun --nproc_per_node=4" in lines[1]
+    assert re.fullmatch(r"epoch 1 of 4: train/loss 0\.5000, test/acc 0\.2500, 00:\d\d left", lines[2])
+    assert lines[3:] == [lines[0], "Continued: 1 epochs and 0 steps are done"]
+
+
+def test_a_repeated_signal_is_one_and_a_later_one_ends_the_process_at_once(monkeypatch):
+    ended, clock = [], [100.0]
+    monkeypatch.setattr(runs.time, "monotonic", lambda: clock[0])
+    with runs.noted_signals() as noted:
+        signal.raise_signal(signal.SIGTERM)
+        clock[0] += 1  # the same signal, which torchrun passes on
+        signal.raise_signal(signal.SIGTERM)
+        assert noted == [signal.SIGTERM]
+        clock[0] += 10
+        monkeypatch.setattr(runs.os, "kill", lambda pid, number: ended.append(number))
+        signal.raise_signal(signal.SIGTERM)
+        assert ended == [signal.SIGTERM]
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        noted.clear()
 
 
 def test_a_failed_start_gives_the_run_back(tmp_path):
@@ -243,6 +295,9 @@ def test_a_finished_run_has_a_model_and_can_be_exported(tmp_path):
     with opened(tmp_path) as run:
         train(run, 1)
         run.finish({"kind": "toy", "model": {}})
+    assert load_file(tmp_path / "toy")["arguments"] == {
+        key: ARGUMENTS[key] for key in ("dataset", "train_images", "seed", "base_learning_rate")
+    }
     Run(tmp_path, "toy", ARGUMENTS).export(tmp_path / "out" / "mine.pt")
     assert load_file(tmp_path / "out" / "mine.pt")["run_name"] == "toy"
     assert load_file(tmp_path / "toy")["kind"] == "toy"

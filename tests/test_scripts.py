@@ -183,7 +183,9 @@ def test_a_classifier_of_another_encoder_under_the_same_name_is_refused(capsys):
     pretrain("--overwrite", "--weight_decay", "0.1")
     with pytest.raises(SystemExit):
         classify("--pretrained_model_path", str(mae))
-    assert "encoder_digest" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "other weights of the pretrained encoder" in error
+    assert "--overwrite starts it anew" in error
 
 
 @pytest.mark.parametrize("start", [pretrain, classify])
@@ -488,13 +490,66 @@ def test_a_damaged_checkpoint_of_a_run_stops_it(capsys):
     assert "Cannot read" in capsys.readouterr().err
 
 
-def test_other_images_under_the_same_name_are_refused(monkeypatch, capsys):
-    (pretrain() / "model.pt").unlink()
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("start", [pretrain, classify])
+@pytest.mark.parametrize(("which", "what"), [(0, "training images"), (1, "test images")])
+def test_other_images_under_the_same_name_are_refused(finished, start, which, what, monkeypatch, capsys):
+    directory = start()
+    if not finished:
+        (directory / "model.pt").unlink()
     draw = data.shapes
-    monkeypatch.setattr(data, "shapes", lambda count, img_size, seed: draw(count, img_size, seed + 5))
+    monkeypatch.setattr(data, "shapes", lambda count, size, seed: draw(count, size, seed + 5 * (seed == which)))
+    with pytest.raises(SystemExit):
+        start()
+    assert f"is a run with other {what}" in capsys.readouterr().err
+
+
+def test_a_finished_run_on_a_folder_looks_at_its_images_again(image_folder, capsys):
+    flags = ["--dataset", "folder", "--data_dir", str(image_folder), "--batch_size", "2", "--img_size", "16"]
+    flags += ["--train_images", "4"]
+    classify(*flags)
+    classify(*flags)
+    assert "Finished already" in capsys.readouterr().out
+    (image_folder / "train" / "cat").rename(image_folder / "train" / "x")
+    (image_folder / "train" / "dog").rename(image_folder / "train" / "cat")
+    (image_folder / "train" / "x").rename(image_folder / "train" / "dog")
+    with pytest.raises(SystemExit):
+        classify(*flags)
+    assert "is a run with other training images" in capsys.readouterr().err
+    image_folder.rename(image_folder.with_name("moved"))
+    with pytest.raises(SystemExit):
+        classify(*flags)
+    assert "is missing" in capsys.readouterr().err
+
+
+def test_an_edited_strategy_does_not_answer_with_the_old_run(monkeypatch, capsys):
+    pretrain()
+    monkeypatch.setitem(MASK_STRATEGIES, "random", MASK_STRATEGIES["block"])
     with pytest.raises(SystemExit):
         pretrain()
-    assert re.search("is a run with images [0-9a-f]{16}, and now images is", capsys.readouterr().err)
+    assert "is a run with other masks from the strategy of this name" in capsys.readouterr().err
+
+
+def test_a_classifier_takes_the_data_of_its_mae_and_keeps_how_that_was_pretrained():
+    mae = pretrain("--decoder_depth", "2", "--mask_strategy", "block")
+    train_classifier.main(f"--pretrained_model_path {mae} --total_epoch 1 --batch_size 8 --train_images 40".split())
+    config = read_config(next(Path("logs/classifier").iterdir()))
+    assert config["arguments"]["dataset"] == "shapes"
+    kept = {name: config["pretraining"][name] for name in ("decoder_depth", "mask_strategy", "mask_ratio", "seed")}
+    assert kept == {"decoder_depth": 2, "mask_strategy": "block", "mask_ratio": 0.75, "seed": 42}
+
+
+def test_a_foreign_file_does_not_choose_where_is_written(capsys):
+    mae, other = pretrain(), Path("ESCAPED")
+    other.mkdir()
+    (other / "other.pt").write_text("of someone else")
+    content = load_file(mae / "model.pt")
+    torch.save({**content, "run_name": "x/../../../ESCAPED"}, "foreign.pt")
+    with pytest.raises(SystemExit) as leaving:
+        classify("--pretrained_model_path", "foreign.pt", "--overwrite")
+    assert leaving.value.code == 2
+    assert "cannot be the name of a run's directory" in capsys.readouterr().err
+    assert [path.name for path in other.iterdir()] == ["other.pt"]
 
 
 def test_an_argument_that_contradicts_the_stored_run_is_named(capsys):

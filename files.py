@@ -1,0 +1,51 @@
+"""Files that are written whole or not at all, and directories that one process has at a time."""
+
+import contextlib
+import errno
+import os
+import sys
+
+try:
+    import fcntl
+except ImportError:
+    sys.exit("This program needs Linux or macOS. On Windows, run it in WSL: https://learn.microsoft.com/windows/wsl")
+
+NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}  # of some network file systems
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Open a file for writing bytes; path has the new content after the block, or is as it was if anything fails."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    os.fsync(directory)  # the new name, too
+    os.close(directory)
+
+
+@contextlib.contextmanager
+def locked(directory, wait=True):
+    """Let no other process into the same block for this directory; the kernel drops the lock when the process ends.
+
+    A file system without locks goes on without one, and says so.
+
+    Raises:
+        BlockingIOError: another process is in the block and `wait` is False.
+        OSError: there is no such directory, or it cannot be written.
+    """
+    with open(directory / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            print(f"No locks in {directory} ({error.strerror}): start nothing twice there.", file=sys.stderr)
+        yield
