@@ -159,7 +159,17 @@ class PatchShuffle(nn.Module):
         """Draw masks: ids_shuffle (B, N) int64, a permutation of the patches, its first num_visible columns visible."""
         score = MASK_STRATEGIES[self.mask_strategy]
         scores = score(batch_size, self.grid_size, self.num_visible, generator, device)
+        self.check(scores, (batch_size, self.grid_size**2))
         return scores.argsort(dim=1, stable=True)  # (B, N)
+
+    def check(self, scores, shape):
+        """Refuse scores that would sort into wrong masks without an error."""
+        name = f"mask_strategy {self.mask_strategy!r}"
+        if not isinstance(scores, torch.Tensor) or scores.shape != shape or scores.is_complex():
+            found = f"{tuple(scores.shape)} {scores.dtype}" if isinstance(scores, torch.Tensor) else type(scores)
+            raise ValueError(f"{name} must give real scores (images, patches), here {shape}; it gave {found}.")
+        if scores.device.type == "cpu" and not scores.isfinite().all():  # a GPU would have to be waited for
+            raise ValueError(f"{name} gave nan or infinite scores.")
 
 
 # --- model ---

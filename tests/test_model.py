@@ -1,4 +1,5 @@
 import itertools
+import math
 import re
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import data
 import utils
+from errors import UserError
 from model import (
     MASK_STRATEGIES,
     MAE_Encoder,
@@ -318,6 +320,32 @@ def test_a_new_strategy_needs_only_a_line(monkeypatch):
     visible = visible_maps("left", 4, 0.5)
     assert visible[:, :, :2].all()
     assert not visible[:, :, 2:].any()
+
+
+@pytest.mark.parametrize(
+    ("scores", "found"),
+    [
+        (torch.rand(32, 4, 4), r"\(32, 4, 4\) torch.float32"),
+        (torch.rand(1, 16), r"\(1, 16\) torch.float32"),
+        (torch.rand(32, 16, 1), r"\(32, 16, 1\) torch.float32"),
+        (torch.zeros(32, 16, dtype=torch.complex64), "complex64"),
+        ([[0.5] * 16] * 32, "list"),
+        (torch.tensor([0.5, math.nan] * 8).expand(32, -1), "nan or infinite"),
+    ],
+)
+def test_scores_that_are_none_are_refused_by_the_strategys_name(monkeypatch, scores, found):
+    monkeypatch.setitem(MASK_STRATEGIES, "mine", lambda *args: scores)
+    with pytest.raises(ValueError, match=f"mask_strategy 'mine' .*{found}") as error:
+        visible_maps("mine", 4, 0.75)
+    assert not isinstance(error.value, UserError)  # the student's own mistake keeps its traceback
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float16, torch.bfloat16, torch.bool])
+def test_scores_may_be_any_real_numbers(monkeypatch, dtype):
+    monkeypatch.setitem(MASK_STRATEGIES, "half", lambda *args: (torch.arange(16) // 8).to(dtype).expand(32, -1))
+    visible = visible_maps("half", 4, 0.5)
+    assert visible[:, :2].all()
+    assert not visible[:, 2:].any()
 
 
 # --- model ---
