@@ -194,7 +194,7 @@ class MAE_Encoder(nn.Module):
         super().__init__()
         if img_size % patch_size:
             raise UserError(f"patch_size {patch_size} does not divide img_size {img_size}.")
-        self.patch_size = patch_size
+        self.img_size, self.patch_size = img_size, patch_size
         self.cls_token = init_token(1, 1, embed_dim)
         self.pos_embedding = init_token((img_size // patch_size) ** 2, 1, embed_dim)
         self.patchify = nn.Conv2d(3, embed_dim, kernel_size=patch_size, stride=patch_size)
@@ -203,6 +203,9 @@ class MAE_Encoder(nn.Module):
 
     def embed(self, images, ids_keep=None):
         """Images (B, 3, H, W) to tokens (B, 1 + V, D), cls first; all N patches where ids_keep is None."""
+        if images.shape[1:] != (3, self.img_size, self.img_size):
+            size = self.img_size
+            raise ValueError(f"img_size is {size}: images must be (B, 3, {size}, {size}), not {tuple(images.shape)}.")
         patches = patchify(images, self.patch_size)  # (B, N, P)
         position = self.pos_embedding.transpose(0, 1).expand(len(images), -1, -1)  # (B, N, D)
         if ids_keep is not None:  # before the embedding, so that hidden patches cost nothing

@@ -380,6 +380,13 @@ def test_loss_is_the_mean_over_hidden_pixels_and_has_no_gradient_elsewhere(size)
     assert torch.equal(pred.grad.abs().sum(-1) > 0, mask)
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 16, 16), (2, 3, 4, 16), (2, 1, 8, 8), (3, 8, 8)])
+@pytest.mark.parametrize("make", [small_mae, lambda: ViT_Classifier(8, 2, 24, 2, 3)])
+def test_images_of_another_size_are_refused_with_both_sizes(make, shape):
+    with pytest.raises(ValueError, match=re.escape(f"must be (B, 3, 8, 8), not {shape}")):
+        make()(torch.zeros(shape))
+
+
 def test_forward_without_masks_draws_new_ones():
     model, images = small_mae(), torch.randn(8, 3, 8, 8)
     first, second = model(images)[1], model(images)[1]
