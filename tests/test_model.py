@@ -312,6 +312,11 @@ def test_a_refused_mask_ratio_is_told_the_range_that_is_accepted(grid_size):
         PatchShuffle(grid_size, most + 0.001, "random")
 
 
+def test_one_patch_is_refused_as_one_patch():
+    with pytest.raises(UserError, match=r"at least 2 patches are needed\. .* patch_size"):
+        small_mae(patch_size=8)
+
+
 def test_a_new_strategy_needs_only_a_line(monkeypatch):
     def left_to_right(batch_size, grid_size, num_visible, generator, device):
         return (torch.arange(grid_size**2, device=device) % grid_size).float().expand(batch_size, -1)  # with ties
