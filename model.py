@@ -137,8 +137,21 @@ class PatchShuffle(nn.Module):
     The strategy only scores; the split is made here, so every strategy hides equally many patches and the encoder
     sees a full rectangle of tokens (MAE paper, section 3, "Simple implementation").
 
+    Three tensors describe a mask. ids_shuffle lists the patches, visible ones first. ids_restore, its inverse, says at
+    which place of that list each patch is. mask is True where the patch is hidden:
+
+    >>> shuffle = PatchShuffle(grid_size=2, mask_ratio=0.5, mask_strategy="grid")  # patches 0 1 above 2 3
+    >>> ids_shuffle = shuffle(batch_size=1)
+    >>> ids_shuffle  # 0 and 3 are visible; take(patches, ids_shuffle) has the patches in this order
+    tensor([[0, 3, 1, 2]])
+    >>> ids_restore = ids_shuffle.argsort(dim=1)
+    >>> ids_restore  # patch 1 is at place 2; take(shuffled, ids_restore) is in image order again
+    tensor([[0, 2, 3, 1]])
+    >>> ids_restore >= shuffle.num_visible  # the mask
+    tensor([[False,  True,  True, False]])
+
     Raises:
-        UserError: the strategy is unknown, or mask_ratio leaves nothing visible or nothing hidden.
+        UserError: the strategy is unknown, there is one patch only, or mask_ratio leaves nothing visible or hidden.
     """
 
     def __init__(self, grid_size, mask_ratio, mask_strategy):
@@ -158,7 +171,11 @@ class PatchShuffle(nn.Module):
         self.grid_size, self.mask_ratio, self.mask_strategy = grid_size, mask_ratio, mask_strategy
 
     def forward(self, batch_size, generator=None, device=None):
-        """Draw masks: ids_shuffle (B, N) int64, a permutation of the patches, its first num_visible columns visible."""
+        """Draw a mask for each image: ids_shuffle (B, N) int64, the visible patches in its first num_visible columns.
+
+        Raises:
+            ValueError: the strategy's scores have another shape, or are no finite real numbers.
+        """
         score = MASK_STRATEGIES[self.mask_strategy]
         scores = score(batch_size, self.grid_size, self.num_visible, generator, device)
         self.check(scores, (batch_size, self.grid_size**2))
@@ -277,7 +294,7 @@ class MAE_ViT(nn.Module):
 
         Args:
             images: (B, 3, H, W) in [-1, 1].
-            ids_shuffle: (B, N) int64 from `self.shuffle`, the same masks twice for the same ids; None draws new ones.
+            ids_shuffle: (B, N) int64 from `self.shuffle`, which patches are hidden; None draws new ones.
 
         Returns:
             pred: (B, N, P), every patch's predicted pixels in the images' range, visible ones too.

@@ -1,7 +1,9 @@
+import doctest
 import itertools
 import math
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +135,10 @@ def test_patchify_and_unpatchify_are_inverses():
 
 
 # --- masks ---
+
+
+def test_the_docstrings_examples_are_true():
+    assert doctest.testmod(sys.modules["model"]) == (0, 6)
 
 
 @pytest.mark.parametrize(("strategy", "grid_size", "ratio"), list(itertools.product(STRATEGIES, GRIDS, RATIOS)))
