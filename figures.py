@@ -69,7 +69,8 @@ def draw_curves(axes, curves, ylabel, percent=False):
         curves: (label, epochs (E,), values (S, E)) of each line, a row of values a seed, nan where there is none.
         percent: the values are shares of 1.
     """
-    for (label, epochs, values), (colour, line) in zip(curves, itertools.cycle(STYLES), strict=False):
+    for i, (label, epochs, values) in enumerate(curves):
+        (colour, _), (_, line) = STYLES[i % 5], STYLES[(i + i // 5) % 5]  # 25 pairs, the first 5 those of STYLES
         values = np.asarray(values)
         known = np.isfinite(values).any(0)  # the others would break the line
         epochs, values = np.asarray(epochs)[known], values[:, known]

@@ -76,6 +76,15 @@ def test_epochs_are_marked_where_the_line_alone_says_too_little():
     plt.close()
 
 
+def test_25_lines_differ_in_colour_or_dashes_the_first_ones_in_both():
+    _, axes = plt.subplots()
+    figures.draw_curves(axes, [("", [1], [[1.0]])] * 25, "loss")
+    looks = [(line.get_color(), line._unscaled_dash_pattern) for line in axes.lines]
+    assert len(set(looks)) == 25
+    assert [len(set(part)) for part in zip(*looks[:5], strict=True)] == [5, 5]
+    plt.close()
+
+
 def test_a_matrix_shows_its_numbers_readable_on_their_colours():
     figure = figures.draw_matrix(torch.tensor([[1.0, 5.0, 9.0], [2.0, 3.0, 4.0]]), "ab", "xyz", "to", "from", "{:.0f}")
     (axes,) = figure.axes
