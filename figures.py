@@ -104,6 +104,7 @@ def draw_matrix(values, rows, columns, xlabel, ylabel, form="{:.3f}"):
 def save(figure, path):
     """Write a figure, its directory made where missing, and close it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.tight_layout()
+    if figure.get_layout_engine() is None:
+        figure.tight_layout()
     figure.savefig(path, dpi=150)
     plt.close(figure)

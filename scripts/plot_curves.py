@@ -3,7 +3,14 @@
 python -m scripts.plot_curves logs/classifier/* --metric train/loss test/acc --output curves.png
 """
 
+import math
+import os
+import sys
+import textwrap
 from pathlib import Path
+
+if not __package__:  # started as python scripts/plot_curves.py, which puts scripts/ on the path and not the root
+    sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import utils
 from errors import UserError, as_user_error, exit_in_one_line
@@ -21,6 +28,8 @@ NAMES = {
     "lr": "learning rate",
     "speed/images_per_sec": "images/s",
 }
+KINDS = {"_from_": "pretrained", "_scratch_": "from scratch", "": "MAE"}  # by what is in a run's name
+WRAP = 55  # characters in a line of the legend
 
 
 def parse_args(argv=None):
@@ -29,39 +38,69 @@ def parse_args(argv=None):
     parser.add_argument(
         "--metric",
         nargs="+",
-        help="columns of metrics.csv; left out: train/loss and the accuracy that all runs have, val/, test/ or knn/acc",
+        help="columns of metrics.csv; default: train/loss and the accuracy that all runs have (val/acc, test/acc or "
+        "knn/acc), else the k-NN accuracy of those that have it",
     )
-    parser.add_argument("--label", nargs="+", help="a legend entry for each run; left out: its directory's name")
+    parser.add_argument("--label", nargs="+", help="a legend entry for each run; default: what differs in their paths")
     parser.add_argument("--output", type=utils.png_path, default=Path("curves.png"), help="PNG to write")
     return parser.parse_args(argv)
+
+
+def short_names(runs):
+    """Of each run directory's path the parts that not all runs of its kind have; where that is not enough, the path."""
+    if len(runs) == 1:
+        return [runs[0].name]
+    kinds = [next(mark for mark in KINDS if mark in run.name) for run in runs]
+    parts = [str(run).replace(os.sep, "_").split("_") for run in runs]
+    names = []
+    for kind, words in zip(kinds, parts, strict=True):
+        shared = set.intersection(*(set(w) for k, w in zip(kinds, parts, strict=True) if k == kind))
+        own = [word for word in dict.fromkeys(words) if word not in shared]
+        names.append(" ".join([KINDS[kind], *own] if len(set(kinds)) > 1 else own))
+    return names if all(names) and len(set(names)) == len(runs) else list(map(str, runs))
+
+
+def draw_legend(figure, labels):
+    """The lines of the figure's axes by label, below them, in as many columns as there is room for."""
+    width, height = figure.get_size_inches()
+    longest = max(map(len, labels))
+    columns = max(1, int(width / (0.8 + 0.085 * min(longest, WRAP))))
+    rows = math.ceil(len(labels) / columns) * math.ceil(longest / WRAP)
+    figure.set_size_inches(width, height + 0.2 * rows)
+    labels = [textwrap.fill(label, WRAP, break_on_hyphens=False) for label in labels]
+    place = {"loc": "outside lower center", "ncols": min(columns, len(labels))}
+    figure.legend(figure.axes[0].lines, labels, fontsize=9, handlelength=3.5, frameon=False, **place)
 
 
 @exit_in_one_line()
 @as_user_error(OSError)
 def main(argv=None):
     args = parse_args(argv)
-    labels = args.label or [run.name for run in args.runs]
+    labels = args.label or short_names(args.runs)
     if len(labels) != len(args.runs):
         raise UserError(f"--label has {len(labels)} entries for {len(args.runs)} runs; give one for each.")
     tables = [read_metrics(run) for run in args.runs]
-    metrics = args.metric or ["train/loss", *filter(None, [watched(tables)])]
     for run, table in zip(args.runs, tables, strict=True):
         if not table:
             raise UserError(f"{run} has no metrics.csv with a complete epoch; name run directories.")
-        if missing := set(metrics) - set(table[0]):
+        if missing := set(args.metric or ["train/loss"]) - set(table[0]):
             raise UserError(f"{run} has no {', '.join(sorted(missing))}; it has {', '.join(table[0])}.")
+    some = "knn/acc" if any("knn/acc" in table[0] for table in tables) else None
+    metrics = args.metric or ["train/loss", *filter(None, [watched(tables) or some])]
     width = max(len(label) for label in labels)
     for label, table in zip(labels, tables, strict=True):
-        last = ", ".join(f"{NAMES.get(metric, metric)} {table[-1][metric]:.4f}" for metric in metrics)
-        print(f"{label:{width}}  epoch {table[-1]['epoch']}: {last}")
-    figure, axes = plt.subplots(1, len(metrics), figsize=(5.5 * len(metrics), 4), squeeze=False)
+        row = table[-1]
+        last = ", ".join(f"{NAMES.get(metric, metric)} {row[metric]:.4f}" for metric in metrics if metric in row)
+        print(f"{label:{width}}  epoch {row['epoch']}: {last}")
+    size = (5.5 * len(metrics), 4)
+    figure, axes = plt.subplots(1, len(metrics), figsize=size, squeeze=False, layout="constrained")
     for place, metric in zip(axes.flat, metrics, strict=True):
         curves = [
-            (label, [row["epoch"] for row in table], [[row[metric] for row in table]])
+            (label, [row["epoch"] for row in table], [[row.get(metric, math.nan) for row in table]])
             for label, table in zip(labels, tables, strict=True)
         ]
         draw_curves(place, curves, NAMES.get(metric, metric), percent=metric.endswith("/acc"))
-        place.legend()
+    draw_legend(figure, labels)
     save(figure, args.output)
     print(args.output)
 

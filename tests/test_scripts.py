@@ -612,6 +612,71 @@ def test_curves_are_of_the_held_out_images_where_all_runs_have_them(capsys):
         assert len(shown) == len([argument for argument in arguments if Path(argument).is_dir()])
 
 
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["mae_i32_d4_shifted_grid_s1", "mae_i32_d8_random_s1"], ["d4 shifted grid", "d8 random"]),
+        (
+            ["cls_b8_s1_from_mae_d4_s1", "cls_b8_s2_from_mae_d4_s2", "cls_b8_s1_scratch_i32"],
+            ["pretrained s1", "pretrained s2", "from scratch"],
+        ),
+        (["mae_i32_d4_s1"], ["mae_i32_d4_s1"]),
+        (["lr3e-4/mae_d4", "pretrain/mae_d4"], ["lr3e-4", "pretrain"]),
+        (["cls_s1_from_mae_s2", "cls_s2_from_mae_s1"], ["logs/cls_s1_from_mae_s2", "logs/cls_s2_from_mae_s1"]),
+        (["mae_d4", "mae_d4_aug"], ["logs/mae_d4", "logs/mae_d4_aug"]),
+    ],
+)
+def test_curves_are_named_by_what_differs_in_their_runs_names(names, expected):
+    assert plot_curves.short_names([Path("logs") / name for name in names]) == expected
+
+
+def written_run(name, **metrics):
+    """A run directory with 2 epochs of these metrics, as far as a plot reads it."""
+    run = Path(name)
+    run.mkdir()
+    columns = {"train/loss": 0.5, **metrics}
+    row = ",".join(map(str, columns.values()))
+    (run / "metrics.csv").write_text(f"epoch,{','.join(columns)}\n1,{row}\n2,{row}\n")
+    return str(run)
+
+
+@pytest.mark.parametrize("count", [1, 24])
+def test_the_legend_of_long_names_lies_below_the_plots_and_leaves_them_their_size(count, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plot_curves, "save", lambda figure, path: figures.append(figure))
+    size = "cifar10-jpeg_i32_p4_w64_e4_h4_d4_blockwise_r0.75_ep3_b128"
+    names = [f"cls_cifar10-jpeg-10000_ep8_b100_s{i}_from_mae_{size}_s{i}" for i in range(count)]
+    plot_curves.main([*(written_run(name, **{"test/acc": 0.5}) for name in names), "--label", *names])
+    (figure,) = figures
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert len(legend.get_texts()) == count
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.width
+    for axes in figure.axes:
+        assert axes.get_window_extent().y0 > box.y1
+        assert (axes.get_window_extent().size / figure.dpi > (4, 3)).all()
+    plot_curves.plt.close(figure)
+
+
+def test_k_nn_accuracy_is_drawn_for_the_runs_that_have_it(capsys):
+    plot_curves.main([written_run("mae_d2"), written_run("mae_d4", **{"knn/acc": 0.25})])
+    said = capsys.readouterr().out
+    assert "d2  epoch 2: training loss 0.5000\n" in said
+    assert "d4  epoch 2: training loss 0.5000, k-NN accuracy 0.2500\n" in said
+    with pytest.raises(SystemExit):
+        plot_curves.main(["mae_d2", "mae_d4", "--metric", "knn/acc"])
+    assert "mae_d2 has no knn/acc; it has epoch, train/loss" in capsys.readouterr().err
+
+
+def test_curves_can_be_drawn_from_the_scripts_path_as_well(tmp_path):
+    command = [sys.executable, ROOT / "scripts" / "plot_curves.py", written_run("mae_d2")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("curves.png\n")
+
+
 # --- sweeps ---
 
 
