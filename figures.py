@@ -58,6 +58,7 @@ def draw_predictions(images, classes, labels, predicted, confidence, more=""):
         f"Above: ground truth. Below: prediction and confidence. {int((predicted == labels).sum())} of "
         f"{len(images)} right{more}",
         fontsize=11,
+        wrap=True,
     )
     return figure
 

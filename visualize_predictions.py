@@ -56,6 +56,7 @@ def draw_reconstructions(model, images, args):
         f"{strategy} masks, {mask.float().mean():.0%} hidden (trained with {trained.mask_strategy}); "
         f"mean squared error of hidden pixels {mae_loss(pred, images, mask):.4f}, seed {args.seed}",
         fontsize=11,
+        wrap=True,
     )
     return figure
 
@@ -91,6 +92,7 @@ def draw_masks(args, columns=6):
         f"White: the {shuffle.num_visible} of {args.grid_size**2} patches left visible at mask ratio {ratio}; "
         f"seed {args.seed}",
         fontsize=11,
+        wrap=True,
     )
     return figure
 

@@ -612,6 +612,20 @@ def test_curves_are_of_the_held_out_images_where_all_runs_have_them(capsys):
         assert len(shown) == len([argument for argument in arguments if Path(argument).is_dir()])
 
 
+@pytest.mark.parametrize("start", [pretrain, classify])
+def test_a_picture_of_one_image_has_its_whole_title(start, monkeypatch):
+    figures = []
+    monkeypatch.setattr(visualize_predictions, "save", lambda figure, path: figures.append(figure))
+    visualize_predictions.main(["--model_path", str(start("--total_epoch", "1")), "--num_images", "1"])
+    figure = figures[0]
+    figure.tight_layout()
+    title = figure._suptitle.get_window_extent()
+    assert title.x0 > -2
+    assert title.x1 < figure.bbox.width + 2
+    assert title.y0 > max(axes.get_window_extent().y1 for axes in figure.axes)
+    visualize_predictions.plt.close(figure)
+
+
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
