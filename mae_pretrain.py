@@ -131,10 +131,16 @@ def probe(model, train, test, precision, batch_size):
 
 
 def reconstruction_grid(model, images):
-    """Masked input, reconstruction and original, a row each, under the same masks each time: (3, H, W) uint8."""
-    masks = model.shuffle(len(images), utils.generator(images.device, "shown"), images.device)
-    rows = torch.cat([*model.reconstruct(images, masks), images])
-    return make_grid(data.to_pixels(rows), nrow=len(images))
+    """Masked input, reconstruction and original, a row each, small ones enlarged, always under the same masks.
+
+    Returns:
+        (3, H, W) uint8.
+    """
+    ids_shuffle = model.shuffle(len(images), utils.generator(images.device, "shown"), images.device)
+    rows = data.to_pixels(torch.cat([*model.reconstruct(images, ids_shuffle), images]))
+    times = math.ceil(96 / rows.shape[-1])
+    rows = rows.repeat_interleave(times, 2).repeat_interleave(times, 3)
+    return make_grid(rows, nrow=len(images), padding=4)
 
 
 def load_images(args, device):

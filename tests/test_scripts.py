@@ -112,6 +112,17 @@ def test_pretraining_leaves_a_complete_run_behind():
     MAE_ViT(**content["model_args"]).load_state_dict(content["model"])
 
 
+@pytest.mark.parametrize(("img_size", "times"), [(32, 3), (40, 3), (96, 1), (128, 1)])
+def test_reconstructions_in_tensorboard_are_large_enough_to_see(img_size, times):
+    mae = MAE_ViT(img_size=img_size, patch_size=img_size // 4, embed_dim=12, encoder_depth=1, decoder_depth=1)
+    images = torch.rand(2, 3, img_size, img_size) * 2 - 1
+    grid = mae_pretrain.reconstruction_grid(mae, images)
+    side = times * img_size
+    assert grid.shape == (3, 3 * (side + 4) + 4, 2 * (side + 4) + 4)
+    last = grid[:, -side - 4 : -4 : times, -side - 4 : -4 : times]
+    assert torch.equal(last, data.to_pixels(images[1]))
+
+
 def test_probes_look_at_test_images_now_and_then_and_change_nothing():
     rows = read_metrics(pretrain("--probe_every", "2", "--log_dir", "probed"))
     assert [row["knn/acc"] == row["knn/acc"] for row in rows] == [False, True, True]  # every second epoch, and the last
