@@ -160,7 +160,7 @@ class PatchShuffle(nn.Module):
             raise UserError(f"mask_strategy {mask_strategy!r} is unknown; choose from {', '.join(MASK_STRATEGIES)}.")
         num_patches = grid_size**2
         if num_patches < 2:
-            raise UserError("One patch cannot be masked: at least 2 patches are needed. Use a smaller patch_size.")
+            raise UserError("A grid_size of 1 is one patch: at least 2 patches are needed. Use a smaller patch_size.")
         self.num_visible = int(num_patches * (1 - mask_ratio)) if 0 < mask_ratio < 1 else 0
         if not 0 < self.num_visible < num_patches:
             least = math.ceil(1000 / num_patches) / 1000

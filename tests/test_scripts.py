@@ -425,6 +425,7 @@ BAD = [
     (VIS, "--masks --mask_ratio 0", "mask_ratio 0.0 does not split 256 patches"),
     (VIS, "--masks --model_path a.pt", "--model_path: not allowed with argument --masks"),
     (VIS, "--masks --grid_size 0", "--grid_size: '0'"),
+    (VIS, "--masks --grid_size 1", "A grid_size of 1 is one patch: at least 2 patches are needed"),
     (VIS, "--masks --output a.txt", "--output: 'a.txt' does not end in .png"),
     (VIS, "--masks --num_images -1", "--num_images: '-1'"),
     (VIS, "--masks --mask_strategy spiral", "invalid choice: 'spiral'"),
