@@ -19,6 +19,7 @@ from figures import draw_rows, plt, save
 from model import MASK_STRATEGIES, MAE_ViT, PatchShuffle, ViT_Classifier, mae_loss
 
 DRAWS = 1000  # masks behind a strategy's visibility map
+MOST_IMAGES = 100  # in a picture
 
 
 def parse_args(argv=None):
@@ -27,16 +28,23 @@ def parse_args(argv=None):
     what.add_argument("--model_path", help="model.pt or run directory, of a MAE or a classifier")
     what.add_argument("--masks", action="store_true", help="draw a gallery of all mask strategies; needs no model")
     group = parser.add_argument_group("masking")
-    group.add_argument("--mask_strategy", choices=MASK_STRATEGIES, help="left out: the one the MAE was trained with")
-    group.add_argument("--mask_ratio", type=float, help="left out: the MAE's; for --masks 0.75")
+    group.add_argument("--mask_strategy", choices=MASK_STRATEGIES, help="default: the one the MAE was trained with")
+    group.add_argument("--mask_ratio", type=float, help="default: as the MAE was trained; 0.75 for --masks")
     group.add_argument("--grid_size", type=utils.positive_int, default=16, help="patches along an edge, for --masks")
     group = parser.add_argument_group("images")
-    group.add_argument("--num_images", type=utils.positive_int, help="left out: 8 reconstructions, 32 predictions")
+    group.add_argument(
+        "--num_images", type=utils.positive_int, help=f"at most {MOST_IMAGES}; default: 8 of a MAE, 32 of a classifier"
+    )
     group.add_argument("--seed", type=utils.seed, default=42, help="which test images and masks are drawn")
-    group.add_argument("--dataset", choices=data.DATASETS, help="left out: the one the model was trained on")
-    group.add_argument("--data_dir", help="left out: where that was")
-    parser.add_argument("--output", type=utils.png_path, help="PNG to write; left out: beside the model, or masks.png")
-    return parser.parse_args(argv)
+    group.add_argument("--dataset", choices=data.DATASETS, help="default: the one the model was trained on")
+    group.add_argument("--data_dir", help="default: where that was")
+    parser.add_argument("--output", type=utils.png_path, help="PNG to write; default: beside the model, or masks.png")
+    args = parser.parse_args(argv)
+    if args.num_images and args.num_images > MOST_IMAGES:
+        parser.error(f"--num_images {args.num_images} is more than the {MOST_IMAGES} that fit in a picture")
+    if args.output and args.output.is_dir():
+        parser.error(f"--output {args.output} is a directory; name a file")
+    return args
 
 
 def draw_reconstructions(model, images, args):
@@ -45,11 +53,11 @@ def draw_reconstructions(model, images, args):
     strategy = args.mask_strategy or trained.mask_strategy
     ratio = trained.mask_ratio if args.mask_ratio is None else args.mask_ratio
     model.shuffle = PatchShuffle(trained.grid_size, ratio, strategy)
-    masks = model.shuffle(len(images), utils.generator("cpu", args.seed, "masks"))
-    masked, reconstructed = model.reconstruct(images, masks)
+    ids_shuffle = model.shuffle(len(images), utils.generator("cpu", args.seed, "masks"))
+    masked, reconstructed = model.reconstruct(images, ids_shuffle)
     rows = {"masked input": masked, "reconstruction": reconstructed, "original": images}
     with torch.no_grad():
-        pred, mask = model(images, masks)
+        pred, mask = model(images, ids_shuffle)
     figure, axes = plt.subplots(3, len(images), figsize=(1.3 * len(images) + 1, 4.5), squeeze=False)
     draw_rows(axes, {name: data.to_pixels(row) for name, row in rows.items()})
     figure.suptitle(
@@ -104,9 +112,11 @@ def main(argv=None):
             figure, output = draw_masks(args), Path("masks.png")
         else:
             model, content = load_model(args.model_path, MAE_ViT, ViT_Classifier)
+            is_mae = isinstance(model, MAE_ViT)
+            if not is_mae and (args.mask_strategy or args.mask_ratio is not None):
+                raise UserError(f"{args.model_path} is a classifier, which masks nothing: leave out --mask_*.")
             dataset, data_dir = args.dataset or content["dataset"], args.data_dir or content["data_dir"]
             _, test = data.load_dataset(dataset, data_dir, content["model_args"]["img_size"])
-            is_mae = isinstance(model, MAE_ViT)
             chosen = torch.randperm(len(test.images), generator=utils.generator("cpu", args.seed, "images"))
             chosen = chosen[: args.num_images or (8 if is_mae else 32)]
             images, labels = data.normalize(test.images[chosen]), test.labels[chosen]

@@ -357,6 +357,7 @@ def bad_files():
     Path("nothing/train").mkdir(parents=True)
     Path("text/train/a").mkdir(parents=True)
     Path("text/test/a").mkdir(parents=True)
+    Path("folder.png").mkdir()
     for part in ("train", "test"):
         Path(f"text/{part}/a/0.png").write_text("not an image")
 
@@ -427,6 +428,8 @@ BAD = [
     (VIS, "--masks --grid_size 0", "--grid_size: '0'"),
     (VIS, "--masks --grid_size 1", "A grid_size of 1 is one patch: at least 2 patches are needed"),
     (VIS, "--masks --output a.txt", "--output: 'a.txt' does not end in .png"),
+    (VIS, "--model_path a.pt --output folder.png", "--output folder.png is a directory; name a file"),
+    (VIS, "--model_path a.pt --num_images 101", "--num_images 101 is more than the 100 that fit in a picture"),
     (VIS, "--masks --num_images -1", "--num_images: '-1'"),
     (VIS, "--masks --mask_strategy spiral", "invalid choice: 'spiral'"),
 ]
@@ -469,11 +472,21 @@ def test_checkpoints_that_do_not_fit_are_named(capsys):
             "checkpoint.pt holds checkpoint; MAE_ViT or ViT_Classifier is needed",
         ),
         (visualize_predictions.main, ["--model_path", mae / "cut.pt"], "Cannot read .*cut.pt"),
+        (visualize_predictions.main, ["--model_path", classifier, "--mask_ratio", "0.5"], "which masks nothing"),
     ]:
         with pytest.raises(SystemExit) as leaving:
             main([str(argument) for argument in arguments])
         assert leaving.value.code == 2
         assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_mae_with_a_strategy_that_is_gone_is_told_in_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(MASK_STRATEGIES, "mine", MASK_STRATEGIES["random"])
+    mae = pretrain("--mask_strategy", "mine")
+    monkeypatch.delitem(MASK_STRATEGIES, "mine")
+    with pytest.raises(SystemExit):
+        visualize_predictions.main(["--model_path", str(mae)])
+    assert re.search("mask_strategy 'mine' is unknown; choose from random, .*\n$", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("name", ["config.json", "metrics.csv", "model.pt"])
