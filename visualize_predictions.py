@@ -84,14 +84,14 @@ def draw_masks(args, columns=6):
     figure, axes = plt.subplots(
         len(strategies), columns + 1, figsize=(1.5 * columns + 2.2, 1.55 * len(strategies) + 0.8), squeeze=False
     )
-    visible = {}
+    visible = {}  # (DRAWS, g, g) float of each strategy, 1 where visible
     for strategy in strategies:
         shuffle = PatchShuffle(args.grid_size, ratio, strategy)
         seen = shuffle(DRAWS, utils.generator("cpu", args.seed, strategy)).argsort(1) < shuffle.num_visible
         visible[strategy] = seen.view(DRAWS, args.grid_size, args.grid_size).float()
-    draw_rows(axes[:, :-1], {strategy: masks[:columns] for strategy, masks in visible.items()})
-    for place, masks in zip(axes[:, -1], visible.values(), strict=True):
-        share = place.imshow(masks.mean(0).numpy(), cmap="viridis", vmin=0, vmax=1)
+    draw_rows(axes[:, :-1], {strategy: maps[:columns] for strategy, maps in visible.items()})
+    for place, maps in zip(axes[:, -1], visible.values(), strict=True):
+        share = place.imshow(maps.mean(0).numpy(), cmap="viridis", vmin=0, vmax=1)
         place.set_xticks([])
         place.set_yticks([])
         figure.colorbar(share, ax=place, fraction=0.046)
