@@ -73,7 +73,7 @@ def build_optimizer(model, lr, weight_decay):
 
 
 def draw_batch(images, shuffle, args, ids, epoch, step):
-    """The images ids (B,) of (N, 3, H, W) uint8, augmented where asked, and masks: ids_shuffle (B, N) int64."""
+    """The images ids (B,) of (N, 3, H, W) uint8, augmented where asked, and their masks as ids_shuffle (B, N)."""
     batch, device = images[ids], images.device
     if args.augment:
         batch = data.flip_and_crop(batch, utils.generator(device, args.seed, epoch, step, "augment"))
@@ -111,12 +111,12 @@ def probe(model, train, test, precision, batch_size):
         train, test: ImageSets, the bank of the k-NN and what it is asked; batch_size: images at once.
     """
     device, layer = test.images.device, len(model.encoder.transformer)
-    masks = model.shuffle(len(test.images), utils.generator(device, "probe"), device)
+    ids_shuffle = model.shuffle(len(test.images), utils.generator(device, "probe"), device)
     loss = torch.zeros((), device=device)
     with utils.autocast(precision, device):
         for part in processes.shared_out(len(test.images), batch_size):
             x = data.normalize(test.images[part])
-            pred, mask = model(x, masks[part])
+            pred, mask = model(x, ids_shuffle[part])
             loss += mae_loss(pred, x, mask) * len(x)
         features = {}
         for name, images in (("train", train.images), ("test", test.images)):
