@@ -176,7 +176,8 @@ def pretrain(args):
     utils.tune(model, device, precision, model.shuffle.grid_size**2)
     optimizer = build_optimizer(model, plan.peak_lr, args.weight_decay)
     draw = functools.partial(draw_batch, images, model.shuffle, args)
-    loss = functools.partial(loss_of, utils.compiled(model, args.compile, device), precision)
+    forward = utils.compiled(model, args.compile, device, plan.num_images)
+    loss = functools.partial(loss_of, forward, precision)
     every = probe_interval(args, plan, sum(len(bank.images) for bank in banks))
     look = functools.partial(probe, model, *banks, precision, at_once)
 

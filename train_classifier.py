@@ -196,7 +196,8 @@ def train_classifier(args):
     utils.tune(model, device, precision, (args.img_size // args.patch_size) ** 2)
     optimizer = build_optimizer(model, plan.peak_lr, args.weight_decay)
     draw = functools.partial(draw_batch, train, args)
-    loss = functools.partial(loss_of, utils.compiled(model, args.compile, device), precision)
+    forward = utils.compiled(model, args.compile, device, plan.num_images)
+    loss = functools.partial(loss_of, forward, precision)
 
     facts = {"parameters": utils.count_parameters(model), "precision": precision, **digests, **plan.facts()}
     if pretrained:

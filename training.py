@@ -42,6 +42,11 @@ class Plan(NamedTuple):
     total_steps: int
     peak_lr: float
 
+    @property
+    def num_images(self):
+        """Images that this process trains on in the whole run, each epoch's counted anew."""
+        return self.total_steps * (self.slices[-1].stop - self.slices[0].start)
+
     def lr(self, step):
         return cosine_lr(step, peak=self.peak_lr, warmup_steps=self.warmup_steps, total_steps=self.total_steps)
 

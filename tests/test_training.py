@@ -210,6 +210,8 @@ def test_plan_scales_the_rate_and_drops_the_last_short_batch():
     assert plan().steps_per_epoch == 15  # of 1000 / 64 = 15.6
     assert plan().total_steps == 150
     assert plan(num_images=64).steps_per_epoch == 1
+    assert plan().num_images == 150 * 64
+    assert plan(rank=3, world_size=4).num_images == 150 * 16
     assert plan().warmup_steps == 15
     assert [plan(warmup_epoch=epochs).warmup_steps for epochs in (0.0, 2.0, 10.0)] == [0, 30, 150]
 

@@ -35,6 +35,64 @@ def test_device_and_precision():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
 
 
+@pytest.fixture
+def without_a_compiler(monkeypatch):
+    """What is compiled is counted, and compiling fails."""
+    asked = []
+
+    def fail(*args, **kwargs):
+        asked.append(args)
+        raise RuntimeError("No working C++ compiler found\nand more")
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", fail)
+    return asked
+
+
+def test_where_compiling_fails_one_line_says_why_and_the_run_goes_on_without(without_a_compiler, capsys):
+    model, x = torch.nn.Linear(2, 2), torch.rand(3, 2)
+    forward = utils.compiled(model, True, x.device)
+    for _ in range(2):
+        assert torch.equal(forward(x), model(x))
+    assert torch.equal(forward(x[:1]), model(x[:1]))  # a size that would be compiled anew
+    assert len(without_a_compiler) == 1
+    line = "Cannot compile the model (RuntimeError: No working C++ compiler found); "
+    assert capsys.readouterr().err == f"{line}the run goes on without torch.compile.\n"
+
+
+@pytest.mark.parametrize(
+    ("mistake", "kind", "message"),
+    [
+        (lambda x: x.view(4), RuntimeError, "view|shape"),
+        (lambda x: [][1], IndexError, "list index out of range"),
+        (lambda x: missing(x), NameError, "missing"),  # noqa: F821
+    ],
+)
+def test_a_mistake_in_a_compiled_model_keeps_its_traceback(mistake, kind, message, without_a_compiler, capsys):
+    class Mistaken(torch.nn.Module):
+        def forward(self, x):
+            return mistake(x + 1)
+
+    with pytest.raises(kind, match=message) as error:
+        utils.compiled(Mistaken(), True, torch.device("cpu"))(torch.rand(3, 2))
+    assert "mistake(x + 1)" in str(error.getrepr())
+    assert "Cannot compile" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("choice", "device", "num_images", "expected"),
+    [
+        (None, "cuda", utils.COMPILE_FROM, True),
+        (None, "cuda", utils.COMPILE_FROM - 1, False),
+        (None, "cpu", 10**9, False),
+        (True, "cpu", 1, True),
+        (False, "cuda", 10**9, False),
+    ],
+)
+def test_a_model_is_compiled_where_that_was_asked_or_pays(choice, device, num_images, expected):
+    model = torch.nn.Linear(2, 2)
+    assert (utils.compiled(model, choice, torch.device(device), num_images) is not model) == expected
+
+
 def test_peak_memory_is_this_processs_own():
     large = torch.ones(100 * 2**18)  # 100 MB, which the child does not have
     code = "import torch, utils; print(utils.peak_memory_mb(torch.device('cpu')))"
