@@ -1,5 +1,6 @@
 import multiprocessing
 import os
+import tempfile
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
+# A cache of the tests' own: other programs share the default one, and a killed one can leave half a file there.
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{tempfile.gettempdir()}/mae-tests-inductor-{os.getuid()}-{torch.__version__}"
 
 
 @pytest.fixture(scope="session")

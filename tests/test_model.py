@@ -442,7 +442,7 @@ fast_paths = pytest.mark.parametrize(
 
 
 @fast_paths
-def test_the_fast_paths_have_the_plain_ones_loss_and_gradients(precision, compiled, tolerance):
+def test_the_fast_paths_have_the_plain_ones_loss_and_gradients(precision, compiled, tolerance, capsys):
     images = torch.rand(4, 3, 8, 8, generator=seeded()) * 2 - 1
 
     def loss_and_norm(model, precision, compiled=False):
@@ -457,6 +457,7 @@ def test_the_fast_paths_have_the_plain_ones_loss_and_gradients(precision, compil
     utils.tune(fast, images.device, precision, num_patches=16)
     assert [model.encoder.transformer[0].attn.fused_attn for model in (plain, fast)] == [True, False]
     assert loss_and_norm(fast, precision, compiled) == pytest.approx(loss_and_norm(plain, "float32"), rel=tolerance)
+    assert "Cannot compile" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -512,7 +513,7 @@ def test_classifier_takes_no_encoder_that_lacks_a_weight_or_has_an_unknown_one(c
 
 
 @fast_paths
-def test_the_classifier_has_the_loss_and_gradients_of_computing_all_tokens(precision, compiled, tolerance):
+def test_the_classifier_has_the_loss_and_gradients_of_computing_all_tokens(precision, compiled, tolerance, capsys):
     images, labels = torch.rand(4, 3, 8, 8, generator=seeded()) * 2 - 1, torch.arange(4)
     model = ViT_Classifier(8, 2, 24, 2, 3)
 
@@ -531,6 +532,7 @@ def test_the_classifier_has_the_loss_and_gradients_of_computing_all_tokens(preci
     fast = loss_and_gradients(utils.compiled(model, compiled, images.device), precision)
     for ours, theirs in zip(fast, plain, strict=True):
         assert (ours - theirs).norm() <= tolerance * theirs.norm()
+    assert "Cannot compile" not in capsys.readouterr().err
 
 
 def test_a_blocks_result_for_the_cls_token_is_computed_for_it_alone():
