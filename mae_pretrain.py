@@ -74,7 +74,8 @@ def build_optimizer(model, lr, weight_decay):
 
 def draw_batch(images, shuffle, args, ids, epoch, step):
     """The images ids (B,) of (N, 3, H, W) uint8, augmented where asked, and their masks as ids_shuffle (B, N)."""
-    batch, device = images[ids], images.device
+    batch = images[ids]
+    device = batch.device
     if args.augment:
         batch = data.flip_and_crop(batch, utils.generator(device, args.seed, epoch, step, "augment"))
     return batch, shuffle(len(batch), utils.generator(device, args.seed, epoch, step, "masks"), device)
@@ -152,7 +153,7 @@ def load_images(args, device):
     train, test = data.load_dataset(args.dataset, args.data_dir, args.img_size, args.train_images)
     banks = [data.draw(*bank, utils.generator("cpu", "probe")).to(device) for bank in ((train, 5000), (test, 1000))]
     shown = data.normalize(data.draw(test, 16, utils.generator("cpu", "shown")).images.to(device))
-    return train.images.to(device), banks, shown, {"images": train.digest(), "test_set": test.digest()}
+    return utils.placed(device, train)[0].images, banks, shown, {"images": train.digest(), "test_set": test.digest()}
 
 
 def pretrain(args):
@@ -185,7 +186,7 @@ def pretrain(args):
     start = utils.this_start(device, world_size, plan) if rank == 0 else {}
     with run.open(model, optimizer, plan, facts, start) as session:
         for epoch in range(session.progress["epoch"], args.total_epoch):
-            order = utils.epoch_order(len(images), args.seed, epoch, device)
+            order = utils.epoch_order(len(images), args.seed, epoch, images.device)
             metrics = training.train_one_epoch(model, optimizer, plan, order, draw, loss, session)
             session.check_finite(metrics["train/loss"])
             metrics["memory/peak_mb"] = utils.peak_memory_mb(device)

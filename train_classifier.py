@@ -24,7 +24,7 @@ from runs import Run, read_metrics
 SIZE = ("img_size", "patch_size", "embed_dim", "encoder_depth", "num_heads")
 WARMUP = 0.05  # of all epochs
 DEVICE_BATCH_SIZE = {"cuda": 256, "cpu": 128}  # images at once on a device
-EVAL_BATCH = 500  # images at once
+EVAL_BATCH = 500  # images whose losses are summed at once
 REPORT_BATCH = 128  # the source report averages the accuracies of batches of so many
 NOT_TESTED = dict.fromkeys(("test/loss", "test/acc", "test/acc_mean_of_batches", "chosen_epoch"), math.nan)
 
@@ -73,9 +73,9 @@ def build_optimizer(model, lr, weight_decay):
 
 def draw_batch(train, args, ids, epoch, step):
     """The images ids (B,) of an ImageSet, (B, 3, H, W) uint8, augmented where asked, and their labels (B,)."""
-    batch, device = train.images[ids], ids.device
+    batch = train.images[ids]
     if args.augment:
-        batch = data.flip_and_crop(batch, utils.generator(device, args.seed, epoch, step, "augment"))
+        batch = data.flip_and_crop(batch, utils.generator(batch.device, args.seed, epoch, step, "augment"))
     return batch, train.labels[ids]
 
 
@@ -87,18 +87,20 @@ def loss_of(forward, precision, images, labels):
 
 
 @torch.no_grad()
-def evaluate(model, images, precision, name="test"):
+def evaluate(model, images, precision, at_once, name="test"):
     """Loss and accuracy over all test (or val) images, each counted once, whatever the batches and processes.
+
+    At most at_once images pass the model together, as in training, so that evaluating needs no more memory.
 
     test/acc_mean_of_batches is the source report's figure: the mean of the accuracies of batches of 128, in which a
     short last batch counts as much as a full one. For comparison with it only.
     """
     pixels, labels, _ = images
-    device = pixels.device
+    device = labels.device
     loss, correct = torch.zeros((), device=device), torch.zeros(len(labels), device=device)
     for part in processes.shared_out(len(labels), EVAL_BATCH):
         with utils.autocast(precision, device):
-            logits = model(data.normalize(pixels[part])).float()
+            logits = torch.cat([model(data.normalize(some)).float() for some in pixels[part].split(at_once)])
         correct[part] = (logits.argmax(dim=1) == labels[part]).float()
         loss += F.cross_entropy(logits, labels[part], reduction="sum")
     correct, loss = processes.sum_over_ranks(correct), processes.sum_over_ranks(loss)
@@ -148,24 +150,23 @@ def load_images(args, device):
     digests, val = {"images": train.digest(), "test_set": test.digest()}, None
     if args.val_images:
         train, val = data.hold_out(train, args.val_images, args.train_images)
-        val = val.to(device)
-    return train.to(device), val, test.to(device), digests
+    return *utils.placed(device, train, val, test), digests
 
 
-def scores_of_epoch(model, val, test, precision, session, last):
+def scores_of_epoch(model, val, test, precision, at_once, session, last):
     """What the epoch's weights are worth: on the test images, or on the held-out ones.
 
     With those, the test images are used once, after the last epoch, by the best epoch's weights; from then on these are
     the model's, in the checkpoint too.
     """
     if val is None:
-        return evaluate(model, test, precision)
-    scores = {**evaluate(model, val, precision, "val"), **NOT_TESTED}
+        return evaluate(model, test, precision, at_once)
+    scores = {**evaluate(model, val, precision, at_once, "val"), **NOT_TESTED}
     best = best_of(session.progress.get("best"), model, session.progress["epoch"] + 1, scores["val/acc"])
     session.progress["best"] = best
     if last:
         model.load_state_dict(best["model"])
-        scores |= evaluate(model, test, precision) | {"chosen_epoch": best["epoch"]}
+        scores |= evaluate(model, test, precision, at_once) | {"chosen_epoch": best["epoch"]}
     return scores
 
 
@@ -205,12 +206,12 @@ def train_classifier(args):
     start = utils.this_start(device, world_size, plan) if rank == 0 else {}
     with run.open(model, optimizer, plan, facts, start) as session:
         for epoch in range(session.progress["epoch"], args.total_epoch):
-            order = utils.epoch_order(len(train.images), args.seed, epoch, device)
+            order = utils.epoch_order(len(train.images), args.seed, epoch, train.images.device)
             metrics = training.train_one_epoch(model, optimizer, plan, order, draw, loss, session)
             session.check_finite(metrics["train/loss"])
             metrics["memory/peak_mb"] = utils.peak_memory_mb(device)
             last = epoch + 1 == args.total_epoch
-            session.end_epoch(scores_of_epoch(model, val, test, precision, session, last) | metrics)
+            session.end_epoch(scores_of_epoch(model, val, test, precision, at_once, session, last) | metrics)
         trained_on = {"dataset": args.dataset, "data_dir": args.data_dir, "classes": train.classes}
         session.finish({"kind": "ViT_Classifier", "model_args": model_args, "model": model.state_dict(), **trained_on})
     run.export(args.output_model_path)

@@ -210,16 +210,18 @@ def test_a_finished_run_says_so_and_is_not_trained_again(start, capsys):
     assert (first / "metrics.csv").read_text() != before  # the timing
 
 
-def test_accuracy_counts_every_image_once_and_the_reports_figure_beside_it(monkeypatch):
+@pytest.mark.parametrize("at_once", [7, 500])
+def test_accuracy_counts_every_image_once_and_the_reports_figure_beside_it(at_once, monkeypatch):
     monkeypatch.setattr(train_classifier, "EVAL_BATCH", 48)
 
     class Model(torch.nn.Module):  # says class 1, wrong for the last 16 images only
         def forward(self, images):
+            assert len(images) <= at_once
             return torch.eye(10)[torch.ones(len(images), dtype=torch.long)]
 
     labels = torch.tensor([1] * 128 + [0] * 16)
     test = data.ImageSet(torch.zeros(144, 3, 4, 4, dtype=torch.uint8), labels, [])
-    metrics = train_classifier.evaluate(Model(), test, "float32")
+    metrics = train_classifier.evaluate(Model(), test, "float32", at_once)
     assert metrics["test/acc"] == pytest.approx(128 / 144)
     assert metrics["test/acc_mean_of_batches"] == pytest.approx(0.5)
     right, wrong = torch.eye(10)[1].log_softmax(0)[[1, 0]].neg().tolist()

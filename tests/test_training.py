@@ -22,7 +22,8 @@ import mae_pretrain
 import processes
 import train_classifier
 import training
-from checkpoints import load_model
+import utils
+from checkpoints import load_file, load_model
 from model import MAE_Encoder, MAE_ViT, PatchShuffle, ViT_Classifier
 from runs import read_metrics
 
@@ -170,6 +171,21 @@ def test_a_classifier_ends_with_the_weights_of_a_plain_loop(augment, parts, star
         encoder = load_model(mae, MAE_ViT)[0].encoder.state_dict()
         model.load_state_dict({**encoder, "head.weight": model.head.weight, "head.bias": model.head.bias})
     check_same(run, ViT_Classifier, model, plain_loop(model, (0.9, 0.999), loss_of, evaluate))
+
+
+@pytest.mark.parametrize("script", ["mae_pretrain", "train_classifier"])
+def test_images_that_stay_in_main_memory_train_the_same(script, few_shapes, monkeypatch, capsys):
+    start = {"mae_pretrain": pretrain, "train_classifier": classify}[script]
+    flags = f"{RUN} {SIZE_FLAGS} --augment {'--decoder_depth 1' if script == 'mae_pretrain' else '--val_images 10'}"
+    flags = flags.replace("--train_images 50", "--train_images 40")
+    on_device, copied = start(f"{flags} --log_dir on_device"), []
+    monkeypatch.setattr(utils, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: copied.append(len(tensor)) or tensor)  # for a GPU
+    in_main_memory = start(f"{flags} --log_dir in_main_memory")
+    assert capsys.readouterr().out.count("they stay in main memory") == 1
+    assert copied.count(BATCH) == EPOCHS * (40 // BATCH)
+    one, other = (load_file(run)["model"] for run in (on_device, in_main_memory))
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_the_logged_rate_is_the_one_that_the_optimizer_used(few_shapes):

@@ -2,10 +2,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import data
 import utils
 
 ROOT = Path(__file__).parents[1]
@@ -91,6 +93,20 @@ def test_a_mistake_in_a_compiled_model_keeps_its_traceback(mistake, kind, messag
 def test_a_model_is_compiled_where_that_was_asked_or_pays(choice, device, num_images, expected):
     model = torch.nn.Linear(2, 2)
     assert (utils.compiled(model, choice, torch.device(device), num_images) is not model) == expected
+
+
+def test_images_may_take_half_of_the_free_memory(monkeypatch, capsys):
+    train = data.ImageSet(torch.zeros(10, 3, 4, 4, dtype=torch.uint8), torch.arange(10), [])
+    monkeypatch.setattr(utils, "free_memory", lambda device: 2 * 3 * 480)
+    cpu = torch.device("cpu")
+    for part in utils.placed(cpu, train, train, train):
+        assert part.images is train.images
+    assert not capsys.readouterr().out
+    first, none, *_ = utils.placed(cpu, train, None, train, train, train)
+    assert isinstance(first.images, utils.InMainMemory)
+    assert torch.equal(first.labels, train.labels)
+    assert none is None
+    assert capsys.readouterr().out.count("they stay in main memory") == 1
 
 
 def test_peak_memory_is_this_processs_own():
