@@ -197,7 +197,7 @@ def evaluate(path, model, content, args):
     facts |= {"model_digest": digest(content["model"]), "dataset": dataset, "data_dir": data_dir}
     facts |= {"train_images": len(train.images), "test_images": len(test.images), "precision": precision}
     facts |= {"device": device.type, "seconds": time.monotonic() - started}
-    facts |= {"memory/peak_mb": utils.peak_memory_mb(device), **utils.environment()}
+    facts |= {"memory/peak_mb": utils.peak_memory_mb(device), **utils.environment(device)}
     write_files(path, rows, facts, args)
 
 

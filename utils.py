@@ -351,8 +351,12 @@ def peak_memory_mb(device):
 # --- where a run is at work ---
 
 
-def environment():
-    """Where and from what a run was started: command, time, commit, versions, machine."""
+def environment(device=None):
+    """Where and from what a run was started: command, time, commit, versions, machine.
+
+    Args:
+        device: the one that computes; None: the one that --device auto takes.
+    """
     source = Path(__file__).parent
 
     def git(*command):
@@ -364,7 +368,7 @@ def environment():
             return None
 
     commit = git("rev-parse", "HEAD")
-    cuda = torch.cuda.is_available()
+    cuda = device.type == "cuda" if device else torch.cuda.is_available()
     return {
         "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -374,14 +378,14 @@ def environment():
         "torch": torch.__version__,
         "timm": metadata.version("timm"),
         "cuda": torch.version.cuda if cuda else None,
-        "processor": torch.cuda.get_device_name() if cuda else cpu_name(),
+        "processor": torch.cuda.get_device_name(device) if cuda else cpu_name(),
         "threads": torch.get_num_threads(),
     }
 
 
 def this_start(device, world_size, plan):
     """What config.json keeps of each start of a run."""
-    return {**environment(), "device": device.type, "processes": world_size, "micro_batches": len(plan.slices)}
+    return {**environment(device), "device": device.type, "processes": world_size, "micro_batches": len(plan.slices)}
 
 
 def cpu_name():

@@ -109,6 +109,19 @@ def test_images_may_take_half_of_the_free_memory(monkeypatch, capsys):
     assert capsys.readouterr().out.count("they stay in main memory") == 1
 
 
+@pytest.mark.parametrize(("device", "name"), [("cuda:1", "GPU 1"), ("cuda:0", "GPU 0"), ("cpu", "a CPU")])
+def test_a_run_records_the_processor_that_it_uses(device, name, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: f"GPU {device.index if device else 0}")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(utils, "cpu_name", lambda: "a CPU")
+    device = torch.device(device)
+    for found in (utils.environment(device), utils.this_start(device, 1, SimpleNamespace(slices=[]))):
+        assert found["processor"] == name
+        assert found["cuda"] == ("13.0" if device.type == "cuda" else None)
+    assert utils.environment()["processor"] == "GPU 0"
+
+
 def test_peak_memory_is_this_processs_own():
     large = torch.ones(100 * 2**18)  # 100 MB, which the child does not have
     code = "import torch, utils; print(utils.peak_memory_mb(torch.device('cpu')))"
