@@ -26,7 +26,7 @@ from figures import draw_curves, plt, save
 from model import MAE_ViT, ViT_Classifier
 from runs import csv_text
 
-BATCH = {"cuda": 1000, "cpu": 100}  # images at once; on a CPU 250 are slower
+BATCH = {"cuda": 1000, "cpu": 100, "mps": 100}  # images at once; on a CPU 250 are slower
 CACHE_BYTES = 1200 * 10**6  # of features at once, at least one block's; the default model's 12 blocks fit
 COLUMNS = "{encoder:10} {layer:>5} {pool:>5} {knn/acc:>8} {linear/acc:>8} {linear/weight_decay:>13} {seconds:>8}"
 HEADER = {
@@ -67,11 +67,11 @@ def measure(features, labels, queries, query_labels, num_classes, seed):
     """k-NN and linear probe of training features (N, D) on test features (Q, D): their part of a row of the table."""
     started = time.monotonic()
     neighbours = knn_predict(features, labels, queries, num_classes)
-    knn_acc = (neighbours == query_labels).double().mean().item()  # waits for the device
+    knn_acc = (neighbours == query_labels).cpu().double().mean().item()  # waits for the device
     halfway = time.monotonic()
     held_out = utils.generator("cpu", seed, "held out")
     predicted, weight_decay = linear_probe(features, labels, queries, num_classes, held_out)
-    linear_acc = (predicted == query_labels).double().mean().item()
+    linear_acc = (predicted == query_labels).cpu().double().mean().item()
     return {
         "knn/acc": knn_acc,
         "linear/acc": linear_acc,

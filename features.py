@@ -114,6 +114,9 @@ def fit_linear(features, labels, num_classes, weight_decays):
     Returns:
         weight: (K, C, D), bias: (K, C), float32, for features as they were given.
     """
+    device = features.device
+    if device.type == "mps":  # has no float64
+        features, labels = features.cpu(), labels.cpu()
     x = features.double()  # so that directions without variance stay at 0, where rounding would give them a weight
     mean, scale = x.mean(0), (x.var(0, correction=0) + 1e-6).sqrt()
     x = (x - mean) / scale
@@ -128,7 +131,7 @@ def fit_linear(features, labels, num_classes, weight_decays):
         ahead, last = w + i / (i + 3) * (w - last), w
         w = ahead - (gradient(x, targets, ahead) + decay * ahead) / (curvature + decay)
     weight = torch.einsum("de,ekc->kcd", basis, w[:-1].double()) / scale
-    return weight.float(), (w[-1] - weight @ mean).float()
+    return weight.float().to(device), (w[-1] - weight @ mean).float().to(device)
 
 
 def gradient(x, targets, w):

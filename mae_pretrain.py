@@ -26,7 +26,7 @@ from runs import Run
 SIZE = ("img_size", "patch_size", "embed_dim", "encoder_depth", "num_heads", "decoder_depth")
 WARMUP = 0.1  # of all epochs
 # Images at once on a device: on a GPU the reference's; on a CPU 512 are no faster and take 12 GB of memory, not 4.
-DEVICE_BATCH_SIZE = {"cuda": 512, "cpu": 128}
+DEVICE_BATCH_SIZE = {"cuda": 512, "cpu": 128, "mps": 128}
 IMAGE_LOGS = 50  # reconstructions shown in TensorBoard over a run
 PROBES, PROBE_SHARE = 20, 0.03  # over a run: at most so many, and looking at so many images for each one trained on
 NOT_PROBED = dict.fromkeys(("test/loss", "knn/acc"), math.nan)
@@ -127,7 +127,7 @@ def probe(model, train, test, precision, batch_size):
                 features[name][part] = found[layer, "mean"]
             processes.sum_over_ranks(features[name])
     predicted = knn_predict(features["train"], train.labels, features["test"], len(train.classes))
-    right = (predicted == test.labels).double().mean().item()
+    right = (predicted == test.labels).cpu().double().mean().item()
     return {"test/loss": processes.sum_over_ranks(loss).item() / len(test.images), "knn/acc": right}
 
 
@@ -178,7 +178,7 @@ def pretrain(args):
     optimizer = build_optimizer(model, plan.peak_lr, args.weight_decay)
     draw = functools.partial(draw_batch, images, model.shuffle, args)
     forward = utils.compiled(model, args.compile, device, plan.num_images)
-    loss = functools.partial(loss_of, forward, precision)
+    loss, scaler = functools.partial(loss_of, forward, precision), utils.loss_scaler(precision, device)
     every = probe_interval(args, plan, sum(len(bank.images) for bank in banks))
     look = functools.partial(probe, model, *banks, precision, at_once)
 
@@ -187,7 +187,7 @@ def pretrain(args):
     with run.open(model, optimizer, plan, facts, start) as session:
         for epoch in range(session.progress["epoch"], args.total_epoch):
             order = utils.epoch_order(len(images), args.seed, epoch, images.device)
-            metrics = training.train_one_epoch(model, optimizer, plan, order, draw, loss, session)
+            metrics = training.train_one_epoch(model, optimizer, plan, order, draw, loss, session, scaler)
             session.check_finite(metrics["train/loss"])
             metrics["memory/peak_mb"] = utils.peak_memory_mb(device)
             last = epoch + 1 == args.total_epoch

@@ -23,7 +23,7 @@ from runs import Run, read_metrics
 
 SIZE = ("img_size", "patch_size", "embed_dim", "encoder_depth", "num_heads")
 WARMUP = 0.05  # of all epochs
-DEVICE_BATCH_SIZE = {"cuda": 256, "cpu": 128}  # images at once on a device
+DEVICE_BATCH_SIZE = {"cuda": 256, "cpu": 128, "mps": 128}  # images at once on a device
 EVAL_BATCH = 500  # images whose losses are summed at once
 REPORT_BATCH = 128  # the source report averages the accuracies of batches of so many
 NOT_TESTED = dict.fromkeys(("test/loss", "test/acc", "test/acc_mean_of_batches", "chosen_epoch"), math.nan)
@@ -103,7 +103,7 @@ def evaluate(model, images, precision, at_once, name="test"):
             logits = torch.cat([model(data.normalize(some)).float() for some in pixels[part].split(at_once)])
         correct[part] = (logits.argmax(dim=1) == labels[part]).float()
         loss += F.cross_entropy(logits, labels[part], reduction="sum")
-    correct, loss = processes.sum_over_ranks(correct), processes.sum_over_ranks(loss)
+    correct, loss = processes.sum_over_ranks(correct).cpu(), processes.sum_over_ranks(loss)  # MPS has no float64
     scores = {f"{name}/loss": loss.item() / len(correct), f"{name}/acc": correct.mean(dtype=torch.float64).item()}
     if name == "test":
         batches = torch.stack([part.mean() for part in correct.split(REPORT_BATCH)])
@@ -198,7 +198,7 @@ def train_classifier(args):
     optimizer = build_optimizer(model, plan.peak_lr, args.weight_decay)
     draw = functools.partial(draw_batch, train, args)
     forward = utils.compiled(model, args.compile, device, plan.num_images)
-    loss = functools.partial(loss_of, forward, precision)
+    loss, scaler = functools.partial(loss_of, forward, precision), utils.loss_scaler(precision, device)
 
     facts = {"parameters": utils.count_parameters(model), "precision": precision, **digests, **plan.facts()}
     if pretrained:
@@ -207,7 +207,7 @@ def train_classifier(args):
     with run.open(model, optimizer, plan, facts, start) as session:
         for epoch in range(session.progress["epoch"], args.total_epoch):
             order = utils.epoch_order(len(train.images), args.seed, epoch, train.images.device)
-            metrics = training.train_one_epoch(model, optimizer, plan, order, draw, loss, session)
+            metrics = training.train_one_epoch(model, optimizer, plan, order, draw, loss, session, scaler)
             session.check_finite(metrics["train/loss"])
             metrics["memory/peak_mb"] = utils.peak_memory_mb(device)
             last = epoch + 1 == args.total_epoch

@@ -8,8 +8,13 @@ import math
 import time
 from typing import NamedTuple
 
+import torch
+
 import processes
 from errors import UserError
+
+UNSCALED = torch.amp.GradScaler("cpu", enabled=False)  # does nothing
+SMALLEST_SCALE = 2.0**-14  # of a loss in fp16: 30 halvings after the first, no step can be taken any more
 
 # --- the plan ---
 
@@ -97,12 +102,15 @@ def plan_training(args, num_images, warmup, at_once, rank, world_size):
 # --- steps ---
 
 
-def update(model, optimizer, slices, lr, loss_of, batch):
+def update(model, optimizer, slices, lr, loss_of, batch, scaler=UNSCALED):
     """One step of the optimizer on the global batch: gradients of micro-batches added up, of processes averaged.
+
+    Where scaled gradients are infinite or nan, weights and optimizer stay as they are, and the scale is halved.
 
     Args:
         slices: this process's micro-batches; batch: tensors (B, ...); loss_of: takes a part of each of these tensors,
             (b, ...), and returns the mean loss over its b images.
+        scaler: a torch.amp.GradScaler; the same on all processes.
 
     Returns:
         The mean loss over the global batch.
@@ -112,15 +120,16 @@ def update(model, optimizer, slices, lr, loss_of, batch):
     loss_sum, count = 0, slices[-1].stop - slices[0].start
     for part in slices:
         loss = loss_of(*(tensor[part] for tensor in batch)) * ((part.stop - part.start) / count)
-        loss.backward()
+        scaler.scale(loss).backward()
         loss_sum += loss.detach()
-    loss = processes.average_over_ranks(model, loss_sum)
-    optimizer.step()
+    loss = processes.average_over_ranks(model, loss_sum)  # an infinite gradient becomes everyone's
+    scaler.step(optimizer)
+    scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return loss
 
 
-def train_one_epoch(model, optimizer, plan, order, draw_batch, loss_of, session):
+def train_one_epoch(model, optimizer, plan, order, draw_batch, loss_of, session, scaler=UNSCALED):
     """Take the remaining steps of the current epoch; its metrics.
 
     Args:
@@ -130,15 +139,26 @@ def train_one_epoch(model, optimizer, plan, order, draw_batch, loss_of, session)
             of processes changes which images are seen, and how.
         loss_of: as `update` takes it.
         session: with progress, a dictionary of the epoch and step to go on from, and loss_sum and seconds of the steps
-            before, which is kept up to date; and tick(), called after each step.
+            before, which is kept up to date, with the scaler's state; and tick(), called after each step.
+        scaler: as `update` takes it.
     """
     progress, started = session.progress, time.monotonic()
+    if "scaler" in progress:
+        scaler.load_state_dict(progress["scaler"])
     epoch = progress["epoch"]
     for step in range(progress["step"], plan.steps_per_epoch):
         batch = draw_batch(order[step * plan.batch_size : (step + 1) * plan.batch_size], epoch, step)
         lr = plan.lr(epoch * plan.steps_per_epoch + step)
-        progress["loss_sum"] = progress["loss_sum"] + update(model, optimizer, plan.slices, lr, loss_of, batch)
+        loss = update(model, optimizer, plan.slices, lr, loss_of, batch, scaler)
+        progress["loss_sum"] = progress["loss_sum"] + loss
         progress["step"] = step + 1
+        if scaler.is_enabled():
+            progress["scaler"] = scaler.state_dict()
+            if progress["scaler"]["scale"] < SMALLEST_SCALE:
+                raise UserError(
+                    f"Gradients are infinite or nan at epoch {epoch + 1}, step {step + 1}, at any scale of the loss. A "
+                    f"lower --base_learning_rate or --precision float32 may help."
+                )
         progress["seconds"], started = progress["seconds"] + time.monotonic() - started, time.monotonic()
         session.tick()
     loss = float(progress["loss_sum"]) / plan.steps_per_epoch  # waits for the device

@@ -155,9 +155,17 @@ def defaults(constructor):
 
 def add_device_arguments(group, seed_help):
     group.add_argument("--seed", type=seed, default=42, help=seed_help)
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; auto takes CUDA where there is one")
     group.add_argument(
-        "--precision", choices=("auto", "float32", "bf16"), default="auto", help="auto takes the faster on this device"
+        "--device",
+        default="auto",
+        help="auto, cpu, cuda, cuda:N or mps; auto takes CUDA where there is one, else the CPU; mps is untried",
+    )
+    group.add_argument(
+        "--precision",
+        choices=("auto", *PRECISIONS),
+        default="auto",
+        help="auto takes the fastest on this device: on CUDA bf16 (Ampere and newer) or fp16 (Volta, Turing), on a CPU "
+        "bf16 where it has instructions for it, else float32",
     )
 
 
@@ -210,20 +218,27 @@ def epoch_order(num_images, seed, epoch, device):
 
 # --- device and precision ---
 
+PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 COMPILE_FROM = 2_000_000  # images for a GPU to train on: an estimate of where a minute of compiling pays
 
 
 def pick_device(name):
-    """torch.device for "auto" (CUDA where there is one), "cpu", "cuda" (of torchrun's processes one each) or "cuda:1".
+    """torch.device for "auto" (CUDA if any), "cpu", "cuda" (of torchrun's processes one each), "cuda:1" or "mps".
 
     Raises:
-        UserError: there is no such device here.
+        UserError: there is no such device here, or which of several processes this one is on its machine is not known.
     """
-    found = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    found = ["cpu", *gpus, *(["mps"] if torch.backends.mps.is_available() else [])]
     if name == "auto":
-        name = "cuda" if len(found) > 1 else "cpu"
+        name = "cuda" if gpus else "cpu"
     if name == "cuda":
+        if "RANK" in os.environ and "LOCAL_RANK" not in os.environ:
+            raise UserError(
+                "RANK is set and LOCAL_RANK is not, so this process cannot tell which GPU is its own. Start with "
+                "torchrun, which sets both; or set LOCAL_RANK (in a job of srun: to $SLURM_LOCALID)."
+            )
         name = f"cuda:{os.environ['LOCAL_RANK'] if 'RANK' in os.environ else 0}"
     if name not in found:
         raise UserError(f"--device {name} is not there; this machine has {', '.join(found)}.")
@@ -231,14 +246,18 @@ def pick_device(name):
 
 
 def pick_precision(name, device, embed_dim):
-    """ "bf16" or "float32" for "auto": the faster of the two, as measured.
+    """One of PRECISIONS; for "auto" the fastest on this device.
 
-    On a CPU with bf16 arithmetic (Zen 4), after `tune`: 1.7 times as fast at width 96, 1.1 to 1.5 at 64, equal at 32.
+    On CUDA that is what its tensor cores compute in: bf16 from capability 8.0 on, fp16 from 7.0 on. On a CPU with bf16
+    arithmetic (Zen 4), after `tune`, bf16 was measured 1.7 times as fast at width 96, 1.1 to 1.5 at 64, equal at 32.
     """
     if name != "auto":
         return name
     if device.type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float32"
+        capability = torch.cuda.get_device_capability(device)
+        return "bf16" if capability >= (8, 0) else "fp16" if capability >= (7, 0) else "float32"
+    if device.type != "cpu":
+        return "float32"
     cpuinfo = Path("/proc/cpuinfo")
     flags = cpuinfo.read_text().split() if cpuinfo.exists() else []
     return "bf16" if embed_dim >= 64 and {"avx512_bf16", "amx_bf16"} & set(flags) else "float32"
@@ -274,8 +293,13 @@ def compiled(model, choice, device, num_images=math.inf):
 
 
 def autocast(precision, device):
-    """Context of the forward pass: bf16 matrix products, or plain float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    """Context of the forward pass: matrix products in bf16 or fp16, or plain float32."""
+    return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "float32")
+
+
+def loss_scaler(precision, device):
+    """For fp16, whose smallest numbers gradients would fall below: scales the loss up. For the others: does nothing."""
+    return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
 
 def tune(model, device, precision, num_patches):

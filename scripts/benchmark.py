@@ -172,7 +172,7 @@ def measure(batch_sizes, device, model_args, seconds):
         UserError: no path could start, or one has ended.
     """
     # the arithmetic of this machine, before anything else runs on it
-    gflops = {precision: matmul_gflops(device, precision) for precision in ("float32", "bf16")}
+    gflops = {precision: matmul_gflops(device, precision) for precision in utils.PRECISIONS}
     gflop = {task: gflop_per_image(model_args, task == "pretraining") for task in ("pretraining", "fine-tuning")}
     give_memory_back(device)
     processes, paths = [], {}
@@ -223,7 +223,7 @@ def row_of(name, batch_size, first, times, answers, gflop, gflops):
 def matmul_gflops(device, precision):
     """GFLOP/s of one large matrix product: what this machine's arithmetic gives."""
     n = 2048 if device.type == "cpu" else 8192
-    one = torch.randn(n, n, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    one = torch.randn(n, n, device=device, dtype=utils.PRECISIONS[precision])
     return 2 * n**3 / min(timed(lambda i: one @ one, i, device) for i in range(10)) / 1e9
 
 

@@ -39,6 +39,7 @@ COMMAND = {MAE: f"{SIZE} --decoder_depth 1 {SET} --total_epoch 5", CLS: f"{SIZE}
 RUNS = [
     (MAE, "--precision float32"),
     (MAE, "--precision bf16 --max_device_batch_size 4"),
+    (MAE, "--precision fp16 --max_device_batch_size 4"),
     (MAE, "--mask_strategy blockwise --max_device_batch_size 3 --augment"),
     (CLS, "--precision float32 --max_device_batch_size 4 --augment"),
     (CLS, "--precision bf16"),

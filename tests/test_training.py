@@ -5,9 +5,12 @@ formula, the whole batch at once, augmentation image by image.
 """
 
 import argparse
+import functools
 import hashlib
 import math
+import os
 import shlex
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,8 +27,9 @@ import train_classifier
 import training
 import utils
 from checkpoints import load_file, load_model
+from errors import UserError
 from model import MAE_Encoder, MAE_ViT, PatchShuffle, ViT_Classifier
-from runs import read_metrics
+from runs import Session, read_metrics
 
 SIZE = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "encoder_depth": 2, "num_heads": 3}
 SEED, BATCH, EPOCHS, STEPS, WARMUP = 5, 14, 2, 3, 3  # 50 images: 3 steps an epoch, 8 images left over
@@ -280,6 +284,80 @@ def test_an_update_follows_the_mean_of_this_processs_part_of_the_batch():
     )
     assert loss.item() == 1
     assert model.weight.item() == -0.5 * 3  # the rate times the mean of 1, 2 and 6
+
+
+def product(model):
+    """A loss: the mean of the weight times some numbers."""
+    return lambda x: (model.weight * x).mean()
+
+
+@pytest.mark.parametrize("slices", [[slice(0, 4)], [slice(0, 1), slice(1, 4)]])
+def test_a_scaled_loss_steps_like_a_plain_one(slices):
+    weights, values = [], torch.tensor([0.5, 1.5, 2.0, 4.0])
+    for scaler in (training.UNSCALED, torch.amp.GradScaler("cpu", init_scale=3.0)):
+        model = Weight()
+        optimizer = torch.optim.SGD(model.parameters())
+        for _ in range(3):
+            training.update(model, optimizer, slices, 0.1, product(model), [values], scaler)
+            weights.append(model.weight.item())
+    assert weights == pytest.approx([-0.2, -0.4, -0.6] * 2)
+
+
+def bursting(rank, meeting, answers):
+    """The body of a process of two: three steps, of which the gradient of the second process's second is infinite."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    model, scaler = Weight(), torch.amp.GradScaler("cpu", init_scale=8.0)
+    optimizer, weights = mae_pretrain.build_optimizer(model, 0.1, 0.0), []
+    for value in (1.0, math.inf if rank else 1.0, 1.0):
+        training.update(model, optimizer, [slice(0, 1)], 0.1, product(model), [torch.tensor([value])], scaler)
+        weights.append(model.weight.item())
+    answers.put((weights, scaler.get_scale(), optimizer.state[model.weight]["step"].item()))
+
+
+def test_all_processes_pass_over_a_step_in_which_one_has_an_infinite_gradient(server, tmp_path):
+    answers = server.Queue()
+    started = [server.Process(target=bursting, args=(rank, tmp_path / "meeting", answers)) for rank in range(2)]
+    for process in started:
+        process.start()
+    one, other = answers.get(timeout=60), answers.get(timeout=60)
+    for process in started:
+        process.join()
+    assert one == other == ([pytest.approx(-0.1), pytest.approx(-0.1), pytest.approx(-0.2)], 4.0, 2)
+
+
+@pytest.mark.parametrize("script", ["mae_pretrain", "train_classifier"])
+def test_a_stopped_run_in_fp16_goes_on_with_its_scale(script, few_shapes, monkeypatch):
+    """A scale that is too large for the first steps and then grows at every second one."""
+    start = {"mae_pretrain": pretrain, "train_classifier": classify}[script]
+    flags = f"{RUN} {SIZE_FLAGS} {'--decoder_depth 1' if script == 'mae_pretrain' else ''} --precision fp16"
+    scaler = functools.partial(torch.amp.GradScaler, "cpu", init_scale=2.0**40, backoff_factor=2.0**-30)
+    monkeypatch.setattr(utils, "loss_scaler", lambda *_: scaler(growth_interval=2))
+    whole, tick, steps = start(f"{flags} --log_dir whole"), Session.tick, []
+
+    def stop_after_4(self):
+        steps.append(1)
+        if len(steps) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        tick(self)
+
+    monkeypatch.setattr(Session, "tick", stop_after_4)
+    with pytest.raises(SystemExit):
+        start(f"{flags} --log_dir parts")
+    parts = start(f"{flags} --log_dir parts")
+    assert len(steps) == EPOCHS * STEPS
+    one, other = (load_file(run / "checkpoint.pt") for run in (whole, parts))
+    assert one["progress"]["scaler"] == other["progress"]["scaler"]
+    assert one["progress"]["scaler"]["scale"] == 2.0**12  # once too large, then grown twice in five steps
+    assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
+
+
+def test_gradients_that_are_never_finite_end_a_run_in_fp16():
+    model, plan = Weight(), training.Plan(1, [slice(0, 1)], 100, warmup_steps=0, total_steps=100, peak_lr=1.0)
+    session = SimpleNamespace(progress={"epoch": 0, "step": 0, "loss_sum": 0.0, "seconds": 0.0}, tick=lambda: None)
+    step = functools.partial(training.train_one_epoch, model, torch.optim.SGD(model.parameters()), plan)
+    scaler = torch.amp.GradScaler("cpu")
+    with pytest.raises(UserError, match="Gradients are infinite or nan at epoch 1, step 31, "):
+        step(torch.arange(100), lambda *_: [torch.tensor([math.inf])], product(model), session, scaler)
 
 
 def test_an_epoch_that_was_stopped_goes_on_with_what_it_had(monkeypatch):

@@ -31,10 +31,40 @@ def test_device_and_precision():
         utils.pick_device("cuda:9")
     assert utils.pick_precision("bf16", cpu, 96) == "bf16"
     assert utils.pick_precision("auto", cpu, 32) == "float32"  # whatever the processor
-    with utils.autocast("bf16", cpu):
-        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
-    with utils.autocast("float32", cpu):
-        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+    for name, dtype in utils.PRECISIONS.items():
+        with utils.autocast(name, cpu):
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+        assert utils.loss_scaler(name, cpu).is_enabled() == (name == "fp16")
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [((6, 1), "float32"), ((7, 0), "fp16"), ((7, 5), "fp16"), ((8, 0), "bf16"), ((8, 6), "bf16"), ((10, 0), "bf16")],
+)
+def test_a_gpu_computes_in_what_its_tensor_cores_have(capability, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert utils.pick_precision("auto", torch.device("cuda"), 96) == expected
+    assert utils.pick_precision("float32", torch.device("cuda"), 96) == "float32"
+
+
+def test_mps_is_taken_where_it_is_asked_for_and_in_float32(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ValueError, match="--device mps is not there; this machine has cpu"):
+        utils.pick_device("mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert utils.pick_device("mps") == torch.device("mps")
+    assert utils.pick_device("auto") == torch.device("cpu")
+    assert utils.pick_precision("auto", torch.device("mps"), 96) == "float32"
+
+
+def test_a_process_that_cannot_tell_its_gpu_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(ValueError, match="RANK is set and LOCAL_RANK is not"):
+        utils.pick_device("cuda")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert utils.pick_device("auto") == torch.device("cuda:1")
 
 
 @pytest.fixture
