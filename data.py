@@ -120,9 +120,11 @@ def hold_out(images, count, train_images=None):
 
 
 def rank_in_class(labels):
-    """The how-manieth of its class each image is, (N,) from 1."""
-    one_hot = F.one_hot(labels)
-    return (one_hot.cumsum(0) * one_hot).sum(1)
+    """Rank of each image within its class, (N,) int64, from 1."""
+    order = labels.argsort(stable=True)  # class by class, each in file order
+    counts = labels.bincount()
+    ranks = torch.arange(len(labels)) - (counts.cumsum(0) - counts).repeat_interleave(counts) + 1
+    return torch.empty_like(ranks).scatter_(0, order, ranks)
 
 
 def count_per_class(images, count, flag, spared=0):
