@@ -50,14 +50,11 @@ def name_of(args):
 
 @contextlib.contextmanager
 def one_at_a_time(directory):
-    """Let no two processes download into or decode a directory at once; others wait, then find it done."""
-    try:
-        lock = open(Path(directory) / ".lock", "w")  # noqa: SIM115
-    except OSError:  # missing or not ours to write: then there is nothing to guard
-        yield
-        return
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    """Let one process at a time download into a directory or decode it. The others wait here, then find it done."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # read-only, or a file system without locks: files are written whole anyway
+            lock = stack.enter_context(open(Path(directory) / ".lock", "w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
@@ -76,11 +73,9 @@ def load_dataset(name, data_dir, img_size, train_images=None):
     if name in ("cifar10", "cifar100"):
         with as_user_error(OSError):
             Path(data_dir).mkdir(parents=True, exist_ok=True)
-        with one_at_a_time(data_dir):
-            train, test = (cifar(name, data_dir, img_size, train=part) for part in (True, False))
+        train, test = (cifar(name, data_dir, img_size, train=part) for part in (True, False))
     elif name == "folder":
-        with one_at_a_time(data_dir):
-            train, test = folder(data_dir, img_size)
+        train, test = folder(data_dir, img_size)
     elif name == "fake":
         train, test = shapes(1000, img_size, seed=0), shapes(20, img_size, seed=1)
     elif name == "shapes":
@@ -153,7 +148,8 @@ def cifar(name, data_dir, img_size, train):
         timeout = socket.getdefaulttimeout()
         socket.setdefaulttimeout(20)  # seconds without a byte; urllib would wait for ever
         try:
-            files = kind(data_dir, train=train, download=True)
+            with one_at_a_time(data_dir):
+                files = kind(data_dir, train=train, download=True)  # torchvision looks again first
         except (OSError, RuntimeError) as error:
             raise UserError(
                 f"No {name} in {data_dir}: {Path(data_dir) / folder_name} is missing or damaged, and {kind.url} cannot "
@@ -191,12 +187,13 @@ def folder(data_dir, img_size):
             f"{root}: train and test do not have the same classes; only one has {', '.join(sorted(others))}."
         )
     cache = root / f".cache-{img_size}-{folder_key(root, parts)}.npz"
-    try:
-        with np.load(cache) as stored:
-            arrays = {part: stored[part] for part in parts}
-    except Exception:  # missing or damaged in any of many ways: building it again mends them all
-        arrays = {part: decode(paths, img_size) for part, paths in parts.items()}
-        store_cache(cache, arrays)
+    arrays = read_cache(cache)
+    if arrays is None:
+        with one_at_a_time(root):
+            arrays = read_cache(cache)  # another process may have written it meanwhile
+            if arrays is None:
+                arrays = {part: decode(paths, img_size) for part, paths in parts.items()}
+                store_cache(cache, arrays)
     index = {name: label for label, name in enumerate(classes)}
     return tuple(
         ImageSet(torch.from_numpy(arrays[part]), torch.tensor([index[path.parent.name] for path in paths]), classes)
@@ -251,6 +248,15 @@ def to_rgb(image):
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "black"), rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def read_cache(path):
+    """The arrays of a cache; None where it is missing or damaged."""
+    try:
+        with np.load(path) as stored:
+            return {part: stored[part] for part in ("train", "test")}
+    except Exception:  # a damaged file raises many kinds; building it again mends them all
+        return None
 
 
 def store_cache(path, arrays):

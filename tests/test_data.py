@@ -1,3 +1,5 @@
+import contextlib
+import errno
 import hashlib
 import pickle
 import re
@@ -252,6 +254,37 @@ def test_other_sizes_are_resized_and_said_once(image_folder, capsys):
     train, _ = data.load_dataset("folder", str(image_folder), 16)
     assert train.images[0, :, 8, 8].tolist() == [255, 0, 0]
     assert capsys.readouterr().out.count("Resized 1 of 6 images") == 1
+
+
+def test_a_file_system_without_locks_is_used_without_them(image_folder, monkeypatch):
+    def no_locks(file, kind):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(data.fcntl, "flock", no_locks)
+    train, _ = data.load_dataset("folder", str(image_folder), 16)
+    assert len(train.images) == 6
+
+
+@pytest.mark.parametrize("name", ["folder", "cifar10"])
+def test_data_that_is_there_is_read_without_waiting_for_the_lock(image_folder, monkeypatch, name):
+    write_cifar10(image_folder, monkeypatch)
+    first, _ = data.load_dataset(name, str(image_folder), 16)
+    monkeypatch.setattr(data.fcntl, "flock", lambda *_: pytest.fail("waited"))
+    again, _ = data.load_dataset(name, str(image_folder), 16)
+    assert torch.equal(first.images, again.images)
+
+
+def test_a_folder_is_not_decoded_again_by_a_process_that_waited_for_the_lock(image_folder, monkeypatch):
+    @contextlib.contextmanager
+    def waited(directory):
+        monkeypatch.setattr(data, "one_at_a_time", contextlib.nullcontext)
+        data.load_dataset("folder", str(image_folder), 16)  # by the process that had the lock
+        monkeypatch.setattr(data, "decode", None)
+        yield
+
+    monkeypatch.setattr(data, "one_at_a_time", waited)
+    train, _ = data.load_dataset("folder", str(image_folder), 16)
+    assert len(train.images) == 6
 
 
 def test_a_folder_that_cannot_be_written_goes_without_a_cache(image_folder, monkeypatch):
