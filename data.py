@@ -262,8 +262,9 @@ def read_cache(path):
 def store_cache(path, arrays):
     """Write the cache whole or not at all, in place of older ones; a folder that cannot be written goes without."""
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    older, of_killed_processes = path.name.rsplit("-", 1)[0] + "-*.npz", ".cache-*.tmp"
     try:
-        for old in path.parent.glob(path.name.rsplit("-", 1)[0] + "-*.npz"):
+        for old in (*path.parent.glob(older), *path.parent.glob(of_killed_processes)):
             old.unlink(missing_ok=True)
         with open(temporary, "wb") as file:
             np.savez(file, **arrays)
@@ -271,6 +272,7 @@ def store_cache(path, arrays):
     except OSError as error:
         message = f"No cache of decoded images in {path.parent} ({error}): they are decoded again each time."
         warnings.warn(message, stacklevel=2)
+    finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
 

@@ -287,6 +287,21 @@ def test_a_folder_is_not_decoded_again_by_a_process_that_waited_for_the_lock(ima
     assert len(train.images) == 6
 
 
+def test_an_interrupted_cache_leaves_nothing_and_a_killed_one_goes_with_the_next(image_folder, monkeypatch):
+    def interrupted(file, **arrays):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "savez", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            data.load_dataset("folder", str(image_folder), 16)
+    assert not list(image_folder.glob(".cache*"))
+    (image_folder / ".cache-16-0123456789abcdef.1234.tmp").write_bytes(b"half, its process killed")
+    data.load_dataset("folder", str(image_folder), 16)
+    assert [path.suffix for path in image_folder.glob(".cache*")] == [".npz"]
+
+
 def test_a_folder_that_cannot_be_written_goes_without_a_cache(image_folder, monkeypatch):
     def full(*args, **kwargs):
         raise OSError("No space left on device")
