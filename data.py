@@ -3,6 +3,7 @@
 A batch is an index, a cast and a normalisation: no worker processes, no PIL in the loop. CIFAR-10 takes 184 MB.
 """
 
+import collections
 import contextlib
 import fcntl
 import hashlib
@@ -73,9 +74,10 @@ def load_dataset(name, data_dir, img_size, train_images=None):
     if name in ("cifar10", "cifar100"):
         with as_user_error(OSError):
             Path(data_dir).mkdir(parents=True, exist_ok=True)
-        train, test = (cifar(name, data_dir, img_size, train=part) for part in (True, False))
+            train, test = (cifar(name, data_dir, img_size, train=part) for part in (True, False))
     elif name == "folder":
-        train, test = folder(data_dir, img_size)
+        with as_user_error(OSError):
+            train, test = folder(data_dir, img_size)
     elif name == "fake":
         train, test = shapes(1000, img_size, seed=0), shapes(20, img_size, seed=1)
     elif name == "shapes":
@@ -180,44 +182,86 @@ def folder(data_dir, img_size):
     every image; NumPy checks a cache's CRC-32 as it reads, and a damaged one is built again.
     """
     root = Path(data_dir)
-    parts = {part: list_images(root / part) for part in ("train", "test")}
-    classes = sorted({path.parent.name for path in parts["train"]})
-    if others := set(classes) ^ {path.parent.name for path in parts["test"]}:
+    parts, not_read = {}, {}
+    for part in ("train", "test"):
+        parts[part], not_read[part] = list_images(root / part)
+    classes = sorted({class_of(image) for image in parts["train"]})
+    if others := set(classes) ^ {class_of(image) for image in parts["test"]}:
         raise UserError(
             f"{root}: train and test do not have the same classes; only one has {', '.join(sorted(others))}."
         )
-    cache = root / f".cache-{img_size}-{folder_key(root, parts)}.npz"
+    cache = root / f".cache-{img_size}-{folder_key(parts, not_read)}.npz"
     arrays = read_cache(cache)
     if arrays is None:
         with one_at_a_time(root):
             arrays = read_cache(cache)  # another process may have written it meanwhile
             if arrays is None:
-                arrays = {part: decode(paths, img_size) for part, paths in parts.items()}
+                for part in parts:
+                    if not_read[part]:
+                        print(f"Not read in {root / part}: {not_read[part]}.")
+                arrays = {part: decode([image.path for image in parts[part]], img_size) for part in parts}
                 store_cache(cache, arrays)
     index = {name: label for label, name in enumerate(classes)}
     return tuple(
-        ImageSet(torch.from_numpy(arrays[part]), torch.tensor([index[path.parent.name] for path in paths]), classes)
-        for part, paths in parts.items()
+        ImageSet(torch.from_numpy(arrays[part]), torch.tensor([index[class_of(image)] for image in images]), classes)
+        for part, images in parts.items()
     )
 
 
 def list_images(directory):
-    """Every <class>/<image> below a directory, sorted."""
-    paths = sorted(path for path in directory.glob("*/*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not paths:
-        state = "holds no images" if directory.is_dir() else "is missing"
+    """Every <class>/<image> below a directory, sorted; hidden files do not count.
+
+    Returns:
+        images: list of os.DirEntry.
+        not_read: what else is there, in words; "" if nothing.
+    """
+    images, endings, folders = [], collections.Counter(), []
+    for folder in visible(directory) if directory.is_dir() else ():
+        if not folder.is_dir():
+            endings["outside the class folders"] += 1
+            continue
+        read_before = len(images)
+        for entry in visible(folder):
+            ending = Path(entry.name).suffix.lower()
+            if entry.is_dir():
+                folders.append(f"{folder.name}/{entry.name}")
+            elif ending in IMAGE_SUFFIXES:
+                images.append(entry)
+            else:
+                endings[ending or "without ending"] += 1
+        if len(images) == read_before:
+            folders.append(f"{folder.name} (no images)")
+    not_read = [f"{count} {ending}" for ending, count in endings.most_common()]
+    if folders:
+        more = f" and {len(folders) - 3} more" if len(folders) > 3 else ""
+        not_read.append(f"folders: {', '.join(folders[:3])}{more}")
+    not_read = ", ".join(not_read)
+    if not images:
+        state = f"holds no images{not_read and f' ({not_read})'}" if directory.is_dir() else "is missing"
         raise UserError(
             f"{directory} {state}. --data_dir must hold train/<class>/* and test/<class>/*, images ending in "
             f"{' '.join(sorted(IMAGE_SUFFIXES))}."
         )
-    return paths
+    return images, not_read
 
 
-def folder_key(root, parts):
-    digest = hashlib.blake2b(digest_size=8)
-    for path in (path for paths in parts.values() for path in paths):
-        stat = path.stat()
-        digest.update(f"{path.relative_to(root)}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+def visible(directory):
+    """What a directory holds, sorted by name, without hidden files."""
+    return sorted((entry for entry in os.scandir(directory) if entry.name[0] != "."), key=lambda entry: entry.name)
+
+
+def class_of(image):
+    return image.path.split(os.sep)[-2]
+
+
+def folder_key(parts, not_read):
+    """16 hex digits that change with the path, size or modification time of any image, and with what is not read."""
+    digest = hashlib.blake2b(repr(not_read).encode(), digest_size=8)
+    for part, images in parts.items():
+        for image in images:
+            stat = image.stat()
+            line = f"{part}/{class_of(image)}/{image.name}\0{stat.st_size}\0{stat.st_mtime_ns}\0"
+            digest.update(os.fsencode(line))  # names need not be UTF-8
     return digest.hexdigest()
 
 
@@ -236,7 +280,7 @@ def decode(paths, img_size):
             rgb = rgb.resize((img_size, img_size), Image.Resampling.BILINEAR)
         pixels[i] = np.asarray(rgb).transpose(2, 0, 1)
     if resized:
-        print(f"Resized {resized} of {len(paths)} images in {paths[0].parents[1]} to {img_size} x {img_size}.")
+        print(f"Resized {resized} of {len(paths)} images in {Path(paths[0]).parents[1]} to {img_size} x {img_size}.")
     return pixels
 
 

@@ -1,8 +1,10 @@
 import contextlib
 import errno
 import hashlib
+import os
 import pickle
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from torchvision import datasets
 
 import data
 import utils
+from errors import UserError
 
 
 def test_shapes_are_balanced_and_follow_from_the_seed():
@@ -256,6 +259,35 @@ def test_other_sizes_are_resized_and_said_once(image_folder, capsys):
     assert capsys.readouterr().out.count("Resized 1 of 6 images") == 1
 
 
+def test_files_that_are_not_read_are_counted_and_said_once(image_folder, capsys):
+    cat = image_folder / "train" / "cat"
+    for name in ("a.HEIC", "b.heic", "notes.txt", ".DS_Store", "._0.png"):
+        (cat / name).write_bytes(b"")
+    (cat / "old").mkdir()
+    (image_folder / "train" / "bird").mkdir()
+    (image_folder / "train" / ".ipynb_checkpoints").mkdir()
+    (image_folder / "train" / ".ipynb_checkpoints" / "0.png").write_bytes(b"")
+    (image_folder / "train" / "0.png").write_bytes(b"")
+    train, _ = data.load_dataset("folder", str(image_folder), 16)
+    assert len(train.images) == 6
+    said = "2 .heic, 1 outside the class folders, 1 .txt, folders: bird (no images), cat/old"
+    assert capsys.readouterr().out == f"Not read in {image_folder}/train: {said}.\n"
+    data.load_dataset("folder", str(image_folder), 16)
+    assert capsys.readouterr().out == ""
+    (cat / "c.heic").write_bytes(b"")
+    data.load_dataset("folder", str(image_folder), 16)
+    assert "3 .heic" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file system takes UTF-8 only")
+def test_names_need_not_be_utf8(image_folder):
+    os.rename(
+        os.fsencode(image_folder / "train" / "cat" / "0.png"), os.fsencode(image_folder / "train/cat") + b"/\xe9.png"
+    )
+    train, _ = data.load_dataset("folder", str(image_folder), 16)
+    assert train.images[2, :, 0, 0].tolist() == [0, 0, 200]
+
+
 def test_a_file_system_without_locks_is_used_without_them(image_folder, monkeypatch):
     def no_locks(file, kind):
         raise OSError(errno.ENOSYS, "Function not implemented")
@@ -333,13 +365,42 @@ def damage_cut(root):
     return root, "0.png as an image"
 
 
+def damage_only_phone_photos(root):
+    for path in (root / "test").glob("*/*"):
+        path.rename(path.with_suffix(".HEIC"))
+    return root, r"holds no images \(4 .heic, folders: cat \(no images\), dog \(no images\)\)"
+
+
+def damage_dangling_link(root):
+    (root / "test" / "dog" / "0.png").unlink()
+    (root / "test" / "dog" / "0.png").symlink_to(root / "moved" / "0.png")
+    return root, "No such file.*dog/0.png"
+
+
+def damage_link_loop(root):
+    (root / "test" / "dog" / "loop").symlink_to(root / "test" / "dog" / "loop")
+    return root, "symbolic links.*dog/loop"
+
+
 def damage_classes(root):
     (root / "test" / "dog").rename(root / "test" / "wolf")
     return root, "dog, wolf"
 
 
-@pytest.mark.parametrize("damage", [damage_missing, damage_empty, damage_text, damage_cut, damage_classes])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        damage_missing,
+        damage_empty,
+        damage_text,
+        damage_cut,
+        damage_only_phone_photos,
+        damage_dangling_link,
+        damage_link_loop,
+        damage_classes,
+    ],
+)
 def test_a_bad_folder_is_named(image_folder, damage):
     root, message = damage(image_folder)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         data.load_dataset("folder", str(root), 16)
