@@ -17,12 +17,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision import datasets
 
 from errors import UserError, as_user_error
 
 DATASETS = ("cifar10", "cifar100", "folder", "shapes")
+DECODER = 2  # part of a cache's key: raise it whenever the same file gives other pixels
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".webp", ".tif", ".tiff"}
 
 
@@ -256,7 +257,7 @@ def class_of(image):
 
 def folder_key(parts, not_read):
     """16 hex digits that change with the path, size or modification time of any image, and with what is not read."""
-    digest = hashlib.blake2b(repr(not_read).encode(), digest_size=8)
+    digest = hashlib.blake2b(f"{DECODER}{not_read}".encode(), digest_size=8)
     for part, images in parts.items():
         for image in images:
             stat = image.stat()
@@ -266,26 +267,55 @@ def folder_key(parts, not_read):
 
 
 def decode(paths, img_size):
-    """Decode images to one uint8 array (N, 3, H, W), RGB whatever they were; other sizes are resized, said once."""
+    """Decode images to one uint8 array (N, 3, H, W), as `read_image` does; how many had other sizes is said."""
     pixels = np.empty((len(paths), 3, img_size, img_size), np.uint8)
-    resized = 0
+    sizes = collections.Counter()
     for i, path in enumerate(paths):
-        try:
-            with Image.open(path) as image:
-                rgb = to_rgb(image)
-        except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            raise UserError(f"Cannot read {path} as an image: {error}. Mend or remove it.") from error
-        if rgb.size != (img_size, img_size):
-            resized += 1
-            rgb = rgb.resize((img_size, img_size), Image.Resampling.BILINEAR)
-        pixels[i] = np.asarray(rgb).transpose(2, 0, 1)
-    if resized:
-        print(f"Resized {resized} of {len(paths)} images in {Path(paths[0]).parents[1]} to {img_size} x {img_size}.")
+        image = open_image(path, img_size)
+        pixels[i] = square(image, img_size)
+        sizes[image.size] += 1
+    if resized := len(paths) - sizes[img_size, img_size]:
+        cropped = sum(count for (width, height), count in sizes.items() if width != height)
+        place = f"{len(paths)} images in {Path(paths[0]).parents[1]} to {img_size} x {img_size}"
+        print(f"Resized {resized} of {place}{f', {cropped} of them centre-cropped' if cropped else ''}.")
     return pixels
 
 
+def read_image(source, img_size):
+    """One image as the models see it: upright, RGB, its middle square resized to img_size (bilinear, antialiased).
+
+    Args:
+        source: a path, or a PIL image of any mode and size.
+
+    Returns:
+        (3, img_size, img_size) uint8, the pixels that a folder data set has of this file.
+
+    Raises:
+        UserError: the file cannot be read, or its range of values is unknown.
+    """
+    image = to_rgb(source) if isinstance(source, Image.Image) else open_image(source, img_size)
+    return torch.from_numpy(square(image, img_size))
+
+
+def open_image(path, img_size):
+    """An upright RGB image from a file."""
+    try:
+        with Image.open(path) as image:
+            return to_rgb(image)
+    except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise UserError(f"Cannot read {path} as an image: {error}. Mend or remove it.") from error
+
+
+def square(image, img_size):
+    """The middle square of an RGB image as uint8 pixels (3, img_size, img_size)."""
+    return np.asarray(ImageOps.fit(image, (img_size, img_size), Image.Resampling.BILINEAR)).transpose(2, 0, 1).copy()
+
+
 def to_rgb(image):
-    """A PIL image as RGB: 16-bit greyscale scaled to 8 (PIL would clip it), transparency laid over black."""
+    """A PIL image as RGB: turned as its EXIF says, 16-bit greyscale scaled to 8, transparency laid over black."""
+    image.load()
+    with contextlib.suppress(Exception):  # damaged EXIF: then the image is taken as it lies
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:

@@ -1,5 +1,6 @@
 import contextlib
 import errno
+import functools
 import hashlib
 import os
 import pickle
@@ -9,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torchvision import datasets
 
 import data
@@ -218,6 +219,10 @@ def test_folder_is_decoded_once_and_again_when_it_changed(image_folder, monkeypa
     changed, _ = data.load_dataset("folder", str(image_folder), 16)
     assert changed.images[0, :, 0, 0].tolist() == [255, 0, 0]
     assert len(list(image_folder.glob(".cache*"))) == 1  # the stale one is gone
+    assert len(calls) == 4
+    monkeypatch.setattr(data, "DECODER", data.DECODER + 1)
+    data.load_dataset("folder", str(image_folder), 16)
+    assert len(calls) == 6
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b[:300] + bytes([b[300] ^ 1]) + b[301:]])
@@ -252,11 +257,59 @@ def test_every_kind_of_image_becomes_rgb(image_folder, mode, colour, expected):
     assert train.images[0, :, 5, 5].tolist() == expected
 
 
-def test_other_sizes_are_resized_and_said_once(image_folder, capsys):
-    Image.new("RGB", (40, 20), "red").save(image_folder / "train" / "cat" / "0.png")
+def test_other_sizes_are_resized_and_cropped_and_said_once(image_folder, capsys):
+    Image.new("RGB", (40, 40), "red").save(image_folder / "train" / "cat" / "0.png")
+    load = functools.partial(data.load_dataset, "folder", str(image_folder), 16)
+    assert load()[0].images[0, :, 8, 8].tolist() == [255, 0, 0]
+    assert capsys.readouterr().out == f"Resized 1 of 6 images in {image_folder}/train to 16 x 16.\n"
+    Image.new("RGB", (40, 20), "red").save(image_folder / "train" / "cat" / "1.png")
+    load()
+    said = f"Resized 2 of 6 images in {image_folder}/train to 16 x 16, 1 of them centre-cropped.\n"
+    assert capsys.readouterr().out == said
+    load()
+    assert capsys.readouterr().out == ""
+
+
+def photo(width, height):
+    """Smooth noise, so that a resized pixel tells where it comes from."""
+    small = np.random.default_rng(0).integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize(
+    ("size", "scaled", "middle"),
+    [
+        ((16, 16), (16, 16), (0, 0, 16, 16)),
+        ((50, 50), (16, 16), (0, 0, 16, 16)),
+        ((16, 40), (16, 40), (0, 12, 16, 28)),
+        ((96, 64), (24, 16), (4, 0, 20, 16)),
+    ],
+)
+def test_the_shorter_side_is_scaled_and_the_middle_cut_out(size, scaled, middle):
+    expected = photo(*size).resize(scaled, Image.Resampling.BILINEAR).crop(middle)
+    pixels = data.read_image(photo(*size), 16)
+    assert torch.equal(pixels, torch.from_numpy(np.array(expected)).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp"])
+def test_a_photo_of_a_turned_camera_is_upright(tmp_path, ending):
+    upright, exif = photo(64, 96), Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # turn by 90 degrees clockwise to see it
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / f"0.{ending}", exif=exif, quality=95)
+    pixels = data.read_image(tmp_path / f"0.{ending}", 16).int()
+    assert (pixels - data.read_image(upright, 16).int()).abs().max() < 16
+
+
+def test_an_image_with_damaged_exif_is_taken_as_it_lies(tmp_path):
+    photo(16, 16).save(tmp_path / "0.webp", exif=b"Exif\0\0not a TIFF header", lossless=True)
+    assert torch.equal(data.read_image(tmp_path / "0.webp", 16), data.read_image(photo(16, 16), 16))
+
+
+def test_read_image_gives_the_pixels_of_the_folder(image_folder):
+    path = image_folder / "train" / "cat" / "1.jpg"
+    photo(500, 375).save(path)
     train, _ = data.load_dataset("folder", str(image_folder), 16)
-    assert train.images[0, :, 8, 8].tolist() == [255, 0, 0]
-    assert capsys.readouterr().out.count("Resized 1 of 6 images") == 1
+    assert torch.equal(data.read_image(path, 16), train.images[1])
 
 
 def test_files_that_are_not_read_are_counted_and_said_once(image_folder, capsys):
