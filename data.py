@@ -11,6 +11,7 @@ import math
 import os
 import socket
 import warnings
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision import datasets
+from tqdm import tqdm
 
 from errors import UserError, as_user_error
 
@@ -269,11 +271,16 @@ def folder_key(parts, not_read):
 def decode(paths, img_size):
     """Decode images to one uint8 array (N, 3, H, W), as `read_image` does; how many had other sizes is said."""
     pixels = np.empty((len(paths), 3, img_size, img_size), np.uint8)
-    sizes = collections.Counter()
-    for i, path in enumerate(paths):
-        image = open_image(path, img_size)
+
+    def decode_one(i):
+        image = open_image(paths[i], img_size)
         pixels[i] = square(image, img_size)
-        sizes[image.size] += 1
+        return image.size
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with ThreadPool(cores) as pool:  # PIL lets other threads run while it decodes
+        done = pool.imap(decode_one, range(len(paths)), chunksize=16)
+        sizes = collections.Counter(tqdm(done, "decoding", len(paths), unit=" images", disable=None, delay=3))
     if resized := len(paths) - sizes[img_size, img_size]:
         cropped = sum(count for (width, height), count in sizes.items() if width != height)
         place = f"{len(paths)} images in {Path(paths[0]).parents[1]} to {img_size} x {img_size}"
@@ -298,9 +305,15 @@ def read_image(source, img_size):
 
 
 def open_image(path, img_size):
-    """An upright RGB image from a file."""
+    """An upright RGB image from a file.
+
+    A JPEG whose shorter side has at least 4 x img_size is decoded at 1/2, 1/4 or 1/8 of its size, with 2 x img_size
+    left: twice as fast, for pixels that differ by little. A square one is decoded whole and keeps the pixels it had.
+    """
     try:
         with Image.open(path) as image:
+            if image.width != image.height:
+                image.draft(None, (2 * img_size, 2 * img_size))
             return to_rgb(image)
     except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise UserError(f"Cannot read {path} as an image: {error}. Mend or remove it.") from error

@@ -312,6 +312,27 @@ def test_read_image_gives_the_pixels_of_the_folder(image_folder):
     assert torch.equal(data.read_image(path, 16), train.images[1])
 
 
+@pytest.mark.parametrize(
+    ("size", "decoded"), [((500, 375), (63, 47)), ((96, 64), (48, 32)), ((99, 63), (99, 63)), ((128, 128), (128, 128))]
+)
+def test_only_large_jpegs_are_decoded_smaller_and_look_the_same(tmp_path, size, decoded):
+    photo(*size).save(tmp_path / "0.jpg", quality=95)
+    assert data.open_image(tmp_path / "0.jpg", 16).size == decoded
+    with Image.open(tmp_path / "0.jpg") as whole:
+        difference = data.read_image(tmp_path / "0.jpg", 16).int() - data.read_image(whole, 16).int()
+    assert difference.abs().max() <= (0 if size == decoded else 12)
+
+
+def test_images_are_decoded_in_order_and_the_first_bad_one_is_named(image_folder):
+    paths = sorted((image_folder / "train").glob("*/*")) * 40
+    pixels = data.decode(paths, 16)
+    assert pixels[:, :, 0, 0].tolist() == [[100 * k, 40 * i, 200] for k in range(2) for i in range(3)] * 40
+    for k in 70, 90, 200:
+        paths[k] = image_folder / f"nowhere{k}.png"
+    with pytest.raises(UserError, match=r"nowhere70\.png"):
+        data.decode(paths, 16)
+
+
 def test_files_that_are_not_read_are_counted_and_said_once(image_folder, capsys):
     cat = image_folder / "train" / "cat"
     for name in ("a.HEIC", "b.heic", "notes.txt", ".DS_Store", "._0.png"):
