@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torchvision import datasets
 from tqdm import tqdm
 
@@ -315,8 +315,10 @@ def open_image(path, img_size):
             if image.width != image.height:
                 image.draft(None, (2 * img_size, 2 * img_size))
             return to_rgb(image)
-    except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise UserError(f"Cannot read {path} as an image: {error}. Mend or remove it.") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # PIL raises many kinds on damaged files
+        raise UserError(f"Cannot read {path} as an image: {error}. Repair or delete it, then run again.") from error
 
 
 def square(image, img_size):
@@ -329,8 +331,11 @@ def to_rgb(image):
     image.load()
     with contextlib.suppress(Exception):  # damaged EXIF: then the image is taken as it lies
         image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    if image.mode.startswith(("I", "F")):
+        values = np.asarray(image)
+        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+            raise UserError("its pixels are not 8 or 16 bits, so black and white are unknown; save it as 8 bits")
+        image = Image.fromarray((values // 257).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "black"), rgba).convert("RGB")

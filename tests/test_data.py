@@ -257,6 +257,13 @@ def test_every_kind_of_image_becomes_rgb(image_folder, mode, colour, expected):
     assert train.images[0, :, 5, 5].tolist() == expected
 
 
+@pytest.mark.parametrize("ending", ["gif", "tif"])
+def test_of_several_frames_the_first_is_read(tmp_path, ending):
+    red, green = Image.new("RGB", (16, 16), "red"), Image.new("RGB", (16, 16), "lime")
+    red.save(tmp_path / f"0.{ending}", save_all=True, append_images=[green])
+    assert data.read_image(tmp_path / f"0.{ending}", 16)[:, 5, 5].tolist() == [255, 0, 0]
+
+
 def test_other_sizes_are_resized_and_cropped_and_said_once(image_folder, capsys):
     Image.new("RGB", (40, 40), "red").save(image_folder / "train" / "cat" / "0.png")
     load = functools.partial(data.load_dataset, "folder", str(image_folder), 16)
@@ -439,6 +446,26 @@ def damage_cut(root):
     return root, "0.png as an image"
 
 
+def damage_header(root):
+    (root / "test" / "dog" / "0.ppm").write_bytes(b"P6 2m 4 255\n" + bytes(99))  # ValueError in PIL
+    return root, "0.ppm as an image"
+
+
+def damage_empty_file(root):
+    (root / "test" / "dog" / "0.png").write_bytes(b"")
+    return root, "0.png as an image"
+
+
+def damage_float(root):
+    Image.fromarray(np.eye(16, dtype=np.float32)).save(root / "test" / "dog" / "0.tif")  # all black in PIL
+    return root, "0.tif as an image: its pixels are not 8 or 16 bits"
+
+
+def damage_32_bits(root):
+    Image.fromarray(np.eye(16, dtype=np.int32) * 10**6).save(root / "test" / "dog" / "0.tif")
+    return root, "0.tif as an image: its pixels are not 8 or 16 bits"
+
+
 def damage_only_phone_photos(root):
     for path in (root / "test").glob("*/*"):
         path.rename(path.with_suffix(".HEIC"))
@@ -468,6 +495,10 @@ def damage_classes(root):
         damage_empty,
         damage_text,
         damage_cut,
+        damage_header,
+        damage_empty_file,
+        damage_float,
+        damage_32_bits,
         damage_only_phone_photos,
         damage_dangling_link,
         damage_link_loop,
