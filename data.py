@@ -6,6 +6,7 @@ A batch is an index, a cast and a normalisation: no worker processes, no PIL in 
 import collections
 import contextlib
 import fcntl
+import glob
 import hashlib
 import math
 import os
@@ -69,7 +70,7 @@ def load_dataset(name, data_dir, img_size, train_images=None):
         name: one of DATASETS, or fake (a few images, for dry runs). cifar10 and cifar100 are downloaded into
             data_dir where missing.
         data_dir: for folder, the directory that holds train/<class>/* and test/<class>/*.
-        train_images: keep this many training images, the first ones of each class, equally many of each; None: all.
+        train_images: keep this many training images: the first ones of each class, the same number of each; None: all.
 
     Raises:
         UserError: unknown name, missing or unreadable files, more images asked for than there are.
@@ -93,12 +94,12 @@ def load_dataset(name, data_dir, img_size, train_images=None):
 
 
 def first_of_each_class(images, count, flag="--train_images"):
-    """The first count / classes images of each class, in file order, so that a smaller set is part of a larger one."""
+    """The first count / classes images of each class, in file order, so that a larger set contains a smaller one."""
     return images.where(rank_in_class(images.labels) <= count_per_class(images, count, flag))
 
 
 def draw(images, count, generator):
-    """Some of the images, drawn without putting back; all of them where there are no more than count."""
+    """A random choice of count images, without replacement; all of them where there are no more."""
     return images.where(torch.randperm(len(images.images), generator=generator)[:count])
 
 
@@ -109,7 +110,7 @@ def hold_out(images, count, train_images=None):
         train_images: as in `load_dataset`, and the same images as there; None: all the rest.
 
     Raises:
-        UserError: count or train_images is not equally many of each class, or the rest has no or too few images.
+        UserError: count or train_images is no multiple of the number of classes, or leaves too few images.
     """
     rank_from_last = rank_in_class(images.labels.flip(0)).flip(0)
     held_out = rank_from_last <= count_per_class(images, count, "--val_images", spared=1)
@@ -128,7 +129,7 @@ def rank_in_class(labels):
 
 
 def count_per_class(images, count, flag, spared=0):
-    """count / classes, where each class has so many images and `spared` more; flag: what to call count in an error."""
+    """count / classes; a UserError that calls count by its flag unless each class has that many and `spared` more."""
     classes = len(images.classes)
     per_class, rest = divmod(count, classes)
     most = int(images.labels.bincount(minlength=classes).min()) - spared
@@ -188,12 +189,13 @@ def folder(data_dir, img_size):
     parts, not_read = {}, {}
     for part in ("train", "test"):
         parts[part], not_read[part] = list_images(root / part)
-    classes = sorted({class_of(image) for image in parts["train"]})
-    if others := set(classes) ^ {class_of(image) for image in parts["test"]}:
+    names = {part: [path.split(os.sep)[0] for path in paths] for part, paths in parts.items()}
+    classes = sorted(set(names["train"]))
+    if others := set(classes) ^ set(names["test"]):
         raise UserError(
             f"{root}: train and test do not have the same classes; only one has {', '.join(sorted(others))}."
         )
-    cache = root / f".cache-{img_size}-{folder_key(parts, not_read)}.npz"
+    cache = root / f".cache-{img_size}-{folder_key(root, parts, not_read)}.npz"
     arrays = read_cache(cache)
     if arrays is None:
         with one_at_a_time(root):
@@ -202,78 +204,49 @@ def folder(data_dir, img_size):
                 for part in parts:
                     if not_read[part]:
                         print(f"Not read in {root / part}: {not_read[part]}.")
-                arrays = {part: decode([image.path for image in parts[part]], img_size) for part in parts}
+                arrays = {part: decode(root / part, paths, img_size) for part, paths in parts.items()}
                 store_cache(cache, arrays)
     index = {name: label for label, name in enumerate(classes)}
-    return tuple(
-        ImageSet(torch.from_numpy(arrays[part]), torch.tensor([index[class_of(image)] for image in images]), classes)
-        for part, images in parts.items()
-    )
+    labels = {part: torch.tensor([index[name] for name in names[part]]) for part in parts}
+    return tuple(ImageSet(torch.from_numpy(arrays[part]), labels[part], classes) for part in parts)
 
 
 def list_images(directory):
-    """Every <class>/<image> below a directory, sorted; hidden files do not count.
-
-    Returns:
-        images: list of os.DirEntry.
-        not_read: what else is there, in words; "" if nothing.
-    """
-    images, endings, folders = [], collections.Counter(), []
-    for folder in visible(directory) if directory.is_dir() else ():
-        if not folder.is_dir():
-            endings["outside the class folders"] += 1
-            continue
-        read_before = len(images)
-        for entry in visible(folder):
-            ending = Path(entry.name).suffix.lower()
-            if entry.is_dir():
-                folders.append(f"{folder.name}/{entry.name}")
-            elif ending in IMAGE_SUFFIXES:
-                images.append(entry)
-            else:
-                endings[ending or "without ending"] += 1
-        if len(images) == read_before:
-            folders.append(f"{folder.name} (no images)")
-    not_read = [f"{count} {ending}" for ending, count in endings.most_common()]
-    if folders:
-        more = f" and {len(folders) - 3} more" if len(folders) > 3 else ""
-        not_read.append(f"folders: {', '.join(folders[:3])}{more}")
-    not_read = ", ".join(not_read)
+    """Every <class>/<image> in a directory, sorted, and in words what else is there; hidden files are left alone."""
+    images, others = [], {}
+    for path in sorted(glob.glob("*/*", root_dir=directory), key=lambda path: path.split(os.sep)):
+        ending = Path(path).suffix.lower()
+        if ending in IMAGE_SUFFIXES:
+            images.append(path)
+        else:
+            kind = "subfolder" if (directory / path).is_dir() else ending or "without ending"
+            others.setdefault(kind, []).append(path)
+    not_read = ", ".join(f"{len(paths)} x {kind} (first: {paths[0]!r})" for kind, paths in others.items())
     if not images:
-        state = f"holds no images{not_read and f' ({not_read})'}" if directory.is_dir() else "is missing"
+        state = "holds no images" if directory.is_dir() else "is missing"
+        found = f" Not read: {not_read}." if not_read else ""
         raise UserError(
             f"{directory} {state}. --data_dir must hold train/<class>/* and test/<class>/*, images ending in "
-            f"{' '.join(sorted(IMAGE_SUFFIXES))}."
+            f"{' '.join(sorted(IMAGE_SUFFIXES))}.{found}"
         )
     return images, not_read
 
 
-def visible(directory):
-    """What a directory holds, sorted by name, without hidden files."""
-    return sorted((entry for entry in os.scandir(directory) if entry.name[0] != "."), key=lambda entry: entry.name)
-
-
-def class_of(image):
-    return image.path.split(os.sep)[-2]
-
-
-def folder_key(parts, not_read):
+def folder_key(root, parts, not_read):
     """16 hex digits that change with the path, size or modification time of any image, and with what is not read."""
     digest = hashlib.blake2b(f"{DECODER}{not_read}".encode(), digest_size=8)
-    for part, images in parts.items():
-        for image in images:
-            stat = image.stat()
-            line = f"{part}/{class_of(image)}/{image.name}\0{stat.st_size}\0{stat.st_mtime_ns}\0"
-            digest.update(os.fsencode(line))  # names need not be UTF-8
+    for part, path in ((part, path) for part, paths in parts.items() for path in paths):
+        stat = os.stat(os.path.join(root, part, path))
+        digest.update(os.fsencode(f"{part}/{path}\0{stat.st_size}\0{stat.st_mtime_ns}\0"))  # not only UTF-8
     return digest.hexdigest()
 
 
-def decode(paths, img_size):
-    """Decode images to one uint8 array (N, 3, H, W), as `read_image` does; how many had other sizes is said."""
+def decode(directory, paths, img_size):
+    """Images as one uint8 array (N, 3, H, W), each read as by `read_image`; how many had other sizes is said."""
     pixels = np.empty((len(paths), 3, img_size, img_size), np.uint8)
 
     def decode_one(i):
-        image = open_image(paths[i], img_size)
+        image = open_image(directory / paths[i], img_size)
         pixels[i] = square(image, img_size)
         return image.size
 
@@ -283,22 +256,15 @@ def decode(paths, img_size):
         sizes = collections.Counter(tqdm(done, "decoding", len(paths), unit=" images", disable=None, delay=3))
     if resized := len(paths) - sizes[img_size, img_size]:
         cropped = sum(count for (width, height), count in sizes.items() if width != height)
-        place = f"{len(paths)} images in {Path(paths[0]).parents[1]} to {img_size} x {img_size}"
+        place = f"{len(paths)} images in {directory} to {img_size} x {img_size}"
         print(f"Resized {resized} of {place}{f', {cropped} of them centre-cropped' if cropped else ''}.")
     return pixels
 
 
 def read_image(source, img_size):
-    """One image as the models see it: upright, RGB, its middle square resized to img_size (bilinear, antialiased).
+    """A path or PIL image as (3, img_size, img_size) uint8: upright, RGB, the middle square, bilinear, antialiased.
 
-    Args:
-        source: a path, or a PIL image of any mode and size.
-
-    Returns:
-        (3, img_size, img_size) uint8, the pixels that a folder data set has of this file.
-
-    Raises:
-        UserError: the file cannot be read, or its range of values is unknown.
+    A path gives the pixels that a folder data set has of this file, and a UserError where it cannot be read.
     """
     image = to_rgb(source) if isinstance(source, Image.Image) else open_image(source, img_size)
     return torch.from_numpy(square(image, img_size))
@@ -467,7 +433,7 @@ def to_pixels(images):
 def flip_and_crop(images, generator, padding=4):
     """Mirror half of the images (B, 3, H, W) and shift each by up to `padding` pixels, on their device, any dtype.
 
-    What a shift uncovers repeats the edge. The customary CIFAR augmentation (He et al. 2015, arXiv:1512.03385, 4.2).
+    What a shift uncovers repeats the edge. The usual CIFAR augmentation (He et al. 2015, arXiv:1512.03385, 4.2).
     """
     batch_size, _, height, width = images.shape
 
