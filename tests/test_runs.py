@@ -281,14 +281,18 @@ def test_overwriting_leaves_no_checkpoint_without_its_config(tmp_path, monkeypat
     with opened(tmp_path) as run:
         train(run, 1)
 
-    def killed(path):
+    deleted, unlink = [], runs.Path.unlink
+
+    def killed(path, **options):
         left = {other.name for other in path.parent.iterdir()}
         assert "config.json" in left or not left & {"checkpoint.pt", "model.pt", "metrics.csv"}
-        os.unlink(path)
+        deleted.append(path.name)
+        unlink(path, **options)
 
     monkeypatch.setattr(runs.Path, "unlink", killed)
     with opened(tmp_path, overwrite=True):
-        pass
+        assert {"checkpoint.pt", "metrics.csv", "config.json"} <= {*deleted}
+        assert not {"checkpoint.pt", "metrics.csv"} & {path.name for path in (tmp_path / "toy").iterdir()}
 
 
 def test_a_finished_run_has_a_model_and_can_be_exported(tmp_path):

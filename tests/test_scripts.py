@@ -724,7 +724,7 @@ def test_curves_can_be_drawn_from_the_scripts_path_as_well(tmp_path):
 def sweep(lines, **environment):
     """Source scripts/sweep.sh and run some lines of bash; `python` only says what it was asked."""
     script = f"set -euo pipefail; source scripts/sweep.sh; python=echo; {lines}"
-    environment = {"PATH": os.environ["PATH"], **environment}
+    environment = {"PATH": os.environ["PATH"], "CUDA_VISIBLE_DEVICES": "", **environment}  # one worker, GPUs or not
     return subprocess.run(["bash", "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
