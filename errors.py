@@ -37,6 +37,6 @@ def exit_in_one_line():
             raise
         wanted = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
         sys.exit(
-            f"Out of memory{f' ({wanted[1]} more were asked for)' if wanted else ''}. A smaller model needs less, and "
-            f"so does training with a smaller --max_device_batch_size."
+            f"Out of memory{f' ({wanted[1]} more were asked for)' if wanted else ''}. Use a smaller "
+            f"--max_device_batch_size or a smaller model."
         )

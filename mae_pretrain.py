@@ -1,4 +1,4 @@
-"""Pretrain a masked autoencoder. The defaults are the full CIFAR-10 experiment:
+"""Pretrain a masked autoencoder (MAE). The defaults are the full CIFAR-10 experiment.
 
     python mae_pretrain.py
     python mae_pretrain.py --decoder_depth 8 --mask_strategy block
@@ -51,7 +51,7 @@ def parse_args(argv=None):
     utils.add_run_arguments(parser, log_dir="logs/pretrain").add_argument(
         "--probe_every",
         type=utils.non_negative_int,
-        help=f"epochs between looks at test images (k-NN accuracy, reconstruction error); 0: never; left out: about "
+        help=f"epochs between looks at test images (k-NN accuracy, reconstruction error); 0: never; default: about "
         f"{PROBES} looks in a run, fewer where they would take more than {100 * PROBE_SHARE:.0f} %% of its time",
     )
     parser.add_argument_group("output").add_argument(

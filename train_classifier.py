@@ -35,11 +35,11 @@ def parse_args(argv=None):
         "--val_images",
         type=utils.positive_int,
         help="hold out so many training images, equally many of each class, keep the epoch that is best on them and "
-        "test that one only; left out: keep the last, test each",
+        "test that one only; default: keep the last epoch, test after every epoch",
     )
     group = parser.add_argument_group("model")
-    group.add_argument("--pretrained_model_path", help="model.pt or run directory of a MAE; left out: from scratch")
-    utils.add_size_arguments(group, SIZE, "; left out: the pretrained model's, from scratch the reference's")
+    group.add_argument("--pretrained_model_path", help="model.pt or run directory of a MAE; default: from scratch")
+    utils.add_size_arguments(group, SIZE, from_scratch=utils.defaults(ViT_Classifier))
     utils.add_optimisation_arguments(
         parser,
         total_epoch=100,

@@ -27,7 +27,7 @@ from errors import UserError
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, but for those that mean "left out"."""
+    """Shows defaults, but for those that a flag's text tells or that mean "no"."""
 
     def _get_help_string(self, action):
         return action.help if action.default in (None, False) else super()._get_help_string(action)
@@ -46,7 +46,7 @@ class Parser(argparse.ArgumentParser):
 def positive_int(text):
     """An argparse type: 1, 2, 3, ..."""
     if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)
 
 
@@ -74,18 +74,18 @@ def file_path(text):
 def non_negative_int(text):
     """An argparse type: 0, 1, 2, ..."""
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not 0 or a positive whole number")
     return int(text)
 
 
 def non_negative_float(text):
-    """An argparse type: a finite number from 0 on."""
+    """An argparse type: 0 or a positive number, finite."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not 0 or a positive number")
     return value
 
 
@@ -116,8 +116,10 @@ SIZE_HELP = {
 }
 
 
-def add_size_arguments(group, names, note=""):
+def add_size_arguments(group, names, from_scratch=None):
+    """Args: from_scratch: the default sizes without a pretrained model; None: the caller sets the defaults."""
     for name in names:
+        note = f"; default: as in the pretrained model, {from_scratch[name]} from scratch" if from_scratch else ""
         group.add_argument(f"--{name}", type=positive_int, help=SIZE_HELP[name] + note)
 
 
@@ -126,24 +128,29 @@ def add_optimisation_arguments(parser, warmup, device_batch_size, **defaults):
     group = parser.add_argument_group("optimisation")
     group.add_argument("--total_epoch", type=positive_int, help="epochs")
     group.add_argument(
-        "--warmup_epoch", type=non_negative_float, help=f"epochs of linear warm-up; left out: {warmup:g} of all"
+        "--warmup_epoch", type=non_negative_float, help=f"epochs of linear warm-up; default: {warmup:g} x --total_epoch"
     )
     group.add_argument("--batch_size", type=positive_int, help="images an update, over all devices")
     group.add_argument(
         "--max_device_batch_size",
         type=positive_int,
-        help=f"images at once on a device, more are accumulated; left out: {device_batch_size['cuda']} on a GPU, "
+        help=f"images at once on a device, more are accumulated; default: {device_batch_size['cuda']} on a GPU, "
         f"{device_batch_size['cpu']} on a CPU",
     )
     group.add_argument(
         "--base_learning_rate", type=non_negative_float, help="peak rate for a batch of 256; scaled with it"
     )
-    group.add_argument("--weight_decay", type=non_negative_float, default=0.05, help="AdamW's, on every parameter")
+    group.add_argument(
+        "--weight_decay",
+        type=non_negative_float,
+        default=0.05,
+        help="weight decay (AdamW), applied to every parameter",
+    )
     parser.set_defaults(**defaults)
 
 
 def fill_in(args, values):
-    """The arguments with those of `values` that were left out."""
+    """The arguments with those of `values` that were not given."""
     given = {name: value for name, value in vars(args).items() if value is not None}
     return argparse.Namespace(**{**vars(args), **values, **given})
 
@@ -176,8 +183,8 @@ def add_run_arguments(parser, log_dir):
     group.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
-        help="torch.compile the model; default: on CUDA, if a GPU has 2 million images or more to train on (40 epochs "
-        "of CIFAR-10), as compiling takes about a minute",
+        help=f"torch.compile the model; default: on CUDA where a GPU has at least {COMPILE_FROM:,} images to train on, "
+        f"counted anew in each epoch, as compiling takes about a minute",
     )
     group.add_argument("--overwrite", action="store_true", help="start anew where a run of this name exists")
     group.add_argument(

@@ -45,7 +45,12 @@ def parse_args(argv=None):
     parser.add_argument("--batch_size", type=utils.positive_int, help="left out: 64 on a CPU, the scripts' on CUDA")
     parser.add_argument("--seconds", type=float, default=60, help="time for each path, about; --growth: four sizes")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--embed_dim", type=utils.positive_int, default=utils.defaults(MAE_ViT)["embed_dim"])
+    parser.add_argument(
+        "--embed_dim",
+        type=utils.positive_int,
+        default=utils.defaults(MAE_ViT)["embed_dim"],
+        help=utils.SIZE_HELP["embed_dim"],
+    )
     parser.add_argument("--output", type=Path, default=Path("logs/benchmark"), help="directory for CSV, JSON and plot")
     return parser.parse_args(argv)
 

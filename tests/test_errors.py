@@ -31,9 +31,9 @@ def test_an_error_of_files_that_the_user_named_is_the_users():
     ("error", "line"),
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"), " (2.00 GiB more were"),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), ". A smaller"),
-        (RuntimeError("std::bad_alloc"), ". A smaller"),
-        (MemoryError(), ". A smaller"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), ". Use a smaller"),
+        (RuntimeError("std::bad_alloc"), ". Use a smaller"),
+        (MemoryError(), ". Use a smaller"),
     ],
 )
 def test_too_little_memory_gets_one_line(error, line):

@@ -1,10 +1,10 @@
 """The scripts as a user starts them; mostly inside this process, where importing torch costs nothing."""
 
+import argparse
 import csv
 import math
 import os
 import re
-import runpy
 import shlex
 import signal
 import subprocess
@@ -26,7 +26,7 @@ from checkpoints import digest, load_file, load_model
 from errors import exit_in_one_line
 from model import MASK_STRATEGIES, MAE_ViT, mae_loss
 from runs import Session, read_config, read_metrics
-from scripts import plot_curves
+from scripts import benchmark, export, make_report, plot_curves
 
 ROOT = Path(__file__).parents[1]
 SIZE = shlex.split("--patch_size 8 --embed_dim 12 --encoder_depth 1 --num_heads 2 --device cpu")
@@ -378,12 +378,12 @@ BAD = [
     (MAE, "--dataset folder --data_dir nothing", "nothing/train holds no images"),
     (MAE, "--dataset folder --data_dir text", "Cannot read text/train/a/0.png as an image"),
     (MAE, "--num_heads 5", "num_heads 5 does not divide embed_dim 12; these do: 1, 2, 3"),
-    (MAE, "--total_epoch 0", "--total_epoch: '0' is not a whole number from 1 on"),
-    (MAE, "--total_epoch -3", "--total_epoch: '-3' is not a whole number"),
-    (MAE, "--warmup_epoch -1", "--warmup_epoch: '-1' is not a number from 0 on"),
+    (MAE, "--total_epoch 0", "--total_epoch: '0' is not a positive whole number"),
+    (MAE, "--total_epoch -3", "--total_epoch: '-3' is not a positive whole number"),
+    (MAE, "--warmup_epoch -1", "--warmup_epoch: '-1' is not 0 or a positive number"),
     (MAE, "--total_epoch 2 --warmup_epoch 3", "--warmup_epoch 3 is not within 0 to --total_epoch 2"),
-    (MAE, "--base_learning_rate nan", "--base_learning_rate: 'nan' is not a number from 0 on"),
-    (MAE, "--weight_decay -1", "--weight_decay: '-1' is not a number from 0 on"),
+    (MAE, "--base_learning_rate nan", "--base_learning_rate: 'nan' is not 0 or a positive number"),
+    (MAE, "--weight_decay -1", "--weight_decay: '-1' is not 0 or a positive number"),
     (MAE, "--train_images 41", "--train_images 41 is not 10 classes times"),
     (MAE, "--device cuda:7", "--device cuda:7 is not there; this machine has cpu"),
     (MAE, "--device gpu", "--device gpu is not there"),
@@ -391,8 +391,8 @@ BAD = [
     (MAE, "--decoder_dept 3", "unrecognized arguments: --decoder_dept 3"),
     (MAE, "--mask_ratio nan", "mask_ratio nan does not split"),
     (MAE, "--mask_ratio -0.5", "mask_ratio -0.5 does not split"),
-    (MAE, "--img_size 0", "--img_size: '0' is not a whole number"),
-    (MAE, "--embed_dim 1.5", "--embed_dim: '1.5' is not a whole number"),
+    (MAE, "--img_size 0", "--img_size: '0' is not a positive whole number"),
+    (MAE, "--embed_dim 1.5", "--embed_dim: '1.5' is not a positive whole number"),
     (MAE, "--encoder_depth 0", "--encoder_depth: '0'"),
     (MAE, "--decoder_depth deep", "--decoder_depth: 'deep'"),
     (MAE, "--num_heads 0", "--num_heads: '0'"),
@@ -400,7 +400,7 @@ BAD = [
     (MAE, "--max_device_batch_size 0", "--max_device_batch_size: '0'"),
     (MAE, "--seed x", "--seed: 'x' is not a whole number"),
     (MAE, "--seed 9223372036854775808", "--seed: '9223372036854775808' is not a whole number of at most 63 bits"),
-    (MAE, "--probe_every -1", "--probe_every: '-1' is not a whole number from 0 on"),
+    (MAE, "--probe_every -1", "--probe_every: '-1' is not 0 or a positive whole number"),
     (MAE, "--train_images 0", "--train_images: '0'"),
     (MAE, "--base_learning_rate inf", "--base_learning_rate: 'inf'"),
     (MAE, "--warmup_epoch soon", "--warmup_epoch: 'soon'"),
@@ -417,7 +417,7 @@ BAD = [
     (CLS, "--pretrained_model_path foreign.pt", "foreign.pt holds no model of this program; MAE_ViT is needed"),
     (CLS, "--pretrained_model_path nothing", "No file nothing/model.pt"),
     (CLS, "--decoder_depth 2", "unrecognized arguments: --decoder_depth 2"),
-    (CLS, "--val_images 0", "--val_images: '0' is not a whole number"),
+    (CLS, "--val_images 0", "--val_images: '0' is not a positive whole number"),
     (CLS, "--val_images 15", "--val_images 15 is not 10 classes times 1 to 4 images; try 10"),
     (CLS, "--val_images 50", "--val_images 50 is not 10 classes times 1 to 4 images; try 40"),
     (CLS, "--val_images 20", "With --val_images 20, --train_images 40 is not 10 classes times 1 to 3 .* try 30"),
@@ -803,17 +803,29 @@ def test_dry_run_goes_through_every_line_and_leaves_nothing(script, more, capsys
     assert not list(Path().iterdir())
 
 
-@pytest.mark.parametrize(
-    "name", ["mae_pretrain", "train_classifier", "evaluate_features", "visualize_predictions", "scripts/plot_curves"]
-)
-def test_help_shows_every_flag(name, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", [name, "--help"])
+PARSERS = [mae_pretrain, train_classifier, evaluate_features, visualize_predictions, plot_curves, benchmark]
+PARSERS += [export, make_report]
+
+
+@pytest.mark.parametrize("script", PARSERS)
+def test_help_shows_every_flag_with_a_text(script, capsys, monkeypatch):
+    added, add_argument = {}, argparse._ActionsContainer.add_argument
+
+    def noted(self, *names, **options):
+        added[names[0]] = options.get("help")
+        return add_argument(self, *names, **options)
+
+    monkeypatch.setattr(argparse._ActionsContainer, "add_argument", noted)
     with pytest.raises(SystemExit) as leaving:
-        runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
+        script.parse_args(["--help"])
     assert leaving.value.code == 0
-    text = capsys.readouterr().out
-    assert re.search(r"--seed SEED .*\(default: 42\)|--output OUTPUT .*\(default: curves.png\)", " ".join(text.split()))
-    assert "(default: None)" not in text
+    shown = capsys.readouterr().out
+    assert len(added) >= 3
+    for name, text in added.items():
+        assert re.search(rf"^  (-h, )?{name}\b", shown, re.MULTILINE), name
+        assert text, f"{name} has no text"
+    assert "(default: None)" not in shown
+    assert ":\n\noptions:" not in shown  # the description before them is a whole sentence
 
 
 def test_commands_in_the_readme_and_the_scripts_have_flags_that_exist():
