@@ -178,6 +178,16 @@ def test_a_classifier_ends_with_the_weights_of_a_plain_loop(augment, parts, star
 
 
 @pytest.mark.parametrize("script", ["mae_pretrain", "train_classifier"])
+def test_no_more_images_pass_the_model_at_once_than_in_training(script, few_shapes, monkeypatch):
+    sizes, embed = [], MAE_Encoder.embed
+    monkeypatch.setattr(MAE_Encoder, "embed", lambda self, x, *ids: sizes.append(len(x)) or embed(self, x, *ids))
+    flags = f"{RUN} {SIZE_FLAGS} --max_device_batch_size 5"
+    pretrain(f"{flags} --decoder_depth 1") if script == "mae_pretrain" else classify(flags)
+    assert {*sizes} - {16} == {4, 5}  # 16 are shown in TensorBoard
+    assert sum(sizes) > EPOCHS * STEPS * BATCH + 140
+
+
+@pytest.mark.parametrize("script", ["mae_pretrain", "train_classifier"])
 def test_images_that_stay_in_main_memory_train_the_same(script, few_shapes, monkeypatch, capsys):
     start = {"mae_pretrain": pretrain, "train_classifier": classify}[script]
     flags = f"{RUN} {SIZE_FLAGS} --augment {'--decoder_depth 1' if script == 'mae_pretrain' else '--val_images 10'}"

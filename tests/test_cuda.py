@@ -1,0 +1,109 @@
+"""What only a GPU can show: training there as on a CPU, precisions, compiled steps, continuing, where images live."""
+
+import os
+import shlex
+import signal
+
+import pytest
+import torch
+
+import mae_pretrain
+import train_classifier
+import utils
+from checkpoints import load_file
+from runs import Session, read_config, read_metrics
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+SIZE = "--patch_size 8 --embed_dim 32 --encoder_depth 2 --num_heads 2"
+SET = "--dataset shapes --train_images 200 --batch_size 20 --total_epoch 2 --base_learning_rate 1e-2"
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_directory(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+
+def pretrain(more):
+    flags = f"{SIZE} --decoder_depth 1 {SET} --device cuda {more}"
+    return mae_pretrain.pretrain(mae_pretrain.parse_args(shlex.split(flags)))
+
+
+def classify(more):
+    flags = f"{SIZE} {SET} --device cuda {more}"
+    return train_classifier.train_classifier(train_classifier.parse_args(shlex.split(flags)))
+
+
+def largest_difference(one, other):
+    """Between the weights of two runs."""
+    one, other = load_file(one)["model"], load_file(other)["model"]
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+def losses(run):
+    return [row["train/loss"] for row in read_metrics(run)]
+
+
+both_scripts = pytest.mark.parametrize("start", [pretrain, classify])
+
+
+def test_a_classifier_trains_as_on_a_cpu():
+    gpu = classify("--precision float32 --log_dir gpu")
+    cpu = classify("--precision float32 --log_dir cpu --device cpu")
+    assert losses(gpu) == pytest.approx(losses(cpu), rel=1e-3)
+    assert read_config(gpu)["starts"][-1]["processor"] == torch.cuda.get_device_name(0)
+
+
+@both_scripts
+@pytest.mark.parametrize("how", ["--precision fp16", "--precision bf16", "--precision auto --compile"])
+def test_losses_are_about_those_of_float32(start, how, capsys):
+    if "bf16" in how and torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("too old a GPU for bf16")
+    fast, plain = start(f"{how} --log_dir fast"), start("--precision float32 --log_dir plain")
+    assert losses(fast) == pytest.approx(losses(plain), rel=0.05)
+    assert "Cannot compile" not in capsys.readouterr().err
+
+
+@both_scripts
+@pytest.mark.parametrize("precision", ["float32", "fp16", "auto"])
+def test_a_stopped_run_goes_on_as_if_it_had_not(start, precision, monkeypatch):
+    flags, tick, steps = f"--augment --precision {precision}", Session.tick, []
+    whole = start(f"{flags} --log_dir whole")
+
+    def stop_after_13(self):
+        steps.append(1)
+        if len(steps) == 13:
+            os.kill(os.getpid(), signal.SIGINT)
+        tick(self)
+
+    monkeypatch.setattr(Session, "tick", stop_after_13)
+    with pytest.raises(SystemExit):
+        start(f"{flags} --log_dir parts")
+    parts = start(f"{flags} --log_dir parts")
+    assert len(steps) == 20
+    assert largest_difference(whole, parts) < 1e-3 < largest_difference(whole, start(f"{flags} --seed 1"))
+
+
+def test_a_generator_follows_from_its_key():
+    gpu = torch.device("cuda")
+    one, same, other = (
+        torch.rand(9, generator=utils.generator(gpu, step, "masks"), device=gpu).tolist() for step in (1, 1, 2)
+    )
+    assert one == same != other
+
+
+@both_scripts
+def test_images_that_stay_in_main_memory_train_the_same(start, monkeypatch, capsys):
+    flags = "--augment --precision float32 --log_dir"
+    on_device = start(f"{flags} on_device")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 10**9))
+    in_main_memory = start(f"{flags} in_main_memory")
+    assert "they stay in main memory" in capsys.readouterr().out
+    assert losses(in_main_memory) == pytest.approx(losses(on_device), rel=1e-4)
+
+
+def test_evaluating_takes_no_more_memory_than_training():
+    torch.cuda.reset_peak_memory_stats()
+    run = classify("--max_device_batch_size 4 --img_size 64 --patch_size 4 --total_epoch 1")
+    trained = read_metrics(run)[-1]["memory/peak_mb"]  # noted before the epoch's evaluation
+    assert utils.peak_memory_mb(torch.device("cuda")) <= 1.05 * trained
