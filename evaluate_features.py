@@ -5,7 +5,8 @@ python evaluate_features.py --model_path logs/pretrain/<run> --layers all --untr
 python evaluate_features.py --model_path logs/pretrain/<run> logs/classifier/<run> --pool mean --train_images 1000
 
 The table is also written beside each model: features.csv, features.json (with all settings) and, for --layers all,
-features.png. The test images are used once a row, to measure; the probe's weight decay is chosen on training images.
+features.png. The same command again finds it measured already. The test images are used once a row, to measure; the
+probe's weight decay is chosen on training images.
 """
 
 import contextlib
@@ -28,6 +29,7 @@ from runs import csv_text
 
 BATCH = {"cuda": 1000, "cpu": 100, "mps": 100}  # images at once; on a CPU 250 are slower
 CACHE_BYTES = 1200 * 10**6  # of features at once, at least one block's; the default model's 12 blocks fit
+ASKED = ("layers", "pool", "untrained", "train_images", "seed")  # arguments that change the table
 COLUMNS = "{encoder:10} {layer:>5} {pool:>5} {knn/acc:>8} {linear/acc:>8} {linear/weight_decay:>13} {seconds:>8}"
 HEADER = {
     "encoder": "encoder",
@@ -52,13 +54,16 @@ def parse_args(argv=None):
     )
     group.add_argument("--untrained", action="store_true", help="measure the same encoder with fresh weights, too")
     group = parser.add_argument_group("images")
-    group.add_argument("--dataset", choices=data.DATASETS, help="left out: the one the model was trained on")
-    group.add_argument("--data_dir", help="left out: where that was")
+    group.add_argument("--dataset", choices=data.DATASETS, help="default: the one the model was trained on")
+    group.add_argument("--data_dir", help="default: where that was")
     group.add_argument(
-        "--train_images", type=utils.positive_int, help="labelled images, equally many of each class; left out: all"
+        "--train_images",
+        type=utils.positive_int,
+        help="number of labelled images, the same number of each class; default: all",
     )
     group = parser.add_argument_group("run")
     utils.add_device_arguments(group, "which training images are held out; the untrained encoder's weights")
+    group.add_argument("--overwrite", action="store_true", help="measure again what is measured already")
     group.add_argument("--save", help="also write the features, labels and class names to this .npz file")
     return parser.parse_args(argv)
 
@@ -159,23 +164,53 @@ def draw_layers(rows, title):
     return figure
 
 
-def write_files(path, rows, facts, args):
-    """Write the table beside the model, named by the file's stem (a run directory has none) and what was asked for."""
+def place_of(path, args):
+    """The path of the table, without its ending: beside the model, named by the file's stem (a run directory has none)
+    and what was asked for.
+    """
     directory, stem = (path, []) if path.is_dir() else (path.parent, [path.stem])
-    name = "_".join([*stem, "features", *(str(part) for part in (args.dataset, args.train_images) if part)])
-    for suffix, text in (("csv", csv_text(rows, header=True)), ("json", json.dumps({**facts, "rows": rows}, indent=1))):
-        with replacing(directory / f"{name}.{suffix}") as file:
-            file.write(text.encode())
+    return directory / "_".join([*stem, "features", *(str(part) for part in (args.dataset, args.train_images) if part)])
+
+
+def measured_already(place, facts, args):
+    """Whether the table of this place is of these facts, the model's digest among them, and of this command.
+
+    Raises:
+        UserError: the stored file cannot be read.
+    """
+    path = place.with_name(f"{place.name}.json")
+    if not path.exists():
+        return False
+    try:
+        stored = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"Cannot read {path}: {error}. Delete it, or measure anew (--overwrite).") from error
+    asked = {name: getattr(args, name) for name in ASKED}
+    return facts.items() <= stored.items() and asked.items() <= stored.get("arguments", {}).items()
+
+
+def write_files(place, rows, facts, args):
+    """Write the table and its picture; the .json last, as it says that all is there."""
+    with replacing(place.with_name(f"{place.name}.csv")) as file:
+        file.write(csv_text(rows, header=True).encode())
     if args.layers == "all":
-        save(draw_layers(rows, facts["name"]), directory / f"{name}.png")
-    print(directory / f"{name}.csv")
+        save(draw_layers(rows, facts["name"]), place.with_name(f"{place.name}.png"))
+    with replacing(place.with_name(f"{place.name}.json")) as file:
+        file.write(json.dumps({**facts, "rows": rows}, indent=1).encode())
+    print(f"{place}.csv")
 
 
 def evaluate(path, model, content, args):
-    """Measure one model: print its table row by row, and write its files."""
+    """Measure one model, if that is not done already: print its table row by row, and write its files."""
     started, device, model_args = time.monotonic(), utils.pick_device(args.device), content["model_args"]
     precision = utils.pick_precision(args.precision, device, model_args["embed_dim"])
     dataset, data_dir = args.dataset or content["dataset"], args.data_dir or content["data_dir"]
+    place = place_of(path, args)
+    facts = {"name": content["run_name"], "kind": content["kind"], "model_digest": digest(content["model"])}
+    facts |= {"dataset": dataset, "data_dir": data_dir, "precision": precision}
+    if not (args.overwrite or args.save) and measured_already(place, facts, args):
+        print(f"Measured already: {place}.csv")
+        return
     train, test = data.load_dataset(dataset, data_dir, model_args["img_size"], args.train_images)
     models = {"trained": model}
     if args.untrained:
@@ -193,12 +228,11 @@ def evaluate(path, model, content, args):
                 print_row(rows[-1])
         for name, array in (("train_labels", train.labels), ("test_labels", test.labels), ("classes", train.classes)):
             add(name, array)
-    facts = {"name": content["run_name"], "arguments": vars(args), "kind": content["kind"], "model_args": model_args}
-    facts |= {"model_digest": digest(content["model"]), "dataset": dataset, "data_dir": data_dir}
-    facts |= {"train_images": len(train.images), "test_images": len(test.images), "precision": precision}
+    facts |= {"arguments": vars(args), "model_args": model_args}
+    facts |= {"train_images": len(train.images), "test_images": len(test.images)}
     facts |= {"device": device.type, "seconds": time.monotonic() - started}
     facts |= {"memory/peak_mb": utils.peak_memory_mb(device), **utils.environment(device)}
-    write_files(path, rows, facts, args)
+    write_files(place, rows, facts, args)
 
 
 def main(argv=None):

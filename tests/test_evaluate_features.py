@@ -161,6 +161,30 @@ def test_several_models_of_both_kinds_have_their_own_files():
     assert mae["model_digest"] != classifier["model_digest"]
 
 
+def test_what_is_measured_is_passed_over_until_the_model_or_the_command_changes(capsys):
+    save_model("run/model.pt")
+    measured = Path("run/features.json")
+
+    def measures(*arguments):
+        before = measured.read_bytes() if measured.exists() else None
+        main(["--model_path", "run", *arguments])
+        passed_over = "Measured already: run/features.csv\n" in capsys.readouterr().out
+        assert passed_over == (measured.read_bytes() == before)
+        return not passed_over
+
+    assert [measures(), measures(), measures("--device", "cpu"), measures("--overwrite")] == [True, False, False, True]
+    for changed in (["--pool", "mean"], ["--seed", "1"], ["--layers", "all"], ["--data_dir", "b"], ["--save", "a.npz"]):
+        assert measures(*changed)
+        assert measures(*changed) == ("--save" in changed)
+    save_model("run/model.pt", seed=1)
+    assert [measures(), measures()] == [True, False]
+    measured.write_text("{")
+    with pytest.raises(SystemExit):
+        main(["--model_path", "run"])
+    assert "Cannot read run/features.json" in capsys.readouterr().err
+    measures("--overwrite")
+
+
 def bad_files():
     Path("text.pt").write_text("not a checkpoint")
     save_file("checkpoint.pt", {"kind": "checkpoint"})
