@@ -8,7 +8,7 @@ SIZE=${SIZE:-}                           # encoder, as in "--patch_size 4 --embe
 PRETRAIN_FLAGS=${PRETRAIN_FLAGS:-}       # more for mae_pretrain.py, as in "--batch_size 256"
 FINETUNE_FLAGS=${FINETUNE_FLAGS:-}       # more for train_classifier.py
 LOGS=${LOGS:-logs/ablation}
-JOBS=${JOBS:-}                           # at once; left out: one a GPU, on a CPU 1. Each gets its share of the cores
+JOBS=${JOBS:-}                           # at once; default: one a GPU, on a CPU 1. Each gets its share of the cores
 
 python=.venv/bin/python
 jobs=()
@@ -27,7 +27,8 @@ run() {
   $python "$@"
 }
 
-# One job: pretrain and fine-tune, or train from scratch. What is finished is passed over, what was stopped continues.
+# One job: pretrain, measure the features, fine-tune; or train from scratch. What is finished is passed over, what was
+# stopped continues (a measurement starts again).
 run_job() {
   local seed depth strategy model data=(--dataset "$DATASET" --data_dir "$DATA_DIR")
   IFS=: read -r seed depth strategy <<<"$1"
@@ -39,6 +40,7 @@ run_job() {
   model=$LOGS/encoders/d${depth}_${strategy}_ep${EPOCHS}_s$seed.pt
   run mae_pretrain.py "${data[@]}" $SIZE --decoder_depth "$depth" --mask_strategy "$strategy" --total_epoch "$EPOCHS" \
     --seed "$seed" --log_dir "$LOGS/pretrain" --model_path "$model" $PRETRAIN_FLAGS &&
+    run evaluate_features.py --model_path "$model" --data_dir "$DATA_DIR" --layers all &&
     run train_classifier.py "${data[@]}" --total_epoch "$FINETUNE_EPOCHS" --seed "$seed" --pretrained_model_path "$model" \
       --log_dir "$LOGS/classifier" $FINETUNE_FLAGS
 }

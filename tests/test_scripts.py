@@ -740,11 +740,15 @@ def test_a_sweep_runs_every_setting_once_a_seed_and_says_how_much_is_left():
         "[4 of 4] 2:scratch",
     ]
     commands = [shlex.split(line)[2:] for line in done.stdout.splitlines() if line.startswith("+ python")]
-    assert [command[0] for command in commands] == ["mae_pretrain.py", "train_classifier.py", "train_classifier.py"] * 2
+    scripts = ["mae_pretrain.py", "evaluate_features.py", "train_classifier.py", "train_classifier.py"]
+    assert [command[0] for command in commands] == scripts * 2
     args = mae_pretrain.parse_args(commands[0][1:])
     assert (args.decoder_depth, args.mask_strategy, args.total_epoch) == (4, "random", 7)
     assert (args.seed, args.patch_size, args.data_dir) == (1, 8, "a b")
-    pretrained, scratch = (train_classifier.parse_args(command[1:]) for command in commands[4:])
+    features = evaluate_features.parse_args(commands[5][1:])
+    assert (features.model_path, features.data_dir) == (["here/encoders/d4_random_ep7_s2.pt"], "a b")
+    assert (features.layers, features.dataset, features.train_images) == ("all", None, None)
+    pretrained, scratch = (train_classifier.parse_args(command[1:]) for command in commands[6:])
     assert (pretrained.pretrained_model_path, pretrained.seed) == ("here/encoders/d4_random_ep7_s2.pt", 2)
     assert (scratch.pretrained_model_path, scratch.patch_size, scratch.seed) == (None, 8, 2)
 
