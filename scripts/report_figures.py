@@ -5,11 +5,13 @@ import torch
 import data
 import utils
 from checkpoints import load_model
-from figures import draw_curves, draw_matrix, draw_predictions, draw_rows, plt, save, show
+from figures import WRONG, draw_curves, draw_matrix, draw_predictions, draw_rows, plt, save, show
 from model import MASK_STRATEGIES, MAE_ViT, PatchShuffle, ViT_Classifier, mae_loss
 from runs import read_config
 from scripts.ablations import BASE, DEPTHS, MASKS, PRETRAINING, SCRATCH, accuracy_by_epoch
 from scripts.results import tables_of
+
+MOST_CLASSES = 20  # with more, a table of all pairs of classes cannot be read
 
 # --- what the models do ---
 
@@ -85,8 +87,28 @@ def draw_disagreements(test, one, other, path, columns=8):
             show(place, test.images[i])
             wrong = other[i] if right[i] else one[i]
             place.set_title(test.classes[test.labels[i]], fontsize=9)
-            place.set_xlabel(f"not {test.classes[wrong]}", fontsize=9)
+            place.set_xlabel(f"other said\n{test.classes[wrong]}", fontsize=9)
     save(figure, path)
+
+
+def draw_confusion(labels, predicted, classes):
+    """How often each class is taken for which: a figure and its caption."""
+    count = len(classes)
+    confusion = torch.bincount(labels * count + predicted, minlength=count**2).view(count, count)
+    share = 100 * confusion / confusion.sum(1, keepdim=True).clamp(min=1)  # % of each class
+    if count <= MOST_CLASSES:
+        names = [f"{name} ({share[i, i]:.0f} %)" for i, name in enumerate(classes)]
+        caption = "Predictions in % of each class (per-class accuracy at the left), pretrained, first seed."
+        return draw_matrix(share, names, classes, "prediction", "class", "{:.0f}"), caption
+    wrong = share.fill_diagonal_(0).flatten()
+    pairs = [i for i in wrong.argsort(descending=True, stable=True)[:MOST_CLASSES].tolist() if wrong[i] > 0]
+    figure, axes = plt.subplots(figsize=(8, 6.5))
+    axes.barh(range(len(pairs)), wrong[pairs].tolist(), color=WRONG)
+    axes.set_yticks(range(len(pairs)), [f"{classes[i // count]}: {classes[i % count]}" for i in pairs], fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xlabel="% of the images of the class", ylabel="class: prediction")
+    axes.grid(alpha=0.3, axis="x")
+    return figure, f"The {len(pairs)} most frequent mistakes, in % of the class, pretrained, first seed."
 
 
 # --- all figures ---
@@ -144,15 +166,9 @@ def draw_answers(results, test, chosen, output, device):
     shown = chosen[:32]
     figure = draw_predictions(test.images[shown], test.classes, test.labels[shown], predicted[shown], confidence[shown])
     save(figure, output / "figure06.png")
-    count = len(test.classes)
-    confusion = torch.bincount(test.labels * count + predicted, minlength=count**2).view(count, count)
-    share = 100 * confusion / confusion.sum(1, keepdim=True)
-    names = [f"{name} ({share[i, i]:.0f} %)" for i, name in enumerate(test.classes)]
-    save(draw_matrix(share, names, test.classes, "prediction", "class", "{:.0f}"), output / "confusion.png")
-    captions = {
-        "figure06": "Predictions on random test images.",
-        "confusion": "Predictions in % of each class (per-class accuracy at the left), pretrained, first seed.",
-    }
+    figure, caption = draw_confusion(test.labels, predicted, test.classes)
+    save(figure, output / "confusion.png")
+    captions = {"figure06": "Predictions on random test images.", "confusion": caption}
     if SCRATCH in results:
         _, other = answers(results[SCRATCH][0], test, device)
         draw_disagreements(test, predicted, other, output / "disagreements.png")

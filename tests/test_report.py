@@ -7,11 +7,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from test_scripts import classify, few_shapes, picture_size, pretrain  # noqa: F401
 
+import data
+from figures import plt
 from model import MASK_STRATEGIES
 from runs import read_config, read_metrics
-from scripts import make_report
+from scripts import make_report, report_figures
 from scripts.ablations import collect
 from scripts.results import Difference, spread
 
@@ -67,6 +70,38 @@ def test_the_report_of_runs_that_held_images_out_watches_those_and_tests_once():
     assert "chosen on the test set" not in report
     assert "Classifier accuracy on held-out images by mask strategy" in report
     assert "nan" not in report
+
+
+# --- pictures ---
+
+
+def test_confusion_of_many_classes_is_a_picture_that_can_be_read():
+    labels = torch.arange(100).repeat_interleave(10)
+    predicted = labels.clone()
+    predicted[70:77] = 3
+    predicted[10:12] = 9
+    names = [f"class {i}" for i in range(100)]
+    figure, caption = report_figures.draw_confusion(labels, predicted, names)
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()][:2] == ["class 7: class 3", "class 1: class 9"]
+    assert [bar.get_width() for bar in axes.patches][:2] == pytest.approx([70, 20])
+    assert len(axes.patches) == 2  # of at most 20
+    assert max(figure.get_size_inches()) < 12
+    assert "mistakes" in caption
+    plt.close(figure)
+    figure, _ = report_figures.draw_confusion(labels[:100], predicted[:100], names[:10])
+    assert figure.axes[0].get_yticklabels()[7].get_text() == "class 7 (30 %)"
+    plt.close(figure)
+
+
+def test_a_disagreement_shows_what_the_other_classifier_said(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(report_figures, "save", lambda figure, path: drawn.append(figure))
+    images = data.ImageSet(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.tensor([0, 1]), ["cat", "dog"])
+    report_figures.draw_disagreements(images, torch.tensor([0, 0]), torch.tensor([1, 1]), Path("x.png"), columns=2)
+    shown = [(place.get_title(), place.get_xlabel()) for place in drawn[0].axes]
+    assert shown == [("cat", "other said\ndog"), ("", ""), ("dog", "other said\ncat"), ("", "")]
+    plt.close(drawn[0])
 
 
 def test_claims_hold_are_reversed_or_are_not_decided():
