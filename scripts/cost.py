@@ -1,5 +1,7 @@
 """What a training step computes."""
 
+import functools
+
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -15,9 +17,17 @@ def gflop_per_image(arguments, pretraining):
         arguments: of a run or a model, by name.
     """
     constructor = MAE_ViT if pretraining else ViT_Classifier
-    model = constructor(**{name: arguments[name] for name in utils.defaults(constructor) if name in arguments})
-    images = torch.zeros(1, 3, arguments["img_size"], arguments["img_size"])
+    wanted = utils.defaults(constructor).keys() - {"mask_strategy"}  # each hides as many patches
+    return count_gflop(constructor, tuple((name, arguments[name]) for name in sorted(wanted & arguments.keys())))
+
+
+@functools.cache
+def count_gflop(constructor, model_args):
+    """As above; the same sizes are counted once."""
+    model = constructor(**dict(model_args))
+    img_size = dict(model_args)["img_size"]
+    images = torch.zeros(1, 3, img_size, img_size)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # fused attention is not counted
         output = model(images)
-        (output[0] if pretraining else output).sum().backward()
+        (output[0] if constructor is MAE_ViT else output).sum().backward()
     return counter.get_total_flops() / 1e9
