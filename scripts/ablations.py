@@ -9,21 +9,29 @@ BASE, SCRATCH = "depth 4, random", "from scratch"
 PRETRAINING = {"with pretraining": BASE, "from scratch": SCRATCH}
 DEPTHS = {f"depth {depth}": f"depth {depth}, random" for depth in (2, 4, 8)}
 MASKS = {strategy: f"depth 4, {strategy}" for strategy in MASK_STRATEGIES}
+SETTINGS = list(dict.fromkeys([SCRATCH, *DEPTHS.values(), *MASKS.values()]))
 
 
 def collect(runs):
-    """Finished runs by setting, such as "depth 4, random": {setting: [Result, ...]}, by seed.
+    """Finished runs by setting, such as "depth 4, random".
+
+    Returns:
+        {setting: [Result, ...] by seed}; {run directory of a classifier: why it is not among them}.
 
     Raises:
         UserError: there are none, or they differ in more than depth, strategy and seed.
     """
-    results = find_results(runs)
+    found, left_out = find_results(runs)
+    results = [result for result in found if setting_of(result) in SETTINGS]
+    for result in found:
+        if result not in results:
+            left_out[result.classifier] = f"{setting_of(result)} is none of the settings that the report compares"
     for kind in ("classifier", "mae"):
         check_alike(filter(None, (getattr(result, kind) for result in results)), ("decoder_depth", "mask_strategy"))
     results = by_setting(results, setting_of)
     if BASE not in results:
         raise UserError(f"{runs} holds no finished classifier of {BASE}; run scripts/reproduce_report.sh first.")
-    return results
+    return results, left_out
 
 
 def setting_of(result):

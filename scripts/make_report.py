@@ -191,8 +191,9 @@ deviation over n seeds; differences are between runs of equal seeds, with 95 % i
 """
 
 
-def write_report(results, output, captions):
-    """REPORT.md, with the figures under their captions."""
+def write_report(results, lines, output, captions):
+    """REPORT.md, with the figures under their captions; lines: what a reader must know before the numbers."""
+    notes = "".join(f"\n- {line}\n" for line in lines)
     depth_pairs = itertools.combinations(reversed(DEPTHS.values()), 2)
     mask_pairs = [(one, other) for other, one in itertools.combinations(MASKS.values(), 2)]
     figures = "\n".join(
@@ -203,7 +204,7 @@ def write_report(results, output, captions):
     (output / "REPORT.md").write_text(
         f"""# What decoder depth and masking do
 
-{introduction(results)}
+{introduction(results)}{notes}
 ## Findings of the source report
 
 {findings(results)}
@@ -248,9 +249,11 @@ def main(argv=None):
     args = parse_args(argv)
     with exit_in_one_line(), as_user_error(OSError):
         device = utils.pick_device(args.device)
-        results = collect(args.runs)
+        results, left_out = collect(args.runs)
         args.output.mkdir(parents=True, exist_ok=True)
-        write_report(results, args.output, draw_all(results, args.output, args.bank, device))
+        lines = [f"Left out: {directory}: {reason}." for directory, reason in left_out.items()]
+        print(*lines, sep="\n", end="\n" if lines else "")
+        write_report(results, lines, args.output, draw_all(results, args.output, args.bank, device))
         keep_numbers(results, args.output)
 
 

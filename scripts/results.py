@@ -3,11 +3,14 @@
 A setting has a result for each seed. Two settings are told apart by the differences of results with equal seeds.
 """
 
+import functools
+import json
 import math
 import statistics
 from pathlib import Path
 from typing import NamedTuple
 
+from checkpoints import digest, load_file
 from errors import UserError
 from runs import FREE_ARGUMENTS, read_config, read_metrics
 
@@ -20,32 +23,99 @@ NO_SETTING = {"seed", "encoder_digest", *FREE_ARGUMENTS}  # differ from run to r
 
 
 class Result(NamedTuple):
-    """One seed of a setting: run directories of a classifier and of the MAE its encoder comes from, None if neither."""
+    """One seed of a setting.
+
+    Args:
+        classifier: its run directory.
+        mae: the run directory of the MAE that its encoder comes from; None: from scratch.
+        features: what evaluate_features.py stored of that MAE (.json); None: it is not measured.
+    """
 
     seed: int
     classifier: Path
     mae: Path | None
+    features: Path | None = None
+
+
+def is_finished(directory):
+    """Whether a run's metrics.csv holds its last epoch; kept runs have no weights."""
+    if not (directory / "config.json").exists():
+        return False
+    metrics = read_metrics(directory)
+    return bool(metrics) and metrics[-1]["epoch"] == read_config(directory)["arguments"]["total_epoch"]
 
 
 def find_results(runs):
-    """A Result for each finished classifier in `runs`/classifier, its MAE in `runs`/pretrain; names what it leaves out.
+    """A Result for each finished classifier in `runs`/classifier, its MAE in `runs`/pretrain, its features anywhere.
 
     Returns:
-        [Result, ...], in the order of the classifiers' names.
+        [Result, ...], in the order of the classifiers' names; {classifier's directory: why it is not among them}.
+
+    Raises:
+        UserError: a classifier's encoder is not the MAE's of that name, or not the one whose features are stored.
     """
-    results = []
+    results, left_out, features = [], {}, find_features(runs)
     for directory in sorted(runs.glob("classifier/*/")):
-        if not (directory / "model.pt").exists():
-            print(f"Not finished, left out: {directory}")
+        if not is_finished(directory):
+            left_out[directory] = "not finished"
             continue
         config = read_config(directory)
         encoder = config["name"].partition("_from_mae_")[2]
         mae = runs / "pretrain" / f"mae_{encoder}" if encoder else None
-        if mae and not (mae / "model.pt").exists():
-            print(f"Left out: {directory}, as {mae} is not there or not finished")
+        if mae and not is_finished(mae):
+            left_out[directory] = f"{mae} is not there or not finished"
             continue
-        results.append(Result(config["arguments"]["seed"], directory, mae))
-    return results
+        measured = features_of(directory, mae, features) if mae else None
+        results.append(Result(config["arguments"]["seed"], directory, mae, measured))
+    return results, left_out
+
+
+def features_of(classifier, mae, features):
+    """Of all features {.json: content} the fullest of a classifier's encoder; None where its MAE has none.
+
+    Raises:
+        UserError: the MAE in model.pt, or in its features, is another one than the classifier's encoder.
+    """
+    features = {path: stored for path, stored in features.items() if of_mae(stored, mae)}
+    wanted = read_config(classifier)["arguments"].get("encoder_digest")
+    if wanted is not None:  # old runs have none
+        model = mae / "model.pt"
+        models = {model: digest(load_file(model)["model"])} if model.exists() else {}
+        for found in (models, {path: stored["model_digest"] for path, stored in features.items()}):
+            if found and wanted not in found.values():
+                path, other = next(iter(found.items()))
+                raise UserError(
+                    f"{path} is of another MAE (digest {other}) than the encoder of {classifier} (digest {wanted}). "
+                    f"Train the classifier or measure the features anew (--overwrite), or move them away."
+                )
+        features = {path: stored for path, stored in features.items() if stored["model_digest"] == wanted}
+    return max(features, key=lambda path: len(features[path]["rows"]), default=None)
+
+
+def find_features(runs):
+    """What evaluate_features.py stored anywhere below a directory, on all labels: {.json: its content}."""
+    found = {}
+    for path in sorted(runs.rglob("*features*.json")):
+        stored = read_features(path)
+        if "model_digest" in stored and stored["arguments"]["train_images"] is None and by_block(stored, "knn/acc"):
+            found[path] = stored
+    return found
+
+
+def read_features(path):
+    """The content of a .json file that evaluate_features.py has written."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"Cannot read {path}: {error}. Measure the features anew (--overwrite).") from error
+
+
+def of_mae(stored, mae):
+    """Whether features are of the MAE of a run directory, on the images that it was trained on."""
+    arguments = read_config(mae)["arguments"]
+    if stored["name"] != mae.name or stored["dataset"] != arguments["dataset"]:
+        return False
+    return stored["dataset"] != "folder" or Path(stored["data_dir"]).name == Path(arguments["data_dir"]).name
 
 
 def by_setting(results, setting):
@@ -107,16 +177,45 @@ def watched(tables):
     return next((name for name in names if all(name in table[0] for table in tables if table)), None)
 
 
+def by_block(stored, name):
+    """{encoder block, from 1: accuracy} of stored features: a trained encoder's, mean of the patches' tokens."""
+    rows = [row for row in stored["rows"] if (row["encoder"], row["pool"]) == ("trained", "mean")]
+    return {row["layer"]: row[name] for row in rows}
+
+
 def accuracy(result):
     """In %, of the test images: at the last epoch, or at the one chosen on held-out images (--val_images)."""
     return 100 * read_metrics(result.classifier)[-1]["test/acc"]
+
+
+def frozen_accuracy(name, result):
+    """In %, of the test images, of a measure on the frozen features after the last block; None: not measured."""
+    if result.features is None:
+        return None
+    accuracies = by_block(read_features(result.features), name)
+    return 100 * accuracies[max(accuracies)]
+
+
+MEASURES = {  # of a Result, in %; None where there is none
+    "fine-tuned": accuracy,
+    "linear probe": functools.partial(frozen_accuracy, "linear/acc"),
+    "k-NN": functools.partial(frozen_accuracy, "knn/acc"),
+}
+
+
+def values_of(results, measure):
+    """{seed: measure(result)}, of the results that have it."""
+    values = {result.seed: measure(result) for result in results}
+    return {seed: value for seed, value in values.items() if value is not None}
 
 
 # --- statistics ---
 
 
 def spread(values):
-    """ "81.03 ± 0.21 (n 3)", mean and standard deviation; one value without."""
+    """ "81.03 ± 0.21 (n 3)", mean and standard deviation; one value without, and nothing of none."""
+    if not values:
+        return ""
     deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.2f}{deviation} (n {len(values)})"
 
@@ -161,7 +260,7 @@ def difference(results, one, other, measure=accuracy):
     """The paired difference of two settings in measure(result); None where one is missing."""
     if one not in results or other not in results:
         return None
-    return paired_difference(*({result.seed: measure(result) for result in results[name]} for name in (one, other)))
+    return paired_difference(*(values_of(results[name], measure) for name in (one, other)))
 
 
 def markdown_table(header, rows):

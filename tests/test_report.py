@@ -34,12 +34,16 @@ def test_the_report_of_a_small_sweep():
         mae = pretrain("--decoder_depth", depth, "--mask_strategy", strategy, *common, "runs/pretrain")
         classify("--pretrained_model_path", str(mae), *common, "runs/classifier")
     scratch = [classify("--total_epoch", "2", "--seed", seed, "--log_dir", "runs/classifier") for seed in "12"]
+    odd = classify("--pretrained_model_path", str(mae), "--seed", "7", "--log_dir", "runs/classifier")
+    change(odd, "arguments", total_epoch=9)
     make_report.main(["--runs", "runs", "--output", "out", "--bank", "2"])
     report = Path("out/REPORT.md").read_text()
+    assert f"- Left out: {odd}: not finished." in report
+    shutil.rmtree(odd)
     figures = re.findall(r"\((\w+\.png)\)", report)
     assert len(figures) == 14
     assert all(picture_size(f"out/{name}")[0] > 200 for name in figures)
-    runs = collect(Path("runs"))["depth 4, grid"]
+    runs = collect(Path("runs"))[0]["depth 4, grid"]
     assert [result.seed for result in runs] == [1, 2]
     accuracies = [100 * read_metrics(result.classifier)[-1]["test/acc"] for result in runs]
     assert f"| grid | {spread(accuracies)} |" in report
@@ -54,7 +58,7 @@ def test_the_report_of_a_small_sweep():
         collect(Path("runs"))
     shutil.rmtree(scratch[1])
     shutil.rmtree(runs[1].mae)
-    assert len(collect(Path("runs"))["depth 4, grid"]) == 1
+    assert len(collect(Path("runs"))[0]["depth 4, grid"]) == 1
     change(runs[0].mae, None, precision="bf16")
     with pytest.raises(ValueError, match="has precision bf16, others have float32"):
         collect(Path("runs"))

@@ -2,9 +2,12 @@
 
 import json
 import math
+import shutil
 
 import pytest
+import torch
 
+from checkpoints import digest, save_file
 from scripts import results
 from scripts.results import paired_difference
 
@@ -13,32 +16,77 @@ def write_run(directory, *, finished=True, test_acc=0.5, **arguments):
     """A run of 1 epoch as far as results.py reads it; precision and images are no arguments, but facts."""
     directory.mkdir(parents=True)
     facts = {name: arguments.pop(name, "same") for name in ("precision", "images")}
-    arguments = {"seed": 1, "device": "cpu", "precision": "auto", **arguments}
+    arguments = {"seed": 1, "device": "cpu", "precision": "auto", "total_epoch": 1 if finished else 2, **arguments}
     (directory / "config.json").write_text(json.dumps({"name": directory.name, "arguments": arguments, **facts}))
     (directory / "metrics.csv").write_text(f"epoch,test/acc\n1,{test_acc}\n")
-    if finished:
-        (directory / "model.pt").touch()
     return directory
 
 
-def test_results_are_the_finished_classifiers_with_their_maes(tmp_path, capsys):
+def test_results_are_the_finished_classifiers_with_their_maes(tmp_path):
     mae = write_run(tmp_path / "pretrain" / "mae_a")
     write_run(tmp_path / "pretrain" / "mae_b", finished=False)
     one, two, scratch = (
         write_run(tmp_path / "classifier" / name, seed=seed)
         for name, seed in (("cls_s1_from_mae_a", 10), ("cls_s2_from_mae_a", 9), ("cls_scratch", 3))
     )
-    write_run(tmp_path / "classifier" / "cls_s1_from_mae_b")
-    write_run(tmp_path / "classifier" / "cls_s1_from_mae_c")
-    write_run(tmp_path / "classifier" / "cls_s2_scratch", finished=False)
-    found = results.find_results(tmp_path)
-    assert found == [(10, one, mae), (9, two, mae), (3, scratch, None)]
-    said = capsys.readouterr().out
-    assert "Not finished, left out: " in said
-    assert "mae_b is not there or not finished" in said
-    assert "mae_c is not there or not finished" in said
+    left = [write_run(tmp_path / "classifier" / f"cls_s1_from_mae_{name}") for name in "bc"]
+    left.append(write_run(tmp_path / "classifier" / "cls_s2_scratch", finished=False))
+    found, left_out = results.find_results(tmp_path)
+    assert found == [(10, one, mae, None), (9, two, mae, None), (3, scratch, None, None)]
+    reasons = [f"{tmp_path}/pretrain/mae_{name} is not there or not finished" for name in "bc"]
+    assert left_out == dict(zip(left, [*reasons, "not finished"], strict=True))
     groups = results.by_setting(found, lambda result: result.mae is None)
-    assert groups == {False: [(9, two, mae), (10, one, mae)], True: [(3, scratch, None)]}
+    assert groups == {False: [(9, two, mae, None), (10, one, mae, None)], True: [(3, scratch, None, None)]}
+
+
+def write_features(path, **changes):
+    row = {"encoder": "trained", "layer": 1, "pool": "mean", "linear/acc": 0.3, "knn/acc": 0.2}
+    stored = {"name": "mae_a", "model_digest": "aa", "dataset": "folder", "data_dir": "x/pets", "rows": [row]}
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({**stored, "arguments": {"train_images": None}, **changes}))
+    return path
+
+
+def test_the_features_of_a_mae_are_its_own_on_its_own_images_and_all_labels(tmp_path):
+    mae = write_run(tmp_path / "pretrain" / "mae_a", dataset="folder", data_dir="pets")
+    write_run(tmp_path / "classifier" / "cls_s1_from_mae_a", encoder_digest="aa")
+    encoders = tmp_path / "encoders"
+    for name, changes in {
+        "a_features_10.json": {"arguments": {"train_images": 10}},
+        "a_features_shapes.json": {"dataset": "shapes"},
+        "b_features.json": {"name": "mae_b"},
+        "c_features.json": {"data_dir": "x/cars"},
+        "d_features.json": {"rows": []},
+        "e_features.json": {"model_digest": "older"},
+    }.items():
+        write_features(encoders / name, **changes)
+    (encoders / "e_features.json").rename(encoders / "e.json")
+    ((result,), _) = results.find_results(tmp_path)
+    assert result.features is None
+    assert [measure(result) for measure in results.MEASURES.values()] == [50, None, None]
+    mine = write_features(mae / "features.json")
+    (encoders / "e.json").rename(encoders / "e_features.json")
+    ((result,), _) = results.find_results(tmp_path)
+    assert result.features == mine
+    assert [measure(result) for measure in results.MEASURES.values()] == pytest.approx([50, 30, 20])
+    assert results.values_of([result], results.MEASURES["k-NN"]) == {1: 20}
+    mine.unlink()
+    with pytest.raises(ValueError, match=r"e_features.json is of another MAE .digest older. than the encoder of .*cls"):
+        results.find_results(tmp_path)
+
+
+def test_a_classifier_of_another_mae_of_that_name_is_refused(tmp_path):
+    mae = write_run(tmp_path / "pretrain" / "mae_a")
+    weights = {"weight": torch.ones(1)}
+    save_file(mae / "model.pt", {"kind": "MAE_ViT", "model": weights})
+    classifier = write_run(tmp_path / "classifier" / "cls_s1_from_mae_a", encoder_digest=digest(weights))
+    assert len(results.find_results(tmp_path)[0]) == 1
+    shutil.rmtree(classifier)
+    write_run(classifier, encoder_digest="other")
+    with pytest.raises(
+        ValueError, match=r"model.pt is of another MAE .* than the encoder of .*cls_s1.* .digest other."
+    ):
+        results.find_results(tmp_path)
 
 
 def test_the_same_seed_twice_in_a_setting_is_refused(tmp_path):
