@@ -1,9 +1,13 @@
 """Tables, figures and findings of the ablations, from their run directories and the test images: no training.
 
 python -m scripts.make_report --runs logs/ablation --output logs/report
+python -m scripts.make_report --runs logs/report/runs --output logs/report    # from the CSV and JSON of a report
+
+Of kept CSV and JSON alone it draws tables and curves; the pictures that need a model or the images stay as they are.
 """
 
 import itertools
+import re
 import shutil
 import statistics
 from pathlib import Path
@@ -16,6 +20,7 @@ from scripts.cost import gflop_per_image
 from scripts.report_figures import draw_all
 from scripts.results import accuracy, difference, markdown_table, spread, tables_of
 
+KEPT = ("config.json", "metrics.csv", "features.csv", "features.json")  # of a run, beside the report
 COUNTS = ("", "_mean_of_batches")  # endings of test/acc
 # The source report's accuracies in %, one seed each: means of batch means
 SOURCE = {
@@ -235,14 +240,50 @@ Parameters, GFLOP, images/s and memory are the pretraining's, from scratch the c
     print(output / "REPORT.md")
 
 
-def keep_numbers(results, output):
-    """Copy the CSV and config behind the report beside it."""
-    for result in itertools.chain(*results.values()):
-        for run in filter(None, (result.mae, result.classifier)):
-            target = output / "runs" / run.parent.name / run.name
-            target.mkdir(parents=True, exist_ok=True)
-            for name in ("config.json", "metrics.csv"):
-                shutil.copyfile(run / name, target / name)
+# --- what is kept ---
+
+
+def kept_pictures(results, output):
+    """{name: caption} of the pictures beside an earlier report of the same runs; nothing beside one of other runs."""
+    for run, target in copies(results, output):
+        config = target / "config.json"
+        if not config.exists() or config.read_bytes() != (run / "config.json").read_bytes():
+            return {}
+    report = output / "REPORT.md"
+    found = re.findall(r"^!\[(.*)\]\((\w+)\.png\)$", report.read_text(), re.MULTILINE) if report.exists() else []
+    return {name: caption for caption, name in found if (output / f"{name}.png").exists()}
+
+
+def copies(results, output):
+    """(run directory, where the report keeps its numbers) of each run."""
+    runs = [run for result in itertools.chain(*results.values()) for run in (result.mae, result.classifier) if run]
+    return [(run, output / "runs" / run.parent.name / run.name) for run in dict.fromkeys(runs)]
+
+
+def keep_numbers(results, source, output):
+    """Copy the CSV and JSON behind the report beside it, in place of what an earlier report has kept there."""
+    features = {result.mae: result.features for result in itertools.chain(*results.values())}
+    files = {}
+    for run, target in copies(results, output):
+        files |= {target / name: run / name for name in ("config.json", "metrics.csv")}
+        if measured := features.get(run):
+            files |= {target / "features.json": measured, target / "features.csv": measured.with_suffix(".csv")}
+    if source.resolve() != (output / "runs").resolve():
+        clear(output / "runs", files.keys())
+    for target, file in files.items():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if file.exists() and file.resolve() != target.resolve():
+            shutil.copyfile(file, target)
+
+
+def clear(directory, wanted):
+    """Remove what an earlier report has kept of runs, but for the files wanted; runs that hold more are not ours."""
+    for run in directory.glob("*/*"):
+        if run.is_dir() and all(path.name in KEPT for path in run.iterdir()):
+            for path in set(run.iterdir()) - wanted:
+                path.unlink()
+            if not any(run.iterdir()):
+                run.rmdir()
 
 
 def main(argv=None):
@@ -253,8 +294,9 @@ def main(argv=None):
         args.output.mkdir(parents=True, exist_ok=True)
         lines = [f"Left out: {directory}: {reason}." for directory, reason in left_out.items()]
         print(*lines, sep="\n", end="\n" if lines else "")
-        write_report(results, lines, args.output, draw_all(results, args.output, args.bank, device))
-        keep_numbers(results, args.output)
+        kept = kept_pictures(results, args.output)
+        write_report(results, lines, args.output, draw_all(results, args.output, args.bank, device, kept))
+        keep_numbers(results, args.runs, args.output)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,27 @@
-"""The figures of the report, from the finished models of the ablations and the test images."""
+"""The figures of the report: curves from CSV and JSON alone, pictures from finished models and the test images."""
 
 import torch
 
 import data
 import utils
 from checkpoints import load_model
+from errors import UserError
 from figures import WRONG, draw_curves, draw_matrix, draw_predictions, draw_rows, plt, save, show
 from model import MASK_STRATEGIES, MAE_ViT, PatchShuffle, ViT_Classifier, mae_loss
 from runs import read_config
 from scripts.ablations import BASE, DEPTHS, MASKS, PRETRAINING, SCRATCH, accuracy_by_epoch
 from scripts.results import tables_of
 
+# the names of what only models and test images can show
+PICTURES = (
+    "figure03",
+    "figure06",
+    "figure11",
+    "confusion",
+    "disagreements",
+    "masks_crossed",
+    "reconstructions_by_depth",
+)
 MOST_CLASSES = 20  # with more, a table of all pairs of classes cannot be read
 
 # --- what the models do ---
@@ -176,12 +187,37 @@ def draw_answers(results, test, chosen, output, device):
     return captions
 
 
-def draw_all(results, output, bank, device):
-    """All figures; their captions by file name, in order."""
+def images_for_pictures(results):
+    """The test images, if they and all models are there; else None and the reason."""
+    settings = [setting for setting in (*DEPTHS.values(), *MASKS.values()) if setting in results]
+    models = [result.mae for setting in settings for result in results[setting]]
+    models += [results[setting][0].classifier for setting in PRETRAINING.values() if setting in results]
+    if missing := [run for run in models if not (run / "model.pt").exists()]:
+        return None, f"{missing[0]} has no model.pt"
     config = read_config(results[BASE][0].classifier)["arguments"]
-    _, test = data.load_dataset(config["dataset"], config["data_dir"], config["img_size"])
-    chosen = torch.randperm(len(test.images), generator=utils.generator("cpu", "report"))
-    images = data.normalize(test.images[chosen[:bank]])
-    captions = draw_all_curves(results, output) | draw_all_reconstructions(results, images, output, device)
-    captions |= draw_answers(results, test, chosen, output, device)
+    try:
+        return data.load_dataset(config["dataset"], config["data_dir"], config["img_size"])[1], None
+    except UserError as error:
+        return None, str(error)
+
+
+def draw_all(results, output, bank, device, kept):
+    """All figures; their captions by file name, in order.
+
+    Args:
+        kept: {file name: caption} of the pictures of an earlier report of these runs; they stay where they cannot be
+            drawn.
+    """
+    captions = draw_all_curves(results, output)
+    test, reason = images_for_pictures(results)
+    if test:
+        chosen = torch.randperm(len(test.images), generator=utils.generator("cpu", "report"))
+        images = data.normalize(test.images[chosen[:bank]])
+        captions |= draw_all_reconstructions(results, images, output, device)
+        captions |= draw_answers(results, test, chosen, output, device)
+    else:
+        kept = {name: caption for name, caption in kept.items() if name in PICTURES}
+        missing = ", ".join(name for name in PICTURES if name not in kept)
+        print(f"Not drawn: {reason}. Kept: {', '.join(kept) or 'none'}. Not in the report: {missing or 'none'}")
+        captions |= kept
     return dict(sorted(captions.items(), key=lambda item: (not item[0].startswith("figure"), item[0])))

@@ -11,9 +11,10 @@ import torch
 from test_scripts import classify, few_shapes, picture_size, pretrain  # noqa: F401
 
 import data
+import utils
 from figures import plt
-from model import MASK_STRATEGIES
-from runs import read_config, read_metrics
+from model import MASK_STRATEGIES, ViT_Classifier
+from runs import csv_text, read_config, read_metrics
 from scripts import make_report, report_figures
 from scripts.ablations import collect
 from scripts.results import Difference, spread
@@ -74,6 +75,110 @@ def test_the_report_of_runs_that_held_images_out_watches_those_and_tests_once():
     assert "chosen on the test set" not in report
     assert "Classifier accuracy on held-out images by mask strategy" in report
     assert "nan" not in report
+
+
+# --- kept runs, written by hand ---
+
+SIZES = {"img_size": 16, "patch_size": 8, "embed_dim": 12, "encoder_depth": 2, "num_heads": 2}
+START = {"command": "python x.py", "python": "3", "torch": "2", "timm": "1", "commit": None, "threads": 1}
+START["processor"] = "CPU"
+
+
+def keep_run(directory, rows, parameters=1, **arguments):
+    """A finished run as the report keeps it: no weights."""
+    directory.mkdir(parents=True)
+    shared = {"dataset": "shapes", "data_dir": "data", "train_images": None, "log_dir": f"logs/{directory.parent.name}"}
+    config = {"name": directory.name, "arguments": {**SIZES, **shared, "total_epoch": len(rows), **arguments}}
+    config |= {"parameters": parameters, "precision": "float32", "images": "ab", "starts": [START]}
+    (directory / "config.json").write_text(json.dumps(config))
+    steps = {"seconds": 6, "speed/images_per_sec": 9, "memory/peak_mb": 7, "train/loss": 1}
+    rows = [{"epoch": epoch, **steps, **row} for epoch, row in enumerate(rows, start=1)]
+    (directory / "metrics.csv").write_text(csv_text(rows, header=True))
+    return directory
+
+
+def keep_classifier(seed, mae, accuracy, classes=10, **arguments):
+    parameters = utils.count_parameters(ViT_Classifier(**SIZES, num_classes=classes))
+    name = f"cls_s{seed}_from_{mae.name}" if mae else f"cls_s{seed}_scratch"
+    rows = [{"test/acc": acc, "test/acc_mean_of_batches": acc} for acc in (0.1, accuracy)]
+    digest = {"encoder_digest": mae.name} if mae else {}
+    return keep_run(Path("runs/classifier") / name, rows, parameters, seed=seed, **digest, **arguments)
+
+
+def keep_mae(seed, depth, strategy="random", **arguments):
+    rows = [{"knn/acc": acc} for acc in (0.11, math.nan, 0.12)]
+    where = Path("runs/pretrain") / f"mae_d{depth}_{strategy}_s{seed}"
+    return keep_run(where, rows, seed=seed, decoder_depth=depth, mask_strategy=strategy, **arguments)
+
+
+def keep_features(path, mae, linear, knn, **changes):
+    """What evaluate_features.py writes of a MAE whose digest is its name."""
+    scores = {"knn/acc": knn, "linear/acc": linear}
+    rows = [{"encoder": "untrained", "layer": 2, "pool": "mean", "knn/acc": 0.01, "linear/acc": 0.01}]
+    rows += [
+        {"encoder": "trained", "layer": layer, "pool": "cls", "knn/acc": 0.02, "linear/acc": 0.02} for layer in (1, 2)
+    ]
+    rows += [{"encoder": "trained", "layer": 1, "pool": "mean", "knn/acc": 0.03, "linear/acc": 0.03}]
+    rows += [{"encoder": "trained", "layer": 2, "pool": "mean", **scores}]
+    facts = {"name": mae.name, "model_digest": mae.name, "dataset": "shapes", "data_dir": "data", "seconds": 60}
+    facts |= {"arguments": {"train_images": None}, **START, "command": "python evaluate_features.py", **changes}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**facts, "rows": rows}))
+    path.with_suffix(".csv").write_text(csv_text(rows, header=True))
+
+
+def keep_sweep(accuracy=0.5, **arguments):
+    """Three depths and no pretraining, three seeds: depth moves only what the frozen features are worth."""
+    for seed in (1, 2, 3):
+        keep_classifier(seed, None, accuracy - 0.05 - seed / 1000, **arguments)
+        for depth in (2, 4, 8):
+            mae = keep_mae(seed, depth)
+            keep_classifier(seed, mae, accuracy + [0.01, -0.01, 0.004][(seed + depth // 4) % 3], **arguments)
+            better = depth / 100 + [0.001, 0.002, 0.004][(seed + depth // 4) % 3]
+            keep_features(Path(f"runs/encoders/d{depth}_s{seed}_features.json"), mae, 0.3 + better, 0.2 - better)
+
+
+def report_of(runs="runs", output="out"):
+    make_report.main(["--runs", runs, "--output", output])
+    return (Path(output) / "REPORT.md").read_text()
+
+
+def test_kept_numbers_alone_make_the_same_report_and_leave_its_pictures(capsys):
+    keep_sweep()
+    report = report_of()
+    assert "figure03" in capsys.readouterr().out.partition("Not in the report: ")[2]
+    assert "figure03" not in report
+    Path("out/figure03.png").write_bytes(b"a picture")
+    Path("out/REPORT.md").write_text(report.replace("## Commands", "![Seen before.](figure03.png)\n\n## Commands"))
+    before = {path: path.read_bytes() for path in Path("out/runs").rglob("*") if path.is_file()}
+    Path("runs").rename("gone")
+    again = report_of("out/runs")
+    assert {path: path.read_bytes() for path in Path("out/runs").rglob("*") if path.is_file()} == before
+    assert sum(path.name == "features.csv" for path in before) == 9
+    assert Path("out/figure03.png").read_bytes() == b"a picture"
+    assert "### Figure 3\n\n![Seen before.](figure03.png)\n\nSeen before." in again
+    untouched = re.sub(r"### Figure 3\n.*?(?=###)", "", again, flags=re.DOTALL)
+    assert untouched == report
+    change(next(Path("gone/classifier").iterdir()), None, parameters=9)  # another sweep into the same place
+    assert "figure03" not in report_of("gone")
+
+
+def test_runs_of_an_earlier_report_go_and_nothing_else():
+    keep_sweep()
+    old, theirs = Path("out/runs/classifier/cls_old"), Path("out/runs/pretrain/mae_theirs")
+    keep_run(old, [{}])
+    (keep_run(theirs, [{}]) / "model.pt").touch()
+    kept = Path("out/runs/pretrain/mae_d2_random_s1/features.json")
+    kept.parent.mkdir()
+    Path("runs/encoders/d2_s1_features.json").rename(kept)
+    make_report.keep_numbers(collect(Path("runs"))[0], Path("runs"), Path("out"))
+    assert not kept.exists()
+    assert Path("out/runs/pretrain/mae_d2_random_s2/features.json").exists()
+    assert not old.exists()
+    assert {path.name for path in theirs.iterdir()} == {"config.json", "metrics.csv", "model.pt"}
+    keep_classifier(9, keep_mae(9, 6), 0.5).rename("out/runs/classifier/cls_s9_from_mae_d6_random_s9")
+    report_of("out/runs")
+    assert Path("out/runs/classifier/cls_s9_from_mae_d6_random_s9").exists()  # a source is never cleared
 
 
 # --- pictures ---
