@@ -15,13 +15,22 @@ from pathlib import Path
 import utils
 from errors import as_user_error, exit_in_one_line
 from runs import read_config, read_metrics
-from scripts.ablations import BASE, DEPTHS, MASKS, PRETRAINING, SCRATCH, accuracy_by_epoch, collect
+from scripts.ablations import BASE, DEPTHS, MASKS, PRETRAINING, SCRATCH, SETTINGS, accuracy_by_epoch, collect
 from scripts.cost import gflop_per_image
 from scripts.report_figures import draw_all
-from scripts.results import accuracy, difference, markdown_table, spread, tables_of
+from scripts.report_findings import findings
+from scripts.results import (
+    MEASURES,
+    accuracy,
+    difference,
+    markdown_table,
+    read_features,
+    spread,
+    tables_of,
+    values_of,
+)
 
 KEPT = ("config.json", "metrics.csv", "features.csv", "features.json")  # of a run, beside the report
-COUNTS = ("", "_mean_of_batches")  # endings of test/acc
 # The source report's accuracies in %, one seed each: means of batch means
 SOURCE = {
     "depth 2, random": 79.61,
@@ -41,54 +50,50 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def judge(claims):
-    """What the data say of {claim: the difference that it expects above 0, None without runs}: a sentence's end.
-
-    Several claims hold together if each holds, and do not if one is reversed.
-    """
-    words = {"higher": "holds", "lower": "reversed"}
-    verdicts = [words.get(d.verdict, d.verdict) if d else "no runs" for d in claims.values()]
-    numbers = [f" ({d.mean:+.2f}, {d.interval}, n {d.n})" if d else "" for d in claims.values()]
-    if len(claims) == 1:
-        return f"**{verdicts[0]}**{numbers[0]}"
-    whole = "does not hold" if "reversed" in verdicts else "holds" if set(verdicts) == {"holds"} else "not decided"
-    return f"**{whole}**: " + "; ".join(map("{} {}{}".format, claims, verdicts, numbers))
-
-
-# --- the report ---
+# --- tables ---
 
 
 def accuracy_table(results, settings):
-    """A row a setting: test accuracy in both counts, at the best epoch, and what the source report has."""
-    chosen = accuracy_by_epoch(results) == "val/acc"
-    rows = []
-    for label, setting in settings.items():
-        if setting in results:
-            tables = tables_of(results[setting], "classifier")
-            row = [label, *(spread([100 * table[-1][f"test/acc{name}"] for table in tables]) for name in COUNTS)]
-            if not chosen:
-                row.append(spread([100 * max(epoch["test/acc"] for epoch in table) for table in tables]))
-            rows.append([*row, f"{SOURCE[setting]:.2f}" if setting in SOURCE else ""])
-    header = ["", "accuracy, %", "mean of batch means, %"]
-    header += [] if chosen else ["best epoch, chosen on the test set, %"]
-    return markdown_table([*header, "source report (n 1, mean of batch means), %"], rows)
+    """A row a setting: each measure; fine-tuned also as the source report counts, at the best epoch, and there."""
+    found = {label: results[setting] for label, setting in settings.items() if setting in results}
+    columns = {
+        f"{name}, %": [spread([*values_of(seeds, measure).values()]) for seeds in found.values()]
+        for name, measure in MEASURES.items()
+    }
+    tables = [tables_of(seeds, "classifier") for seeds in found.values()]
+    columns["fine-tuned, mean of batch means, %"] = [
+        spread([100 * table[-1]["test/acc_mean_of_batches"] for table in seeds]) for seeds in tables
+    ]
+    if accuracy_by_epoch(results) != "val/acc":
+        columns["best epoch, chosen on the test set, %"] = [
+            spread([100 * max(epoch["test/acc"] for epoch in table) for table in seeds]) for seeds in tables
+        ]
+    sources = [SOURCE.get(settings[label]) for label in found]
+    columns["source report (n 1, mean of batch means), %"] = [f"{number:.2f}" if number else "" for number in sources]
+    return markdown_table(["", *columns], zip(found, *columns.values(), strict=True))
 
 
 def difference_table(results, pairs):
-    """A row a pair: paired difference in accuracy with its interval, and what follows; no table without any."""
-    rows = []
-    for one, other in pairs:
-        d = difference(results, one, other)
-        if d:
-            says = {"higher": "the first is better", "lower": "the first is worse"}.get(d.verdict, "not decided")
-            rows.append([f"{one} minus {other}", f"{d.mean:+.2f}", d.interval, d.n, says])
-    return markdown_table(["difference", "points", "95 % interval", "n", "the data say"], rows) if rows else ""
+    """A row a pair: in each measure the paired difference with its interval, and what follows; no table without any."""
+    says = {"higher": "better", "lower": "worse"}
+
+    def cell(pair, measure):
+        d = difference(results, *pair, measure)
+        return f"{d.mean:+.2f} ({d.interval}, n {d.n}): {says.get(d.verdict, d.verdict)}" if d else ""
+
+    rows = [
+        [f"{one} minus {other}", *(cell((one, other), measure) for measure in MEASURES.values())]
+        for one, other in pairs
+    ]
+    rows = [row for row in rows if any(row[1:])]
+    header = ["difference in points (95 % interval): the first is", *MEASURES]
+    return markdown_table(header, rows) if rows else ""
 
 
 def cost_table(results):
     """A row a setting: its accuracy and what that cost; of the classifier alone from scratch."""
     rows = []
-    for setting in [SCRATCH, *dict.fromkeys([*DEPTHS.values(), *MASKS.values()])]:
+    for setting in SETTINGS:
         if setting in results:
             found = results[setting]
             kind = "mae" if found[0].mae else "classifier"
@@ -107,7 +112,7 @@ def cost_table(results):
                     f"{max(memory):,.0f}",
                 ]
             )
-    header = ["", "accuracy, %", "parameters", "GFLOP an image and step", "images/s"]
+    header = ["", "fine-tuned, %", "parameters", "GFLOP an image and step", "images/s"]
     header += ["minutes of pretraining steps", "of fine-tuning steps", "peak memory, MB"]
     return markdown_table(header, rows)
 
@@ -115,44 +120,6 @@ def cost_table(results):
 def minutes(found, kind):
     """Mean over seeds of the time in training epochs."""
     return f"{statistics.mean(sum(row['seconds'] for row in table) for table in tables_of(found, kind)) / 60:.1f}"
-
-
-def findings(results):
-    """The source report's three findings and its explanation, each with what these runs say of it."""
-
-    def early(result, metric):  # mean of the first fifth of the epochs
-        values = [row[metric] for row in read_metrics(result.classifier)]
-        return statistics.mean(values[: max(1, len(values) // 5)])
-
-    watch = accuracy_by_epoch(results)
-    ahead = difference(results, BASE, SCRATCH, lambda result: 100 * early(result, watch))
-    loss = difference(results, SCRATCH, BASE, lambda result: early(result, "train/loss"))
-
-    def gain(one, other):
-        return {f"{one} > {other}": difference(results, MASKS[one], MASKS[other])}
-
-    depth = {
-        f"{one} > {other}": difference(results, DEPTHS[f"depth {one}"], DEPTHS[f"depth {other}"])
-        for one, other in ((8, 4), (4, 2))
-    }
-    return f"""\
-1. Pretraining gives a higher final accuracy: {judge({"": difference(results, BASE, SCRATCH)})}. It is ahead over the \
-first fifth of the epochs, in accuracy: {judge({"": ahead})}; in training loss, lower by: {judge({"": loss})}.
-2. A deeper decoder gives a better encoder, 8 > 4 > 2: {judge(depth)}.
-3. block > grid > random: {judge(gain("block", "grid") | gain("grid", "random"))}.
-
-The MAE paper finds random masks best. The source report explains its other order by its block and grid, which are not \
-the paper's. Its grid, one of each 2 x 2, is the paper's; its block is not, blockwise is near it:
-
-- random > blockwise, as in the paper: {judge(gain("random", "blockwise"))}.
-- block > blockwise, the report's block against the paper's: {judge(gain("block", "blockwise"))}.
-- shifted_grid > grid, a lattice that trains all position embeddings against one that does not: \
-{judge(gain("shifted_grid", "grid"))}.
-
-In brackets: difference in points of accuracy (of the loss: in its unit), 95 % interval, seeds. A difference holds \
-where the interval lies above 0, is reversed where below, and is not decided where 0 is inside. Intervals are over \
-seeds, not other test sets, and each stands alone: of many true zeros one in twenty looks decided.
-"""
 
 
 def commands(results):
@@ -164,6 +131,10 @@ def commands(results):
                 starts, seconds = read_config(run)["starts"], sum(row["seconds"] for row in read_metrics(run))
                 lines.append([setting, result.seed, f"{seconds / 60:.1f}", f"`{starts[-1]['command']}`"])
                 places.update(dict.fromkeys(map(place, starts)))
+            if result.features:
+                stored = read_features(result.features)
+                lines.append([setting, result.seed, f"{stored['seconds'] / 60:.1f}", f"`{stored['command']}`"])
+                places[place(stored)] = None
     header = ["setting", "seed", "minutes of steps", "command"]
     return "\n".join(f"- {name}" for name in places) + "\n\n" + markdown_table(header, lines)
 
@@ -181,26 +152,60 @@ def how_many(arguments):
     return f"{arguments['train_images']:,}" if arguments["train_images"] else "all"
 
 
+def dataset_of(results):
+    """The name of the data set; a folder goes by its own."""
+    arguments = read_config(results[BASE][0].mae)["arguments"]
+    return Path(arguments["data_dir"]).name if arguments["dataset"] == "folder" else arguments["dataset"]
+
+
 def introduction(results):
     """What was run, how much of it, and what the numbers mean."""
     arguments = read_config(results[BASE][0].mae)["arguments"]
     finetune = read_config(results[BASE][0].classifier)["arguments"]
-    folder = f" ({Path(arguments['data_dir']).name})" if arguments["dataset"] == "folder" else ""
+    folder = f" ({dataset_of(results)})" if arguments["dataset"] == "folder" else ""
     chosen = "the epoch chosen on held-out images" if accuracy_by_epoch(results) == "val/acc" else "the last epoch"
     return f"""\
 {arguments["dataset"]}{folder}, {arguments["img_size"]} x {arguments["img_size"]}, patch {arguments["patch_size"]}, \
 width {arguments["embed_dim"]}, encoder depth {arguments["encoder_depth"]}; {arguments["total_epoch"]} epochs of \
 pretraining on {how_many(arguments)} images, {finetune["total_epoch"]} of training each classifier on \
-{how_many(finetune)} labelled ones. Accuracy is correct / all test images at {chosen}, mean ± standard \
-deviation over n seeds; differences are between runs of equal seeds, with 95 % intervals from Student's t.
+{how_many(finetune)} labelled ones. Fine-tuned accuracy is correct / all test images at {chosen}. Linear probe and \
+k-NN measure the frozen encoder, as `evaluate_features.py` does: the mean of the patches' tokens after the last \
+block, all labels. Numbers are the mean ± standard deviation over n seeds; differences are between runs of equal \
+seeds, with 95 % intervals from Student's t.
 """
 
 
-def write_report(results, lines, output, captions):
-    """REPORT.md, with the figures under their captions; lines: what a reader must know before the numbers."""
-    notes = "".join(f"\n- {line}\n" for line in lines)
+def warnings(results, left_out):
+    """What a reader must know before the numbers: each a line, also on the terminal."""
+    lines = [missing_features(itertools.chain(*results.values()))]
+    lines += [f"Left out: {directory}: {reason}." for directory, reason in left_out.items()]
+    return [line for line in lines if line]
+
+
+def missing_features(results):
+    """A sentence with the command that measures what the report lacks; the MAEs are where their weights are."""
+    features = {result.mae: result.features for result in results if result.mae}
+    missing = [mae for mae, measured in features.items() if measured is None]
+    if not missing:
+        return None
+    places = [str(mae if (mae / "model.pt").exists() else place_of(mae)) for mae in missing]
+    if len(missing) == len(features):
+        places = sorted({str(Path(place).parent / "*") for place in places})
+    command = f"python evaluate_features.py --layers all --model_path {' '.join(places)}"
+    return f"No linear probe and k-NN of {len(missing)} of {len(features)} MAEs. This measures them: `{command}`"
+
+
+def place_of(run):
+    """Where a run was trained, by its config.json."""
+    return Path(read_config(run)["arguments"]["log_dir"]) / run.name
+
+
+def write_report(results, left_out, output, captions):
+    """REPORT.md, with the figures under their captions."""
     depth_pairs = itertools.combinations(reversed(DEPTHS.values()), 2)
     mask_pairs = [(one, other) for other, one in itertools.combinations(MASKS.values(), 2)]
+    lines = warnings(results, left_out)
+    notes = "".join(f"\n- {line}\n" for line in lines)
     figures = "\n".join(
         f"### {name.replace('figure', 'Figure ').replace(' 0', ' ').replace('_', ' ')}\n\n![{caption}]({name}.png)\n\n"
         f"{caption}\n"
@@ -237,7 +242,7 @@ Parameters, GFLOP, images/s and memory are the pretraining's, from scratch the c
 
 {commands(results)}"""
     )
-    print(output / "REPORT.md")
+    print(*lines, output / "REPORT.md", sep="\n")
 
 
 # --- what is kept ---
@@ -292,10 +297,8 @@ def main(argv=None):
         device = utils.pick_device(args.device)
         results, left_out = collect(args.runs)
         args.output.mkdir(parents=True, exist_ok=True)
-        lines = [f"Left out: {directory}: {reason}." for directory, reason in left_out.items()]
-        print(*lines, sep="\n", end="\n" if lines else "")
-        kept = kept_pictures(results, args.output)
-        write_report(results, lines, args.output, draw_all(results, args.output, args.bank, device, kept))
+        captions = draw_all(results, args.output, args.bank, device, kept_pictures(results, args.output))
+        write_report(results, left_out, args.output, captions)
         keep_numbers(results, args.runs, args.output)
 
 

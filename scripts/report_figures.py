@@ -1,5 +1,7 @@
 """The figures of the report: curves from CSV and JSON alone, pictures from finished models and the test images."""
 
+import math
+
 import torch
 
 import data
@@ -10,7 +12,7 @@ from figures import WRONG, draw_curves, draw_matrix, draw_predictions, draw_rows
 from model import MASK_STRATEGIES, MAE_ViT, PatchShuffle, ViT_Classifier, mae_loss
 from runs import read_config
 from scripts.ablations import BASE, DEPTHS, MASKS, PRETRAINING, SCRATCH, accuracy_by_epoch
-from scripts.results import tables_of
+from scripts.results import by_block, read_features, tables_of
 
 # the names of what only models and test images can show
 PICTURES = (
@@ -55,16 +57,40 @@ def mask_matrix(results, trained, tested, images, device):
 # --- one figure ---
 
 
+def curve(label, seeds):
+    """A line for `draw_curves`, of what all seeds have: seeds is a list of {epoch or block: value}, nan for none."""
+    seeds = [{x: value for x, value in seed.items() if not math.isnan(value)} for seed in seeds]
+    places = sorted(set.intersection(*map(set, seeds)))
+    return f"{label} (n {len(seeds)})", places, [[seed[x] for x in places] for seed in seeds]
+
+
+def add_legend(axes, curves):
+    """Beside the axes."""
+    title = "mean, band: range of the seeds" if any(len(values) > 1 for _, _, values in curves) else None
+    axes.legend(title=title, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+
+
 def draw_seeds(groups, metric, ylabel, path):
     """Curves of a metric for each {label: tables of one seed each}, the legend beside them."""
     figure, axes = plt.subplots(figsize=(8.5, 4.2))
-    curves = []
-    for label, tables in groups.items():
-        values = [[row[metric] for row in table] for table in tables]
-        curves.append((f"{label} (n {len(tables)})", [row["epoch"] for row in tables[0]], values))
+    curves = [
+        curve(label, [{row["epoch"]: row[metric] for row in table} for table in tables])
+        for label, tables in groups.items()
+    ]
     draw_curves(axes, curves, ylabel, percent=metric.endswith("/acc"))
-    title = "mean, band: range of the seeds" if any(len(tables) > 1 for tables in groups.values()) else None
-    axes.legend(title=title, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    add_legend(axes, curves)
+    save(figure, path)
+
+
+def draw_blocks(groups, path):
+    """Linear probe and k-NN by encoder block for each {label: stored features of one seed each}."""
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.2), sharey=True)
+    for place, name, measured in zip(axes, ("linear/acc", "knn/acc"), ("linear probe", "k-NN"), strict=True):
+        curves = [curve(label, [by_block(stored, name) for stored in seeds]) for label, seeds in groups.items()]
+        draw_curves(place, curves, f"test accuracy, {measured}", percent=True)
+        place.set_xlabel("encoder block")
+        place.tick_params(labelleft=True)
+    add_legend(axes[1], curves)
     save(figure, path)
 
 
@@ -150,6 +176,39 @@ def draw_all_curves(results, output):
     return {name: caption for name, (*_, caption) in curves.items()}
 
 
+def is_watched(table):
+    """Whether k-NN has looked at more than one epoch of a metrics.csv."""
+    return sum(not math.isnan(row.get("knn/acc", math.nan)) for row in table) > 1
+
+
+def of_several_blocks(results):
+    """The stored features that were measured after more than the last block."""
+    features = [read_features(result.features) for result in results if result.features]
+    return [stored for stored in features if len(by_block(stored, "knn/acc")) > 1]
+
+
+def draw_all_probes(results, output):
+    """What the frozen features are worth, by epoch of pretraining and by encoder block, where that was measured."""
+    captions = {}
+    for name, what, settings in (("depth", "decoder depth", DEPTHS), ("mask", "mask strategy", MASKS)):
+        found = {label: results[setting] for label, setting in settings.items() if setting in results}
+        tables = {label: tables_of(seeds, "mae") for label, seeds in found.items()}
+        tables = {label: seeds for label, seeds in tables.items() if all(map(is_watched, seeds))}
+        if tables:
+            draw_seeds(tables, "knn/acc", "k-NN accuracy", output / f"knn_by_{name}.png")
+            captions[f"knn_by_{name}"] = (
+                f"k-NN accuracy during pretraining by {what}; at most 1,000 test and 5,000 training images."
+            )
+        features = {label: of_several_blocks(seeds) for label, seeds in found.items()}
+        features = {label: stored for label, stored in features.items() if stored}
+        if features:
+            draw_blocks(features, output / f"blocks_by_{name}.png")
+            captions[f"blocks_by_{name}"] = (
+                f"Linear probe and k-NN after each encoder block by {what}; all labels, mean of the patches."
+            )
+    return captions
+
+
 def draw_all_reconstructions(results, images, output, device):
     """Of the first seeds, on the same images and masks, and the error of every strategy under every other."""
     trained = [strategy for strategy, setting in MASKS.items() if setting in results]
@@ -208,7 +267,7 @@ def draw_all(results, output, bank, device, kept):
         kept: {file name: caption} of the pictures of an earlier report of these runs; they stay where they cannot be
             drawn.
     """
-    captions = draw_all_curves(results, output)
+    captions = draw_all_curves(results, output) | draw_all_probes(results, output)
     test, reason = images_for_pictures(results)
     if test:
         chosen = torch.randperm(len(test.images), generator=utils.generator("cpu", "report"))

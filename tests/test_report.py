@@ -15,9 +15,9 @@ import utils
 from figures import plt
 from model import MASK_STRATEGIES, ViT_Classifier
 from runs import csv_text, read_config, read_metrics
-from scripts import make_report, report_figures
+from scripts import make_report, report_figures, report_findings
 from scripts.ablations import collect
-from scripts.results import Difference, spread
+from scripts.results import MEASURES, Difference, difference, spread, values_of
 
 
 def change(run, part, **values):
@@ -32,23 +32,19 @@ def test_the_report_of_a_small_sweep():
     plan += [("1", "4", name) for name in MASK_STRATEGIES if name not in ("random", "grid")]
     for seed, depth, strategy in plan:
         common = ["--total_epoch", "2", "--seed", seed, "--log_dir"]
-        mae = pretrain("--decoder_depth", depth, "--mask_strategy", strategy, *common, "runs/pretrain")
+        settings = ["--decoder_depth", depth, "--mask_strategy", strategy, "--probe_every", "1"]
+        mae = pretrain(*settings, *common, "runs/pretrain")
         classify("--pretrained_model_path", str(mae), *common, "runs/classifier")
     scratch = [classify("--total_epoch", "2", "--seed", seed, "--log_dir", "runs/classifier") for seed in "12"]
-    odd = classify("--pretrained_model_path", str(mae), "--seed", "7", "--log_dir", "runs/classifier")
-    change(odd, "arguments", total_epoch=9)
     make_report.main(["--runs", "runs", "--output", "out", "--bank", "2"])
     report = Path("out/REPORT.md").read_text()
-    assert f"- Left out: {odd}: not finished." in report
-    shutil.rmtree(odd)
     figures = re.findall(r"\((\w+\.png)\)", report)
-    assert len(figures) == 14
+    assert len(figures) == 16
     assert all(picture_size(f"out/{name}")[0] > 200 for name in figures)
     runs = collect(Path("runs"))[0]["depth 4, grid"]
     assert [result.seed for result in runs] == [1, 2]
     accuracies = [100 * read_metrics(result.classifier)[-1]["test/acc"] for result in runs]
-    assert f"| grid | {spread(accuracies)} |" in report
-    assert re.search(r"\| grid \| .* \| 80\.24 \|", report)
+    assert f"| grid | {spread(accuracies)} |  |  | " in report  # no features
     assert f"| depth 4, grid | {spread(accuracies)} | " in report  # beside its price
     assert re.search(r"8 > 4 > 2: \*\*.*\*\*: 8 > 4 no runs; 4 > 2 \w+.* n 2\)", report)
     assert re.search(r"random > blockwise, as in the paper: \*\*one seed\*\* .* n 1\)", report)
@@ -143,6 +139,41 @@ def report_of(runs="runs", output="out"):
     return (Path(output) / "REPORT.md").read_text()
 
 
+def test_three_measures_stand_side_by_side_and_where_they_disagree_is_said():
+    keep_sweep()
+    report = report_of()
+    results, _ = collect(Path("runs"))
+    deep = {
+        measure: spread([*values_of(results["depth 8, random"], MEASURES[measure]).values()]) for measure in MEASURES
+    }
+    assert deep["linear probe"] == "38.23 ± 0.15 (n 3)"
+    assert f"| depth 8 | {deep['fine-tuned']} | {deep['linear probe']} | {deep['k-NN']} | " in report
+    assert re.search(r"\| from scratch \| 44\.80 ± 0\.10 \(n 3\) \|  \|  \| ", report)
+    measured = {name: difference(results, "depth 8, random", "depth 2, random", MEASURES[name]) for name in MEASURES}
+    assert {name: d.verdict for name, d in measured.items()} == {
+        "fine-tuned": "not decided",
+        "linear probe": "higher",
+        "k-NN": "lower",
+    }
+    cells = [f"{d.mean:+.2f} ({d.interval}, n 3)" for d in measured.values()]
+    row = "| depth 8, random minus depth 2, random | {}: not decided | {}: better | {}: worse |".format(*cells)
+    assert row in report
+    assert "   - linear probe: **holds**: 8 > 4 holds (+" in report
+    said = "The measures disagree: fine-tuned not decided, linear probe holds, k-NN does not hold."
+    assert said in report.partition("8 > 4 > 2")[2].partition("3. block")[0]
+    assert report.count("disagree:") == 1
+    assert [plt.imread(f"out/{name}_by_depth.png").shape[1] > 900 for name in ("knn", "blocks")] == [True, True]
+    assert "`python evaluate_features.py`" in report
+    assert "No linear probe" not in report
+
+
+def test_measures_that_agree_are_not_spoken_of():
+    assert report_findings.disagreement({"a": "holds", "b": "holds"}) == ""
+    assert report_findings.disagreement({"a": "holds", "b": "not decided"}).startswith(
+        "Not all measures decide: a holds, b"
+    )
+
+
 def test_kept_numbers_alone_make_the_same_report_and_leave_its_pictures(capsys):
     keep_sweep()
     report = report_of()
@@ -161,6 +192,28 @@ def test_kept_numbers_alone_make_the_same_report_and_leave_its_pictures(capsys):
     assert untouched == report
     change(next(Path("gone/classifier").iterdir()), None, parameters=9)  # another sweep into the same place
     assert "figure03" not in report_of("gone")
+
+
+def test_features_that_are_missing_are_named_with_the_command_that_measures_them(capsys):
+    keep_sweep()
+    for path in Path("runs/encoders").glob("d8_s1*"):
+        path.unlink()
+    run = "logs/pretrain/mae_d8_random_s1"  # where it was trained
+    asked = f"measures them: `python evaluate_features.py --layers all --model_path {run}`"
+    assert asked in report_of()
+    assert asked in capsys.readouterr().out
+    shutil.rmtree("runs/encoders")
+    assert "`python evaluate_features.py --layers all --model_path logs/pretrain/*`" in report_of()
+
+
+def test_runs_that_the_report_does_not_name_are_said_to_be_left_out(capsys):
+    keep_sweep()
+    odd = keep_classifier(1, keep_mae(1, 6), 0.5)
+    unfinished = keep_classifier(4, None, 0.5)
+    change(unfinished, "arguments", total_epoch=9)
+    for text in (report_of(), capsys.readouterr().out):
+        assert f"Left out: {odd}: depth 6, random is none of the settings that the report compares." in text
+        assert f"Left out: {unfinished}: not finished." in text
 
 
 def test_runs_of_an_earlier_report_go_and_nothing_else():
@@ -216,7 +269,7 @@ def test_a_disagreement_shows_what_the_other_classifier_said(monkeypatch):
 def test_claims_hold_are_reversed_or_are_not_decided():
     gain, loss = Difference(1, 0.9, 1.1, 2), Difference(-1, -1.1, -0.9, 2)
     one_seed = Difference(1, -math.inf, math.inf, 1)
-    assert make_report.judge({"a": gain, "b": gain}).startswith("**holds**: a holds (+1.")
-    assert make_report.judge({"a": gain, "b": loss, "c": None}).startswith("**does not hold**: a holds")
-    assert "**not decided**: a holds" in make_report.judge({"a": gain, "b": one_seed})
-    assert make_report.judge({"": one_seed}) == "**one seed** (+1.00, no interval, n 1)"
+    assert report_findings.judge({"a": gain, "b": gain}).startswith("**holds**: a holds (+1.")
+    assert report_findings.judge({"a": gain, "b": loss, "c": None}).startswith("**does not hold**: a holds")
+    assert "**not decided**: a holds" in report_findings.judge({"a": gain, "b": one_seed})
+    assert report_findings.judge({"": one_seed}) == "**one seed** (+1.00, no interval, n 1)"
