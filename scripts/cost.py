@@ -1,4 +1,4 @@
-"""What a training step computes."""
+"""What the model of a run is and computes, from config.json alone."""
 
 import functools
 
@@ -8,6 +8,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import utils
 from model import MAE_ViT, ViT_Classifier
+
+
+def num_classes(config):
+    """How many classes a classifier tells apart: what its encoder leaves of the number of parameters."""
+    arguments = config["arguments"]
+    sizes = {name: arguments[name] for name in utils.defaults(ViT_Classifier) if name in arguments}
+    with torch.device("meta"):  # sizes, no weights
+        one_class = utils.count_parameters(ViT_Classifier(**sizes, num_classes=1))
+    return 1 + (config["parameters"] - one_class) // (arguments["embed_dim"] + 1)  # a weight each and a bias
 
 
 def gflop_per_image(arguments, pretraining):

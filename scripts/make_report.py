@@ -16,7 +16,7 @@ import utils
 from errors import as_user_error, exit_in_one_line
 from runs import read_config, read_metrics
 from scripts.ablations import BASE, DEPTHS, MASKS, PRETRAINING, SCRATCH, SETTINGS, accuracy_by_epoch, collect
-from scripts.cost import gflop_per_image
+from scripts.cost import gflop_per_image, num_classes
 from scripts.report_figures import draw_all
 from scripts.report_findings import findings
 from scripts.results import (
@@ -24,6 +24,7 @@ from scripts.results import (
     accuracy,
     difference,
     markdown_table,
+    paired_difference,
     read_features,
     spread,
     tables_of,
@@ -68,8 +69,12 @@ def accuracy_table(results, settings):
         columns["best epoch, chosen on the test set, %"] = [
             spread([100 * max(epoch["test/acc"] for epoch in table) for table in seeds]) for seeds in tables
         ]
-    sources = [SOURCE.get(settings[label]) for label in found]
-    columns["source report (n 1, mean of batch means), %"] = [f"{number:.2f}" if number else "" for number in sources]
+    dataset = dataset_of(results)
+    if dataset.startswith("cifar10") and not dataset.startswith("cifar100"):
+        sources = [SOURCE.get(settings[label]) for label in found]
+        columns["source report (n 1, mean of batch means), %"] = [
+            f"{number:.2f}" if number else "" for number in sources
+        ]
     return markdown_table(["", *columns], zip(found, *columns.values(), strict=True))
 
 
@@ -177,9 +182,22 @@ seeds, with 95 % intervals from Student's t.
 
 def warnings(results, left_out):
     """What a reader must know before the numbers: each a line, also on the terminal."""
-    lines = [missing_features(itertools.chain(*results.values()))]
+    lines = [chance_warning(results), missing_features(itertools.chain(*results.values()))]
     lines += [f"Left out: {directory}: {reason}." for directory, reason in left_out.items()]
     return [line for line in lines if line]
+
+
+def chance_warning(results):
+    """A sentence where the base setting's fine-tuned accuracy is not surely above guessing."""
+    count = num_classes(read_config(results[BASE][0].classifier))
+    accuracies = values_of(results[BASE], accuracy)
+    above = paired_difference(accuracies, dict.fromkeys(accuracies, 100 / count))
+    if (above.low if above.n > 1 else above.mean) > 0:
+        return None
+    return (
+        f"Fine-tuned accuracy of {BASE} is not surely above chance (1 of {count} classes): {above.mean:+.2f} points, "
+        f"95 % interval {above.interval}, n {above.n}. Differences between settings say little here."
+    )
 
 
 def missing_features(results):

@@ -17,7 +17,7 @@ from model import MASK_STRATEGIES, ViT_Classifier
 from runs import csv_text, read_config, read_metrics
 from scripts import make_report, report_figures, report_findings
 from scripts.ablations import collect
-from scripts.results import MEASURES, Difference, difference, spread, values_of
+from scripts.results import MEASURES, Difference, Result, difference, spread, values_of
 
 
 def change(run, part, **values):
@@ -232,6 +232,31 @@ def test_runs_of_an_earlier_report_go_and_nothing_else():
     keep_classifier(9, keep_mae(9, 6), 0.5).rename("out/runs/classifier/cls_s9_from_mae_d6_random_s9")
     report_of("out/runs")
     assert Path("out/runs/classifier/cls_s9_from_mae_d6_random_s9").exists()  # a source is never cleared
+
+
+@pytest.mark.parametrize(("accuracy", "classes", "said"), [(0.5, 10, False), (0.103, 10, True), (0.103, 100, False)])
+def test_a_sweep_at_chance_says_so(accuracy, classes, said):
+    keep_sweep(accuracy, classes=classes)
+    warning = make_report.chance_warning(collect(Path("runs"))[0])
+    assert (warning is not None and "is not surely above chance (1 of 10 classes)" in warning) == said
+
+
+@pytest.mark.parametrize(
+    ("dataset", "data_dir", "shown"),
+    [
+        ("cifar10", "data", True),
+        ("folder", "data/cifar10-jpeg", True),
+        ("shapes", "data", False),
+        ("cifar100", "data", False),
+        ("folder", "data/cifar100-jpeg", False),
+        ("folder", "cifar10/pets", False),
+    ],
+)
+def test_the_source_reports_numbers_stand_beside_its_data_set_alone(dataset, data_dir, shown):
+    mae = keep_mae(1, 4, dataset=dataset, data_dir=data_dir)
+    keep_classifier(1, mae, 0.5)
+    results = {"depth 4, random": [Result(1, Path("runs/classifier/cls_s1_from_mae_d4_random_s1"), mae)]}
+    assert ("| 79.76 |" in make_report.accuracy_table(results, make_report.DEPTHS)) == shown
 
 
 # --- pictures ---
