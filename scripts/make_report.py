@@ -44,9 +44,13 @@ SOURCE = {
 
 def parse_args(argv=None):
     parser = utils.Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("--runs", type=Path, default=Path("logs/ablation"), help="holds pretrain/* and classifier/*")
-    parser.add_argument("--output", type=Path, default=Path("logs/report"), help="REPORT.md, figures and CSV go here")
-    parser.add_argument("--bank", type=utils.positive_int, default=500, help="test images of the mask matrix")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("logs/ablation"), help="directory with pretrain/ and classifier/"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("logs/report"), help="where to write REPORT.md, figures and numbers"
+    )
+    parser.add_argument("--bank", type=utils.positive_int, default=500, help="test images behind masks_crossed.png")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     return parser.parse_args(argv)
 
@@ -140,7 +144,7 @@ def commands(results):
                 stored = read_features(result.features)
                 lines.append([setting, result.seed, f"{stored['seconds'] / 60:.1f}", f"`{stored['command']}`"])
                 places[place(stored)] = None
-    header = ["setting", "seed", "minutes of steps", "command"]
+    header = ["setting", "seed", "minutes (training: of steps)", "command"]
     return "\n".join(f"- {name}" for name in places) + "\n\n" + markdown_table(header, lines)
 
 

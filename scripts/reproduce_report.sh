@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Both ablations, the classifiers from scratch and the report: logs/report/REPORT.md. Runs that the ablations share are
-# run once. Settings: see scripts/sweep.sh, and REPORT, the directory that is written; at toy size (2 minutes)
+# run once. Settings: see scripts/sweep.sh, and REPORT, the directory that is written; at toy size (3 minutes)
 #   QUICK=1 scripts/reproduce_report.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
