@@ -5,7 +5,6 @@ A batch is an index, a cast and a normalisation: no worker processes, no PIL in 
 
 import collections
 import contextlib
-import fcntl
 import glob
 import hashlib
 import math
@@ -24,6 +23,7 @@ from torchvision import datasets
 from tqdm import tqdm
 
 from errors import UserError, as_user_error
+from files import locked
 
 DATASETS = ("cifar10", "cifar100", "folder", "shapes")
 DECODER = 2  # part of a cache's key: raise it whenever the same file gives other pixels
@@ -57,9 +57,8 @@ def name_of(args):
 def one_at_a_time(directory):
     """Let one process at a time download into a directory or decode it. The others wait here, then find it done."""
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):  # read-only, or a file system without locks: files are written whole anyway
-            lock = stack.enter_context(open(Path(directory) / ".lock", "w"))
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # a read-only directory; files are written whole anyway
+            stack.enter_context(locked(Path(directory)))
         yield
 
 

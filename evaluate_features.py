@@ -20,10 +20,11 @@ import torch
 
 import data
 import utils
-from checkpoints import digest, load_model, replacing
+from checkpoints import digest, load_model
 from errors import UserError, as_user_error, exit_in_one_line
 from features import POOLS, extract_features, knn_predict, linear_probe
 from figures import draw_curves, plt, save
+from files import replacing
 from model import MAE_ViT, ViT_Classifier
 from runs import csv_text
 
@@ -207,11 +208,11 @@ def evaluate(path, model, content, args):
     dataset, data_dir = args.dataset or content["dataset"], args.data_dir or content["data_dir"]
     place = place_of(path, args)
     facts = {"name": content["run_name"], "kind": content["kind"], "model_digest": digest(content["model"])}
-    facts |= {"dataset": dataset, "data_dir": data_dir, "precision": precision}
+    train, test = data.load_dataset(dataset, data_dir, model_args["img_size"], args.train_images)
+    facts |= {"dataset": dataset, "images": train.digest(), "test_set": test.digest(), "precision": precision}
     if not (args.overwrite or args.save) and measured_already(place, facts, args):
         print(f"Measured already: {place}.csv")
         return
-    train, test = data.load_dataset(dataset, data_dir, model_args["img_size"], args.train_images)
     models = {"trained": model}
     if args.untrained:
         torch.manual_seed(args.seed)
@@ -228,7 +229,7 @@ def evaluate(path, model, content, args):
                 print_row(rows[-1])
         for name, array in (("train_labels", train.labels), ("test_labels", test.labels), ("classes", train.classes)):
             add(name, array)
-    facts |= {"arguments": vars(args), "model_args": model_args}
+    facts |= {"arguments": vars(args), "model_args": model_args, "data_dir": data_dir}
     facts |= {"train_images": len(train.images), "test_images": len(test.images)}
     facts |= {"device": device.type, "seconds": time.monotonic() - started}
     facts |= {"memory/peak_mb": utils.peak_memory_mb(device), **utils.environment(device)}

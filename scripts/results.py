@@ -143,7 +143,8 @@ def what_differs(directories):
     for directory in directories:
         config = read_config(directory)
         facts = {name: value for name, value in config["arguments"].items() if name not in NO_SETTING}
-        for name, value in {**facts, "precision": config["precision"], "images": config["images"]}.items():
+        facts |= {name: config[name] for name in ("precision", "images", "test_set") if name in config}
+        for name, value in facts.items():
             found.setdefault(name, {}).setdefault(value, directory)
     return {name: values for name, values in found.items() if len(values) > 1}
 

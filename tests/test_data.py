@@ -14,6 +14,7 @@ from PIL import ExifTags, Image
 from torchvision import datasets
 
 import data
+import files
 import utils
 from errors import UserError
 
@@ -371,7 +372,7 @@ def test_a_file_system_without_locks_is_used_without_them(image_folder, monkeypa
     def no_locks(file, kind):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr(data.fcntl, "flock", no_locks)
+    monkeypatch.setattr(files.fcntl, "flock", no_locks)
     train, _ = data.load_dataset("folder", str(image_folder), 16)
     assert len(train.images) == 6
 
@@ -380,7 +381,7 @@ def test_a_file_system_without_locks_is_used_without_them(image_folder, monkeypa
 def test_data_that_is_there_is_read_without_waiting_for_the_lock(image_folder, monkeypatch, name):
     write_cifar10(image_folder, monkeypatch)
     first, _ = data.load_dataset(name, str(image_folder), 16)
-    monkeypatch.setattr(data.fcntl, "flock", lambda *_: pytest.fail("waited"))
+    monkeypatch.setattr(files.fcntl, "flock", lambda *_: pytest.fail("waited"))
     again, _ = data.load_dataset(name, str(image_folder), 16)
     assert torch.equal(first.images, again.images)
 
