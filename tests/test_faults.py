@@ -345,9 +345,12 @@ def group(start, script, arguments, directories):
     ]
 
 
-@pytest.mark.parametrize("script", [MAE, CLS])
-def test_one_two_and_four_processes_train_like_a_plain_one(script, start, tmp_path):
-    command = f"{COMMAND[script]} --augment --max_device_batch_size 2"
+VAL = "--train_images 60 --val_images 20"
+
+
+@pytest.mark.parametrize(("script", "options"), [(MAE, "--augment"), (CLS, "--augment"), (CLS, VAL)])
+def test_one_two_and_four_processes_train_like_a_plain_one(script, options, start, tmp_path):
+    command = f"{COMMAND[script]} {options} --max_device_batch_size 2"
     assert ends(start(script, f"{command} --log_dir plain")) == 0
     for count in (1, 2, 4):
         processes = group(start, script, f"{command} --log_dir {count}", [tmp_path] * count)
@@ -358,16 +361,17 @@ def test_one_two_and_four_processes_train_like_a_plain_one(script, start, tmp_pa
     assert same(only_run(tmp_path / "plain"), only_run(tmp_path / "1"))
 
 
-def test_a_signal_to_one_process_of_four_stops_all_and_two_continue(start, tmp_path):
-    command = f"{COMMAND[MAE]} --batch_size 4 --total_epoch 12"
-    processes = group(start, MAE, f"{command} --log_dir parts", [tmp_path] * 4)
+@pytest.mark.parametrize(("script", "options"), [(MAE, ""), (CLS, VAL)])
+def test_a_signal_to_one_process_of_four_stops_all_and_two_continue(script, options, start, tmp_path):
+    command = f"{COMMAND[script]} {options} --batch_size 4 --total_epoch 12"
+    processes = group(start, script, f"{command} --log_dir parts", [tmp_path] * 4)
     until(lambda: any(read_metrics(run) for run in tmp_path.glob("parts/*")))
     os.kill(processes[2].pid, signal.SIGTERM)
     assert [ends(process) for process in processes] == [128 + signal.SIGTERM] * 4
     progress = load_file(only_run(tmp_path / "parts") / "checkpoint.pt")["progress"]
     assert 0 < progress["epoch"] < 12
-    assert [ends(process) for process in group(start, MAE, f"{command} --log_dir parts", [tmp_path] * 2)] == [0, 0]
-    assert ends(start(MAE, f"{command} --log_dir whole")) == 0
+    assert [ends(process) for process in group(start, script, f"{command} --log_dir parts", [tmp_path] * 2)] == [0, 0]
+    assert ends(start(script, f"{command} --log_dir whole")) == 0
     assert same(only_run(tmp_path / "whole"), only_run(tmp_path / "parts"), tolerance=1e-3)
 
 
