@@ -832,17 +832,25 @@ def test_help_shows_every_flag_with_a_text(script, capsys, monkeypatch):
     assert ":\n\noptions:" not in shown  # the description before them is a whole sentence
 
 
-def test_commands_in_the_readme_and_the_scripts_have_flags_that_exist():
+def test_commands_in_the_readme_its_pages_and_the_scripts_have_flags_that_exist():
     commands = []
     modules = (mae_pretrain, train_classifier, evaluate_features, visualize_predictions)
     parsers = {f"{module.__name__}.py": module for module in modules}
-    for path in [ROOT / "README.md", *ROOT.glob("*.py")]:
+    for path in [ROOT / "README.md", *ROOT.glob("logs/report/*.md"), *ROOT.glob("*.py")]:
         for line in path.read_text().replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True) if re.match(r" *(python|torchrun) ", line) else []
             for script in parsers.keys() & set(words):
                 parsers[script].parse_args(words[words.index(script) + 1 :])
                 commands.append(words)
     assert len(commands) > 20
+
+
+def test_links_in_the_readme_and_its_pages_lead_to_files():
+    for page in [ROOT / "README.md", *ROOT.glob("logs/report/*.md")]:
+        links = re.findall(r"\]\(((?!http)[^)]+)\)", page.read_text())
+        assert links
+        for link in links:
+            assert (page.parent / link).is_file(), f"{page}: {link}"
 
 
 def test_the_readmes_python_runs():
