@@ -37,6 +37,11 @@ def parse_args(argv=None):
     utils.add_data_arguments(parser, data.DATASETS)
     group = parser.add_argument_group("model")
     utils.add_size_arguments(group, SIZE)
+    group.add_argument(
+        "--norm_pix_loss",
+        action="store_true",
+        help="predict each patch's pixels normalised by their mean and variance (MAE paper, table 1d)",
+    )
     group = parser.add_argument_group("masking")
     group.add_argument("--mask_ratio", type=float, help="fraction of patches hidden, in (0, 1)")
     group.add_argument("--mask_strategy", choices=MASK_STRATEGIES, help="which patches are hidden")
@@ -62,10 +67,11 @@ def parse_args(argv=None):
 
 
 def run_name(args):
-    """For example mae_cifar10_i32_p2_w192_e12_h3_d4_random_r0.75_ep2000_b4096_s42."""
-    size = "i{img_size}_p{patch_size}_w{embed_dim}_e{encoder_depth}_h{num_heads}_d{decoder_depth}"
-    rest = "{mask_strategy}_r{mask_ratio}_ep{total_epoch}_b{batch_size}_s{seed}"
-    return f"mae_{data.name_of(args)}_{f'{size}_{rest}'.format(**vars(args))}{'_aug' if args.augment else ''}"
+    """For example mae_cifar10_i32_p2_w192_e12_h3_d4_random_r0.75_ep2000_b4096_s42; a switch that is off has no part."""
+    size = "i{img_size}_p{patch_size}_w{embed_dim}_e{encoder_depth}_h{num_heads}_d{decoder_depth}".format(**vars(args))
+    masks = f"{args.mask_strategy}_r{args.mask_ratio}{'_normpix' if args.norm_pix_loss else ''}"
+    rest = f"ep{args.total_epoch}_b{args.batch_size}_s{args.seed}{'_aug' if args.augment else ''}"
+    return f"mae_{data.name_of(args)}_{size}_{masks}_{rest}"
 
 
 def build_optimizer(model, lr, weight_decay):
@@ -81,12 +87,12 @@ def draw_batch(images, shuffle, args, ids, epoch, step):
     return batch, shuffle(len(batch), utils.generator(device, args.seed, epoch, step, "masks"), device)
 
 
-def loss_of(forward, precision, images, ids_shuffle):
-    """Mean loss of images (b, 3, H, W) uint8 under masks; forward: the model, compiled or not."""
+def loss_of(model, precision, images, ids_shuffle):
+    """Mean loss of images (b, 3, H, W) uint8 under masks; model: compiled or not."""
     images = data.normalize(images)
     with utils.autocast(precision, images.device):
-        pred, mask = forward(images, ids_shuffle)
-    return mae_loss(pred, images, mask)  # each image has equally many hidden patches
+        pred, mask = model(images, ids_shuffle)
+    return mae_loss(pred, images, mask, model.norm_pix_loss)  # each image has equally many hidden patches
 
 
 def mask_digest(shuffle, count=100):
@@ -118,7 +124,7 @@ def probe(model, train, test, precision, batch_size):
         for part in processes.shared_out(len(test.images), batch_size):
             x = data.normalize(test.images[part])
             pred, mask = model(x, ids_shuffle[part])
-            loss += mae_loss(pred, x, mask) * len(x)
+            loss += mae_loss(pred, x, mask, model.norm_pix_loss) * len(x)
         features = {}
         for name, images in (("train", train.images), ("test", test.images)):
             features[name] = torch.zeros(len(images), model.encoder.cls_token.shape[-1], device=device)
@@ -194,7 +200,8 @@ def pretrain(args):
             if every:
                 metrics |= look() if last or (epoch + 1) % every == 0 else NOT_PROBED
             if last or epoch % max(1, args.total_epoch // IMAGE_LOGS) == 0:
-                session.log_image("reconstruction", reconstruction_grid(model, shown))
+                borrowed = " with each patch's true mean and variance" if args.norm_pix_loss else ""
+                session.log_image(f"reconstruction{borrowed}", reconstruction_grid(model, shown))
             session.end_epoch(metrics)
         trained_on = {"dataset": args.dataset, "data_dir": args.data_dir}
         session.finish({"kind": "MAE_ViT", "model_args": model_args, "model": model.state_dict(), **trained_on})

@@ -31,6 +31,11 @@ def unpatchify(patches, patch_size):
     return rearrange(patches, "b (h w) (c p q) -> b c (h p) (w q)", h=grid_size, p=patch_size, q=patch_size)
 
 
+def mean_and_std(patches):
+    """Of each patch's numbers (B, N, P): two (B, N, 1), as the official MAE normalises a patch for the loss."""
+    return patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
+
+
 def take(tokens, ids):
     """Row b of the result holds tokens[b, ids[b]]: (B, N, D) and (B, V) give (B, V, D)."""
     return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
@@ -267,6 +272,7 @@ class MAE_ViT(nn.Module):
         encoder_depth, decoder_depth: transformer blocks.
         mask_ratio: fraction of patches hidden, in (0, 1); int(N * (1 - mask_ratio)) stay visible.
         mask_strategy: a key of MASK_STRATEGIES.
+        norm_pix_loss: predict each patch's pixels normalised by their mean and variance (MAE paper, table 1d).
 
     Raises:
         UserError: the sizes do not fit each other, or the mask leaves nothing to see or to predict.
@@ -282,9 +288,10 @@ class MAE_ViT(nn.Module):
         decoder_depth=4,
         mask_ratio=0.75,
         mask_strategy="random",
+        norm_pix_loss=False,
     ):
         super().__init__()
-        self.patch_size = patch_size
+        self.patch_size, self.norm_pix_loss = patch_size, norm_pix_loss
         self.encoder = MAE_Encoder(img_size, patch_size, embed_dim, encoder_depth, num_heads)
         self.shuffle = PatchShuffle(img_size // patch_size, mask_ratio, mask_strategy)
         self.decoder = MAE_Decoder(img_size, patch_size, embed_dim, decoder_depth, num_heads)
@@ -297,7 +304,7 @@ class MAE_ViT(nn.Module):
             ids_shuffle: (B, N) int64 from `self.shuffle`, which patches are hidden; None draws new ones.
 
         Returns:
-            pred: (B, N, P), every patch's predicted pixels in the images' range, visible ones too.
+            pred: (B, N, P), every patch's predicted pixels, visible ones too: in the images' range, or normalised.
             mask: (B, N) bool, True where the patch was hidden.
         """
         if ids_shuffle is None:
@@ -311,24 +318,34 @@ class MAE_ViT(nn.Module):
     def reconstruct(self, images, ids_shuffle):
         """What the model was shown and what it makes of it.
 
+        With norm_pix_loss the model predicts no brightness and no contrast: each hidden patch borrows its true mean and
+        variance.
+
         Returns:
             masked: (B, 3, H, W), the images with hidden patches grey (0); reconstructed: the same, hidden patches
             predicted, visible ones as they were (the loss leaves predictions of visible patches untrained).
         """
         pred, mask = self(images, ids_shuffle)
-        patches, mask = patchify(images, self.patch_size), mask[..., None]
-        masked, reconstructed = patches.masked_fill(mask, 0), torch.where(mask, pred.float(), patches)
+        pred, patches, mask = pred.float(), patchify(images, self.patch_size), mask[..., None]
+        if self.norm_pix_loss:
+            mean, std = mean_and_std(patches)
+            pred = pred * std + mean
+        masked, reconstructed = patches.masked_fill(mask, 0), torch.where(mask, pred, patches)
         return unpatchify(masked, self.patch_size), unpatchify(reconstructed, self.patch_size)
 
 
-def mae_loss(pred, images, mask):
+def mae_loss(pred, images, mask, norm_pix_loss=False):
     """Mean squared error over hidden pixels only, in float32 (MAE paper, section 3, "Reconstruction target").
 
     Args:
         pred: (B, N, P) predicted patches; images: (B, 3, H, W); mask: (B, N) bool, True where hidden.
+        norm_pix_loss: the model's; whether each patch's target is normalised by its mean and variance.
     """
-    patch_size = math.isqrt(pred.shape[-1] // 3)
-    error = (pred.float() - patchify(images, patch_size)).square().mean(dim=-1)  # (B, N)
+    target = patchify(images, patch_size=math.isqrt(pred.shape[-1] // 3))  # (B, N, P)
+    if norm_pix_loss:
+        mean, std = mean_and_std(target)
+        target = (target - mean) / std
+    error = (pred.float() - target).square().mean(dim=-1)  # (B, N)
     return (error * mask).sum() / mask.sum()
 
 

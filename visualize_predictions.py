@@ -60,9 +60,11 @@ def draw_reconstructions(model, images, args):
         pred, mask = model(images, ids_shuffle)
     figure, axes = plt.subplots(3, len(images), figsize=(1.3 * len(images) + 1, 4.5), squeeze=False)
     draw_rows(axes, {name: data.to_pixels(row) for name, row in rows.items()})
+    loss = mae_loss(pred, images, mask, model.norm_pix_loss)
+    borrowed = ", normalised (hidden patches shown with their true mean and variance)" if model.norm_pix_loss else ""
     figure.suptitle(
         f"{strategy} masks, {mask.float().mean():.0%} hidden (trained with {trained.mask_strategy}); "
-        f"mean squared error of hidden pixels {mae_loss(pred, images, mask):.4f}, seed {args.seed}",
+        f"mean squared error of hidden pixels {loss:.4f}{borrowed}, seed {args.seed}",
         fontsize=11,
         wrap=True,
     )

@@ -50,7 +50,7 @@ def mask_matrix(results, trained, tested, images, device):
                 masks = shuffle(len(images), utils.generator("cpu", "bank", other)).to(device)
                 for x, ids in zip(images.to(device).split(100), masks.split(100), strict=True):
                     pred, mask = model(x, ids)
-                    table[i, j] += mae_loss(pred, x, mask).item() * len(x)
+                    table[i, j] += mae_loss(pred, x, mask, model.norm_pix_loss).item() * len(x)
     return table / len(images) / torch.tensor([[len(results[MASKS[strategy]])] for strategy in trained])
 
 
@@ -220,12 +220,16 @@ def draw_all_reconstructions(results, images, output, device):
     matrix = mask_matrix(results, trained, list(MASK_STRATEGIES), images, device)
     figure = draw_matrix(matrix, trained, list(MASK_STRATEGIES), "tested under", "trained under")
     save(figure, output / "masks_crossed.png")
+    borrowed, of_pixels = "", "hidden pixels"
+    if any(model.norm_pix_loss for model in models.values()):
+        borrowed = " Hidden patches are shown with their true mean and variance."
+        of_pixels = "hidden pixels, normalised by each patch's mean and variance,"
     return {
-        "figure03": "Masked input, reconstruction, original.",
-        "figure11": "Reconstructions of the same images by the MAE of each mask strategy, first seed.",
+        "figure03": f"Masked input, reconstruction, original.{borrowed}",
+        "figure11": f"Reconstructions of the same images by the MAE of each mask strategy, first seed.{borrowed}",
         "reconstructions_by_depth": "Reconstructions of the same images under the same masks by decoder depth, first "
-        "seed.",
-        "masks_crossed": f"Mean squared error of hidden pixels on {len(images)} test images, the same masks for all: "
+        f"seed.{borrowed}",
+        "masks_crossed": f"Mean squared error of {of_pixels} on {len(images)} test images, the same masks for all: "
         "trained under one strategy, tested under another, mean over seeds.",
     }
 

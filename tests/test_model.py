@@ -3,6 +3,7 @@ import itertools
 import math
 import re
 import shutil
+import statistics
 import sys
 from pathlib import Path
 
@@ -416,6 +417,30 @@ def test_loss_is_the_mean_over_hidden_pixels_and_has_no_gradient_elsewhere(size)
     assert loss.item() == pytest.approx(sum(errors) / len(errors), rel=1e-5)
     loss.backward()
     assert torch.equal(pred.grad.abs().sum(-1) > 0, mask)
+
+
+def test_the_normalised_target_is_each_patchs_pixels_minus_their_mean_over_their_standard_deviation():
+    images, pred, mask = torch.randn(2, 3, 4, 4) * 3 + 1, torch.randn(2, 4, 12), torch.rand(2, 4) < 0.7
+    mask[0, 0] = True
+    errors = []
+    for b, n in mask.nonzero().tolist():
+        row, column = n // 2 * 2, n % 2 * 2
+        pixels = images[b, :, row : row + 2, column : column + 2].flatten().tolist()
+        mean, deviation = statistics.mean(pixels), (statistics.variance(pixels) + 1e-6) ** 0.5
+        errors += [(p - (x - mean) / deviation) ** 2 for p, x in zip(pred[b, n].tolist(), pixels, strict=True)]
+    assert mae_loss(pred, images, mask, norm_pix_loss=True).item() == pytest.approx(sum(errors) / len(errors), rel=1e-4)
+    flat = torch.full((2, 3, 4, 4), 0.3)  # no variance: the target is 0
+    assert mae_loss(pred, flat, mask, True).item() == pytest.approx(pred[mask].square().mean().item(), rel=1e-4)
+
+
+def test_a_perfect_normalised_prediction_is_reconstructed_as_the_image():
+    model, images = small_mae(norm_pix_loss=True), torch.randn(4, 3, 8, 8) * 2 + 1
+    patches = patchify(images, 2)
+    perfect = (patches - patches.mean(2, keepdim=True)) / (patches.var(2, keepdim=True) + 1e-6).sqrt()
+    model.decoder.forward = lambda features, ids_restore: perfect
+    ids = model.shuffle(4, seeded())
+    torch.testing.assert_close(model.reconstruct(images, ids)[1], images)
+    assert mae_loss(*model(images, ids)[:1], images, model(images, ids)[1], model.norm_pix_loss) < 1e-10
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 16, 16), (2, 3, 4, 16), (2, 1, 8, 8), (3, 8, 8)])

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,10 +28,13 @@ from errors import exit_in_one_line
 from model import MASK_STRATEGIES, MAE_ViT, mae_loss
 from runs import Session, read_config, read_metrics
 from scripts import benchmark, export, make_report, plot_curves
+from scripts.ablations import BASE
+from scripts.report_figures import mask_matrix
 
 ROOT = Path(__file__).parents[1]
 SIZE = shlex.split("--patch_size 8 --embed_dim 12 --encoder_depth 1 --num_heads 2 --device cpu")
 SET = shlex.split("--dataset shapes --train_images 40 --total_epoch 3 --batch_size 16 --max_device_batch_size 8")
+SWITCHES = "--norm_pix_loss"  # of pretraining, all on
 FULL_SHAPES = data.shapes
 TIMING = {"seconds", "speed/images_per_sec", "memory/peak_mb"}
 
@@ -83,10 +87,12 @@ def test_names_tell_what_sets_runs_apart():
     name = mae()
     assert name == "mae_cifar10_i32_p2_w192_e12_h3_d4_random_r0.75_ep2000_b4096_s42"
     changes = "train_images 100,img_size 64,patch_size 4,embed_dim 96,encoder_depth 6,num_heads 6,decoder_depth 8,"
-    changes += "mask_ratio 0.5,mask_strategy grid,total_epoch 1,batch_size 8,seed 1,augment,dataset shapes"
+    changes += "mask_ratio 0.5,mask_strategy grid,total_epoch 1,batch_size 8,seed 1,augment,dataset shapes,"
+    changes += "norm_pix_loss"
     names = [name, *(mae(f"--{change}") for change in changes.split(","))]
     assert len(set(names)) == len(names)
     assert "_pets_" in mae("--dataset folder --data_dir some/pets")
+    assert mae(SWITCHES) == "mae_cifar10_i32_p2_w192_e12_h3_d4_random_r0.75_normpix_ep2000_b4096_s42"
     assert classifier(name) == f"cls_cifar10_ep100_b128_s42_from_{name}"
     assert classifier(None) == "cls_cifar10_ep100_b128_s42_scratch_i32_p2_w192_e12_h3"
     name = classifier(None, "--train_images 500 --val_images 100 --augment")
@@ -293,7 +299,11 @@ def test_a_stopped_run_does_not_forget_its_best_epoch(monkeypatch):
 # --- equal results ---
 
 
-@pytest.mark.parametrize("start", [pretrain, classify, classify_and_choose])
+def pretrain_with_switches(*more):
+    return pretrain(*SWITCHES.split(), *more)
+
+
+@pytest.mark.parametrize("start", [pretrain, pretrain_with_switches, classify, classify_and_choose])
 @pytest.mark.parametrize("augment", [[], ["--augment"]])
 def test_a_run_stopped_anywhere_ends_with_the_bits_of_one_that_was_not(start, augment, monkeypatch):
     whole = start("--log_dir", "whole", *augment)
@@ -616,6 +626,21 @@ def test_pictures_of_a_mae_and_of_another_mask():
     visualize_predictions.main(["--model_path", str(mae / "model.pt"), "--mask_strategy", "block", "--num_images", "3"])
     assert picture_size(mae / "reconstructions.png")[0] > 400
     assert (mae / "reconstructions.png").read_bytes() != (mae / "reconstructions_block.png").read_bytes()
+
+
+def test_pictures_of_normalised_pixels_tell_the_models_own_loss_and_what_they_borrow(monkeypatch):
+    figures = []
+    monkeypatch.setattr(visualize_predictions, "save", lambda figure, path: figures.append(figure))
+    mae = pretrain("--norm_pix_loss", "--total_epoch", "1")
+    visualize_predictions.main(["--model_path", str(mae), "--num_images", "100"])
+    title = figures[0]._suptitle.get_text()
+    assert "with their true mean and variance" in title
+    own = read_metrics(mae)[0]["test/loss"]  # on the same 100 images, under other masks
+    assert float(re.search(r"hidden pixels (\d\.\d+), normalised", title)[1]) == pytest.approx(own, rel=0.05)
+    visualize_predictions.plt.close(figures[0])
+    images = data.normalize(data.load_dataset("shapes", "data", 32)[1].images)
+    matrix = mask_matrix({BASE: [SimpleNamespace(mae=mae)]}, ["random"], ["random"], images, "cpu")
+    assert matrix.item() == pytest.approx(own, rel=0.05)
 
 
 def test_picture_of_a_classifier_and_curves():

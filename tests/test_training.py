@@ -36,6 +36,7 @@ SEED, BATCH, EPOCHS, STEPS, WARMUP = 5, 14, 2, 3, 3  # 50 images: 3 steps an epo
 PEAK = 1e-3 * BATCH / 256
 RUN = f"--device cpu --precision float32 --seed {SEED} --dataset shapes --train_images 50 --batch_size {BATCH} "
 RUN += f"--total_epoch {EPOCHS} --warmup_epoch {WARMUP / STEPS} --base_learning_rate 1e-3"
+SWITCHES = [("", {}), ("--norm_pix_loss", {"norm_pix_loss": True})]
 SIZE_FLAGS = " ".join(f"--{name} {value}" for name, value in SIZE.items())
 
 
@@ -121,9 +122,10 @@ def check_same(directory, kind, model, rows):
 
 @pytest.mark.parametrize("augment", [False, True])
 @pytest.mark.parametrize("parts", [14, 5])  # at once; 5 makes parts of 4, 5 and 5
-def test_pretraining_ends_with_the_weights_of_a_plain_loop(augment, parts, few_shapes):
+@pytest.mark.parametrize(("switches", "how"), SWITCHES)
+def test_pretraining_ends_with_the_weights_of_a_plain_loop(switches, how, augment, parts, few_shapes):
     flags = f"{RUN} {SIZE_FLAGS} --decoder_depth 1 --max_device_batch_size {parts} {'--augment' if augment else ''}"
-    run = pretrain(flags)
+    run = pretrain(f"{flags} {switches}")
     images = data.shapes(50, 16, seed=0).images
 
     def loss_of(model, epoch, step):
@@ -135,11 +137,13 @@ def test_pretraining_ends_with_the_weights_of_a_plain_loop(augment, parts, few_s
             for patch in hidden:
                 row, column = patch // 4 * 4, patch % 4 * 4
                 pixels = image[:, row : row + 4, column : column + 4]
+                if switches:
+                    pixels = (pixels - pixels.mean()) / (pixels.var() + 1e-6) ** 0.5
                 total = total + ((prediction[patch].view(3, 4, 4) - pixels) ** 2).mean()
         return total / (BATCH * 12)
 
     torch.manual_seed(SEED)
-    model = MAE_ViT(**SIZE, decoder_depth=1)
+    model = MAE_ViT(**SIZE, decoder_depth=1, **how)
     check_same(run, MAE_ViT, model, plain_loop(model, (0.9, 0.95), loss_of))
 
 
