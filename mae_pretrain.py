@@ -38,6 +38,11 @@ def parse_args(argv=None):
     group = parser.add_argument_group("model")
     utils.add_size_arguments(group, SIZE)
     group.add_argument(
+        "--decoder_embed_dim",
+        type=utils.positive_int,
+        help="width of the decoder's tokens; default: embed_dim (MAE paper, table 1b)",
+    )
+    group.add_argument(
         "--norm_pix_loss",
         action="store_true",
         help="predict each patch's pixels normalised by their mean and variance (MAE paper, table 1d)",
@@ -69,6 +74,7 @@ def parse_args(argv=None):
 def run_name(args):
     """For example mae_cifar10_i32_p2_w192_e12_h3_d4_random_r0.75_ep2000_b4096_s42; a switch that is off has no part."""
     size = "i{img_size}_p{patch_size}_w{embed_dim}_e{encoder_depth}_h{num_heads}_d{decoder_depth}".format(**vars(args))
+    size += f"_dw{args.decoder_embed_dim}" if args.decoder_embed_dim else ""
     masks = f"{args.mask_strategy}_r{args.mask_ratio}{'_normpix' if args.norm_pix_loss else ''}"
     rest = f"ep{args.total_epoch}_b{args.batch_size}_s{args.seed}{'_aug' if args.augment else ''}"
     return f"mae_{data.name_of(args)}_{size}_{masks}_{rest}"

@@ -243,18 +243,35 @@ class MAE_Encoder(nn.Module):
 
 
 class MAE_Decoder(nn.Module):
-    """Predicts every patch's pixels from the visible patches' features."""
+    """Predicts every patch's pixels from the visible patches' features.
 
-    def __init__(self, img_size, patch_size, embed_dim, decoder_depth, num_heads):
+    Args:
+        embed_dim, num_heads: of the encoder.
+        decoder_embed_dim: width of the decoder's tokens; None: embed_dim. Its heads are as wide as the encoder's where
+            that width divides it; else there are as many heads as in the encoder.
+    """
+
+    def __init__(self, img_size, patch_size, embed_dim, decoder_depth, num_heads, decoder_embed_dim=None):
         super().__init__()
         num_patches = (img_size // patch_size) ** 2
-        self.mask_token = init_token(1, 1, embed_dim)
-        self.pos_embedding = init_token(num_patches + 1, 1, embed_dim)
-        self.transformer = transformer(embed_dim, decoder_depth, num_heads)
-        self.head = nn.Linear(embed_dim, 3 * patch_size**2)
+        width, head_width = decoder_embed_dim or embed_dim, embed_dim // num_heads
+        if width % head_width == 0:
+            num_heads = width // head_width
+        elif width % num_heads:
+            raise UserError(
+                f"decoder_embed_dim {width} is a multiple neither of the encoder's head width {head_width} nor of "
+                f"num_heads {num_heads}; use a multiple of one of them."
+            )
+        # equal widths need no layer: keys and random draws are then the reference's
+        self.embed = nn.Identity() if width == embed_dim else nn.Linear(embed_dim, width)
+        self.mask_token = init_token(1, 1, width)
+        self.pos_embedding = init_token(num_patches + 1, 1, width)
+        self.transformer = transformer(width, decoder_depth, num_heads)
+        self.head = nn.Linear(width, 3 * patch_size**2)
 
     def forward(self, features, ids_restore):
         """Features (B, 1 + V, D) and each patch's place among [visible, hidden] (B, N) to pixels (B, N, P)."""
+        features = self.embed(features)  # (B, 1 + V, width of the decoder)
         batch_size, num_visible = len(features), features.shape[1] - 1
         hidden = self.mask_token.expand(batch_size, ids_restore.shape[1] - num_visible, -1).to(features.dtype)
         tokens = torch.cat([features[:, 1:], hidden], dim=1)  # (B, N, D), visible ones first
@@ -268,11 +285,12 @@ class MAE_ViT(nn.Module):
 
     Args:
         img_size, patch_size: pixels along an edge; images are square with 3 channels.
-        embed_dim, num_heads: of encoder and decoder alike.
+        embed_dim, num_heads: of the encoder; of the decoder, too, where decoder_embed_dim is None.
         encoder_depth, decoder_depth: transformer blocks.
         mask_ratio: fraction of patches hidden, in (0, 1); int(N * (1 - mask_ratio)) stay visible.
         mask_strategy: a key of MASK_STRATEGIES.
         norm_pix_loss: predict each patch's pixels normalised by their mean and variance (MAE paper, table 1d).
+        decoder_embed_dim: as `MAE_Decoder` takes it (table 1b).
 
     Raises:
         UserError: the sizes do not fit each other, or the mask leaves nothing to see or to predict.
@@ -289,12 +307,13 @@ class MAE_ViT(nn.Module):
         mask_ratio=0.75,
         mask_strategy="random",
         norm_pix_loss=False,
+        decoder_embed_dim=None,
     ):
         super().__init__()
         self.patch_size, self.norm_pix_loss = patch_size, norm_pix_loss
         self.encoder = MAE_Encoder(img_size, patch_size, embed_dim, encoder_depth, num_heads)
         self.shuffle = PatchShuffle(img_size // patch_size, mask_ratio, mask_strategy)
-        self.decoder = MAE_Decoder(img_size, patch_size, embed_dim, decoder_depth, num_heads)
+        self.decoder = MAE_Decoder(img_size, patch_size, embed_dim, decoder_depth, num_heads, decoder_embed_dim)
 
     def forward(self, images, ids_shuffle=None):
         """Hide patches and predict them.

@@ -109,9 +109,9 @@ def add_data_arguments(parser, datasets, pretrained=False):
 SIZE_HELP = {
     "img_size": "pixels along an image's edge",
     "patch_size": "pixels along a patch's edge",
-    "embed_dim": "width of the tokens, encoder and decoder alike",
+    "embed_dim": "width of the tokens",
     "encoder_depth": "transformer blocks of the encoder",
-    "num_heads": "attention heads, encoder and decoder alike",
+    "num_heads": "attention heads of a block",
     "decoder_depth": "transformer blocks of the decoder",
 }
 

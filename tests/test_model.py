@@ -29,6 +29,7 @@ from model import (
     transformer,
     unpatchify,
 )
+from scripts.cost import gflop_per_image
 
 HERE = Path(__file__).parent
 README = (HERE.parent / "README.md").read_text()
@@ -145,6 +146,43 @@ def test_tokens_and_positions_start_small_and_random():
     for part in (model.encoder.cls_token, model.encoder.pos_embedding, model.decoder.mask_token):
         assert part.mean().abs() < 0.01
         assert part.std().item() == pytest.approx(0.02, rel=0.25)  # 5 standard deviations for the tokens' 192 numbers
+
+
+@pytest.mark.parametrize(("width", "heads"), [(8, 1), (16, 2), (40, 5), (12, 3)])  # the encoder's 24 are 3 heads of 8
+def test_a_decoder_of_another_width_keeps_the_heads_width_or_else_their_number(width, heads):
+    blocks = small_mae(decoder_embed_dim=width).decoder.transformer
+    assert {(block.attn.num_heads, block.norm1.weight.numel()) for block in blocks} == {(heads, width)}
+
+
+def test_features_reach_a_decoder_of_another_width_through_a_linear_layer():
+    model, images = small_mae(decoder_embed_dim=16), torch.randn(2, 3, 8, 8)
+    ids, decoder = model.shuffle(2, seeded()), model.decoder
+    pred, _ = model(images, ids)
+    features = model.encoder(images, ids[:, :4])
+    for b in range(2):
+        seen = [decoder.embed.weight @ token + decoder.embed.bias for token in features[b]]
+        places = dict(zip(ids[b, :4].tolist(), seen[1:], strict=True))
+        tokens = [seen[0], *(places.get(patch, decoder.mask_token[0, 0]) for patch in range(16))]
+        decoded = decoder.transformer((torch.stack(tokens) + decoder.pos_embedding[:, 0])[None])
+        torch.testing.assert_close(pred[b], decoder.head(decoded[0, 1:]))
+
+
+def test_a_decoder_of_the_encoders_width_has_no_layer_more():
+    plain, same, narrow = (small_mae(decoder_embed_dim=width).state_dict() for width in (None, 24, 16))
+    assert plain.keys() == same.keys() == narrow.keys() - {"decoder.embed.weight", "decoder.embed.bias"}
+    assert all(torch.equal(plain[name], same[name]) for name in plain)
+
+
+def test_a_narrow_decoders_arithmetic_is_counted():
+    sizes = {"img_size": 8, "patch_size": 2, "embed_dim": 24, "encoder_depth": 1, "num_heads": 3, "decoder_depth": 2}
+    full, narrow = (gflop_per_image({**sizes, "decoder_embed_dim": width}, True) for width in (None, 8))
+
+    def decoder(width):  # of 17 tokens, 16 predicted
+        block = 17 * 12 * width**2 + 2 * 17**2 * width
+        return 2 * 3 * (2 * block + 16 * 12 * width)  # a product is 2 operations, and 2 more in the backward pass
+
+    embed = 2 * 3 * 5 * 24 * 8
+    assert full - narrow == pytest.approx((decoder(24) - decoder(8) - embed) / 1e9, rel=1e-6)
 
 
 # --- patches ---
@@ -584,6 +622,7 @@ def test_a_tiny_model_learns_one_batch_by_heart():
         ({"patch_size": 3}, "patch_size 3 does not divide img_size 8"),
         ({"num_heads": 5}, "num_heads 5 does not divide embed_dim 24; these do: 1, 2, 3, 4, 6, 8, 12, 24"),
         ({"embed_dim": 15, "num_heads": 2}, "num_heads 2 does not divide embed_dim 15; these do: 1, 3, 5, 15"),
+        ({"decoder_embed_dim": 10}, "10 is a multiple neither of the encoder's head width 8 nor of num_heads 3"),
         ({"mask_strategy": "spiral"}, "spiral.*random, block, grid, shifted_grid, blockwise"),
     ],
 )

@@ -34,7 +34,7 @@ from scripts.report_figures import mask_matrix
 ROOT = Path(__file__).parents[1]
 SIZE = shlex.split("--patch_size 8 --embed_dim 12 --encoder_depth 1 --num_heads 2 --device cpu")
 SET = shlex.split("--dataset shapes --train_images 40 --total_epoch 3 --batch_size 16 --max_device_batch_size 8")
-SWITCHES = "--norm_pix_loss"  # of pretraining, all on
+SWITCHES = "--norm_pix_loss --decoder_embed_dim 6"  # of pretraining, all on
 FULL_SHAPES = data.shapes
 TIMING = {"seconds", "speed/images_per_sec", "memory/peak_mb"}
 
@@ -88,11 +88,11 @@ def test_names_tell_what_sets_runs_apart():
     assert name == "mae_cifar10_i32_p2_w192_e12_h3_d4_random_r0.75_ep2000_b4096_s42"
     changes = "train_images 100,img_size 64,patch_size 4,embed_dim 96,encoder_depth 6,num_heads 6,decoder_depth 8,"
     changes += "mask_ratio 0.5,mask_strategy grid,total_epoch 1,batch_size 8,seed 1,augment,dataset shapes,"
-    changes += "norm_pix_loss"
+    changes += "norm_pix_loss,decoder_embed_dim 96"
     names = [name, *(mae(f"--{change}") for change in changes.split(","))]
     assert len(set(names)) == len(names)
     assert "_pets_" in mae("--dataset folder --data_dir some/pets")
-    assert mae(SWITCHES) == "mae_cifar10_i32_p2_w192_e12_h3_d4_random_r0.75_normpix_ep2000_b4096_s42"
+    assert mae(SWITCHES) == "mae_cifar10_i32_p2_w192_e12_h3_d4_dw6_random_r0.75_normpix_ep2000_b4096_s42"
     assert classifier(name) == f"cls_cifar10_ep100_b128_s42_from_{name}"
     assert classifier(None) == "cls_cifar10_ep100_b128_s42_scratch_i32_p2_w192_e12_h3"
     name = classifier(None, "--train_images 500 --val_images 100 --augment")
@@ -406,6 +406,8 @@ BAD = [
     (MAE, "--encoder_depth 0", "--encoder_depth: '0'"),
     (MAE, "--decoder_depth deep", "--decoder_depth: 'deep'"),
     (MAE, "--num_heads 0", "--num_heads: '0'"),
+    (MAE, "--decoder_embed_dim 0", "--decoder_embed_dim: '0'"),
+    (MAE, "--decoder_embed_dim 5", "decoder_embed_dim 5 is a multiple neither of the encoder's head width 6"),
     (MAE, "--batch_size 0", "--batch_size: '0'"),
     (MAE, "--max_device_batch_size 0", "--max_device_batch_size: '0'"),
     (MAE, "--seed x", "--seed: 'x' is not a whole number"),
