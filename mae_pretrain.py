@@ -20,7 +20,7 @@ import utils
 from checkpoints import digest, load_model
 from errors import exit_in_one_line
 from features import extract_features, knn_predict
-from model import MASK_STRATEGIES, MAE_ViT, mae_loss
+from model import MASK_STRATEGIES, POSITIONS, MAE_ViT, mae_loss
 from runs import Run
 
 SIZE = ("img_size", "patch_size", "embed_dim", "encoder_depth", "num_heads", "decoder_depth")
@@ -41,6 +41,9 @@ def parse_args(argv=None):
         "--decoder_embed_dim",
         type=utils.positive_int,
         help="width of the decoder's tokens; default: embed_dim (MAE paper, table 1b)",
+    )
+    group.add_argument(
+        "--positions", choices=POSITIONS, help="position embeddings: learned, or fixed sines and cosines (appendix A.1)"
     )
     group.add_argument(
         "--norm_pix_loss",
@@ -75,6 +78,7 @@ def run_name(args):
     """For example mae_cifar10_i32_p2_w192_e12_h3_d4_random_r0.75_ep2000_b4096_s42; a switch that is off has no part."""
     size = "i{img_size}_p{patch_size}_w{embed_dim}_e{encoder_depth}_h{num_heads}_d{decoder_depth}".format(**vars(args))
     size += f"_dw{args.decoder_embed_dim}" if args.decoder_embed_dim else ""
+    size += f"_{args.positions}" if args.positions != "learned" else ""
     masks = f"{args.mask_strategy}_r{args.mask_ratio}{'_normpix' if args.norm_pix_loss else ''}"
     rest = f"ep{args.total_epoch}_b{args.batch_size}_s{args.seed}{'_aug' if args.augment else ''}"
     return f"mae_{data.name_of(args)}_{size}_{masks}_{rest}"

@@ -207,20 +207,47 @@ def transformer(embed_dim, depth, num_heads):
     return nn.Sequential(*(Block(embed_dim, num_heads, norm_layer=nn.LayerNorm) for _ in range(depth)))
 
 
+POSITIONS = ("learned", "sincos")
+
+
 def init_token(*shape):
     return nn.Parameter(trunc_normal_(torch.empty(shape), std=0.02))
+
+
+def sincos_table(grid_size, embed_dim):
+    """Fixed 2-D positions (N, 1, D), in the order of the official MAE's: sines and cosines of the column, then the row.
+
+    Each of the two takes D / 2 numbers: D / 4 frequencies from 1 down to almost 1 / 10000 (Vaswani et al. 2017,
+    arXiv:1706.03762, section 3.5), all sines before all cosines.
+    """
+    if embed_dim % 4:
+        raise UserError(f"positions 'sincos' need a width that is a multiple of 4, not {embed_dim}.")
+    frequencies = 10000 ** (-torch.arange(embed_dim // 4, dtype=torch.float64) / (embed_dim // 4))
+    angles = torch.arange(grid_size)[:, None] * frequencies  # (g, D / 4)
+    line = torch.cat([angles.sin(), angles.cos()], dim=1).float()  # (g, D / 2)
+    columns, rows = line.repeat(grid_size, 1), line.repeat_interleave(grid_size, dim=0)  # (N, D / 2) each
+    return torch.cat([columns, rows], dim=1).unsqueeze(1)
+
+
+def init_positions(positions, grid_size, embed_dim, cls=False):
+    """Position embeddings (N, 1, D), or (1 + N, 1, D) with one for the cls token: learned weights or a fixed table."""
+    if positions == "learned":
+        return init_token(grid_size**2 + cls, 1, embed_dim)
+    if positions == "sincos":
+        return nn.Buffer(F.pad(sincos_table(grid_size, embed_dim), (0, 0, 0, 0, int(cls), 0)))  # 0 for cls
+    raise UserError(f"positions {positions!r} is unknown; choose from {', '.join(POSITIONS)}.")
 
 
 class MAE_Encoder(nn.Module):
     """ViT without head; given ids_keep, it computes the visible patches only."""
 
-    def __init__(self, img_size, patch_size, embed_dim, encoder_depth, num_heads):
+    def __init__(self, img_size, patch_size, embed_dim, encoder_depth, num_heads, positions="learned"):
         super().__init__()
         if img_size % patch_size:
             raise UserError(f"patch_size {patch_size} does not divide img_size {img_size}.")
         self.img_size, self.patch_size = img_size, patch_size
         self.cls_token = init_token(1, 1, embed_dim)
-        self.pos_embedding = init_token((img_size // patch_size) ** 2, 1, embed_dim)
+        self.pos_embedding = init_positions(positions, img_size // patch_size, embed_dim)
         self.patchify = nn.Conv2d(3, embed_dim, kernel_size=patch_size, stride=patch_size)
         self.transformer = transformer(embed_dim, encoder_depth, num_heads)
         self.layer_norm = nn.LayerNorm(embed_dim)
@@ -251,9 +278,10 @@ class MAE_Decoder(nn.Module):
             that width divides it; else there are as many heads as in the encoder.
     """
 
-    def __init__(self, img_size, patch_size, embed_dim, decoder_depth, num_heads, decoder_embed_dim=None):
+    def __init__(
+        self, img_size, patch_size, embed_dim, decoder_depth, num_heads, decoder_embed_dim=None, positions="learned"
+    ):
         super().__init__()
-        num_patches = (img_size // patch_size) ** 2
         width, head_width = decoder_embed_dim or embed_dim, embed_dim // num_heads
         if width % head_width == 0:
             num_heads = width // head_width
@@ -265,7 +293,7 @@ class MAE_Decoder(nn.Module):
         # equal widths need no layer: keys and random draws are then the reference's
         self.embed = nn.Identity() if width == embed_dim else nn.Linear(embed_dim, width)
         self.mask_token = init_token(1, 1, width)
-        self.pos_embedding = init_token(num_patches + 1, 1, width)
+        self.pos_embedding = init_positions(positions, img_size // patch_size, width, cls=True)
         self.transformer = transformer(width, decoder_depth, num_heads)
         self.head = nn.Linear(width, 3 * patch_size**2)
 
@@ -291,6 +319,7 @@ class MAE_ViT(nn.Module):
         mask_strategy: a key of MASK_STRATEGIES.
         norm_pix_loss: predict each patch's pixels normalised by their mean and variance (MAE paper, table 1d).
         decoder_embed_dim: as `MAE_Decoder` takes it (table 1b).
+        positions: "learned", or "sincos" for a fixed table (appendix A.1), of encoder and decoder.
 
     Raises:
         UserError: the sizes do not fit each other, or the mask leaves nothing to see or to predict.
@@ -308,12 +337,15 @@ class MAE_ViT(nn.Module):
         mask_strategy="random",
         norm_pix_loss=False,
         decoder_embed_dim=None,
+        positions="learned",
     ):
         super().__init__()
         self.patch_size, self.norm_pix_loss = patch_size, norm_pix_loss
-        self.encoder = MAE_Encoder(img_size, patch_size, embed_dim, encoder_depth, num_heads)
+        self.encoder = MAE_Encoder(img_size, patch_size, embed_dim, encoder_depth, num_heads, positions)
         self.shuffle = PatchShuffle(img_size // patch_size, mask_ratio, mask_strategy)
-        self.decoder = MAE_Decoder(img_size, patch_size, embed_dim, decoder_depth, num_heads, decoder_embed_dim)
+        self.decoder = MAE_Decoder(
+            img_size, patch_size, embed_dim, decoder_depth, num_heads, decoder_embed_dim, positions
+        )
 
     def forward(self, images, ids_shuffle=None):
         """Hide patches and predict them.
@@ -387,6 +419,7 @@ class ViT_Classifier(MAE_Encoder):
 
     Its logits are self.head(features[:, 0]) for the features of MAE_Encoder.forward, computed without those tokens of
     the last block that nobody asks for. For another head (mean of the patches, say) call super().forward(images).
+    Its positions are learned; a MAE's fixed ones are where they start from, as in the official fine-tuning.
     """
 
     def __init__(self, img_size=32, patch_size=2, embed_dim=192, encoder_depth=12, num_heads=3, num_classes=10):

@@ -23,8 +23,10 @@ def models(monkeypatch, tmp_path):
     """A MAE and a classifier whose weights are all their own, in mae.pt and classifier.pt."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
+    sincos = {"decoder_depth": 1, "positions": "sincos"}
     for name, model, more in (
         ("mae", MAE_ViT(**SIZES, decoder_depth=1), {"decoder_depth": 1}),
+        ("sincos", MAE_ViT(**SIZES, **sincos), sincos),
         ("classifier", ViT_Classifier(**SIZES, num_classes=3), {"num_classes": 3}),
     ):
         for parameter in model.parameters():
@@ -48,9 +50,10 @@ def in_timm(path):
 
 @torch.no_grad()
 def test_a_mae_and_a_classifier_compute_the_same_in_timm(capsys):
-    export.main(["mae.pt", "--to", "timm"])
-    mae, _ = load_model("mae.pt", MAE_ViT)
-    close(in_timm("timm.pt").forward_features(images()), mae.encoder(images()))
+    for name in ("mae.pt", "sincos.pt"):
+        export.main([name, "--to", "timm"])
+        mae, _ = load_model(name, MAE_ViT)
+        close(in_timm("timm.pt").forward_features(images()), mae.encoder(images()))
     export.main(["classifier.pt", "--to", "timm", "--output", "there/c.pt"])
     classifier, _ = load_model("classifier.pt", ViT_Classifier)
     close(in_timm("there/c.pt")(images()), classifier(images()))

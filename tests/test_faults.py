@@ -348,7 +348,15 @@ def group(start, script, arguments, directories):
 VAL = "--train_images 60 --val_images 20"
 
 
-@pytest.mark.parametrize(("script", "options"), [(MAE, "--augment"), (CLS, "--augment"), (CLS, VAL)])
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        (MAE, "--augment"),
+        (MAE, "--norm_pix_loss --decoder_embed_dim 24 --positions sincos"),
+        (CLS, "--augment"),
+        (CLS, VAL),
+    ],
+)
 def test_one_two_and_four_processes_train_like_a_plain_one(script, options, start, tmp_path):
     command = f"{COMMAND[script]} {options} --max_device_batch_size 2"
     assert ends(start(script, f"{command} --log_dir plain")) == 0

@@ -185,6 +185,31 @@ def test_a_narrow_decoders_arithmetic_is_counted():
     assert full - narrow == pytest.approx((decoder(24) - decoder(8) - embed) / 1e9, rel=1e-6)
 
 
+@pytest.mark.parametrize("width", [8, 24])
+def test_sincos_positions_are_the_papers_formula_column_before_row(width):
+    model = small_mae(positions="sincos", decoder_embed_dim=width)
+    for table, size, cls in ((model.encoder.pos_embedding, 24, 0), (model.decoder.pos_embedding, width, 1)):
+        assert table.shape == (cls + 16, 1, size)
+        assert not table[:cls].any()
+        for row, column in itertools.product(range(4), range(4)):
+            expected = []
+            for place in (column, row):
+                angles = [place / 10000 ** (2 * i / (size // 2)) for i in range(size // 4)]
+                expected += [*map(math.sin, angles), *map(math.cos, angles)]
+            assert table[cls + 4 * row + column, 0].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_sincos_positions_are_not_trained_but_saved_and_a_classifier_starts_from_them():
+    model, learned = small_mae(positions="sincos"), small_mae()
+    assert model.state_dict().keys() == learned.state_dict().keys()
+    names = {"encoder.pos_embedding", "decoder.pos_embedding"}
+    assert dict(learned.named_parameters()).keys() - dict(model.named_parameters()).keys() == names
+    classifier = ViT_Classifier(8, 2, 24, 2, 3)
+    classifier.load_encoder(model.state_dict())
+    assert torch.equal(classifier.pos_embedding, model.encoder.pos_embedding)
+    assert classifier.pos_embedding.requires_grad
+
+
 # --- patches ---
 
 
@@ -623,6 +648,8 @@ def test_a_tiny_model_learns_one_batch_by_heart():
         ({"num_heads": 5}, "num_heads 5 does not divide embed_dim 24; these do: 1, 2, 3, 4, 6, 8, 12, 24"),
         ({"embed_dim": 15, "num_heads": 2}, "num_heads 2 does not divide embed_dim 15; these do: 1, 3, 5, 15"),
         ({"decoder_embed_dim": 10}, "10 is a multiple neither of the encoder's head width 8 nor of num_heads 3"),
+        ({"positions": "sincos", "decoder_embed_dim": 6}, "'sincos' need a width that is a multiple of 4, not 6"),
+        ({"positions": "rotary"}, "'rotary' is unknown; choose from learned, sincos"),
         ({"mask_strategy": "spiral"}, "spiral.*random, block, grid, shifted_grid, blockwise"),
     ],
 )

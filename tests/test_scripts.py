@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import json
 import math
 import os
 import re
@@ -34,7 +35,8 @@ from scripts.report_figures import mask_matrix
 ROOT = Path(__file__).parents[1]
 SIZE = shlex.split("--patch_size 8 --embed_dim 12 --encoder_depth 1 --num_heads 2 --device cpu")
 SET = shlex.split("--dataset shapes --train_images 40 --total_epoch 3 --batch_size 16 --max_device_batch_size 8")
-SWITCHES = "--norm_pix_loss --decoder_embed_dim 6"  # of pretraining, all on
+SWITCHES = "--norm_pix_loss --decoder_embed_dim 24 --positions sincos"  # of pretraining, all on
+NEW = ("norm_pix_loss", "decoder_embed_dim", "positions")
 FULL_SHAPES = data.shapes
 TIMING = {"seconds", "speed/images_per_sec", "memory/peak_mb"}
 
@@ -51,6 +53,10 @@ def pretrain(*more):
     args = mae_pretrain.parse_args([*SIZE, "--decoder_depth", "1", *SET, "--base_learning_rate", "0.01", *more])
     with exit_in_one_line():
         return mae_pretrain.pretrain(args)
+
+
+def pretrain_with_switches(*more):
+    return pretrain(*SWITCHES.split(), *more)
 
 
 def classify(*more):
@@ -88,11 +94,11 @@ def test_names_tell_what_sets_runs_apart():
     assert name == "mae_cifar10_i32_p2_w192_e12_h3_d4_random_r0.75_ep2000_b4096_s42"
     changes = "train_images 100,img_size 64,patch_size 4,embed_dim 96,encoder_depth 6,num_heads 6,decoder_depth 8,"
     changes += "mask_ratio 0.5,mask_strategy grid,total_epoch 1,batch_size 8,seed 1,augment,dataset shapes,"
-    changes += "norm_pix_loss,decoder_embed_dim 96"
+    changes += "norm_pix_loss,decoder_embed_dim 96,positions sincos"
     names = [name, *(mae(f"--{change}") for change in changes.split(","))]
     assert len(set(names)) == len(names)
     assert "_pets_" in mae("--dataset folder --data_dir some/pets")
-    assert mae(SWITCHES) == "mae_cifar10_i32_p2_w192_e12_h3_d4_dw6_random_r0.75_normpix_ep2000_b4096_s42"
+    assert mae(SWITCHES) == "mae_cifar10_i32_p2_w192_e12_h3_d4_dw24_sincos_random_r0.75_normpix_ep2000_b4096_s42"
     assert classifier(name) == f"cls_cifar10_ep100_b128_s42_from_{name}"
     assert classifier(None) == "cls_cifar10_ep100_b128_s42_scratch_i32_p2_w192_e12_h3"
     name = classifier(None, "--train_images 500 --val_images 100 --augment")
@@ -184,6 +190,31 @@ def test_a_classifier_starts_from_the_pretrained_encoder():
     assert pretrained.name.endswith(f"from_{mae.name}")
     assert "scratch" in scratch.name
     assert list(read_metrics(scratch)[0])[:4] == ["epoch", "test/loss", "test/acc", "test/acc_mean_of_batches"]
+
+
+def test_a_mae_of_all_switches_goes_on_to_fine_tuning_and_features():
+    mae = pretrain_with_switches()
+    positions = weights(mae)["encoder.pos_embedding"]
+    run = classify("--pretrained_model_path", str(mae), "--base_learning_rate", "1e-7")
+    assert (weights(run)["pos_embedding"] - positions).abs().max() < 1e-5
+    evaluate_features.main(["--model_path", str(mae), "--device", "cpu", "--train_images", "40", "--untrained"])
+    assert (mae / "features_40.csv").read_text().count("\n") == 5
+    visualize_predictions.main(["--model_path", str(mae), "--num_images", "1"])
+
+
+def test_runs_and_models_from_before_the_switches_are_read_and_continued(capsys):
+    run = pretrain()
+    config, content = read_config(run), load_file(run)
+    for name in NEW:
+        del config["arguments"][name], content["arguments"][name], content["model_args"][name]
+    (run / "config.json").write_text(json.dumps(config))
+    torch.save(content, run / "model.pt")
+    load_model(run, MAE_ViT)
+    assert pretrain() == run
+    assert "Finished already" in capsys.readouterr().out
+    (run / "model.pt").unlink()
+    assert pretrain() == run  # from its checkpoint
+    load_model(run, MAE_ViT)
 
 
 def test_a_pretrained_file_and_its_run_directory_are_the_same():
@@ -299,10 +330,6 @@ def test_a_stopped_run_does_not_forget_its_best_epoch(monkeypatch):
 # --- equal results ---
 
 
-def pretrain_with_switches(*more):
-    return pretrain(*SWITCHES.split(), *more)
-
-
 @pytest.mark.parametrize("start", [pretrain, pretrain_with_switches, classify, classify_and_choose])
 @pytest.mark.parametrize("augment", [[], ["--augment"]])
 def test_a_run_stopped_anywhere_ends_with_the_bits_of_one_that_was_not(start, augment, monkeypatch):
@@ -407,6 +434,7 @@ BAD = [
     (MAE, "--decoder_depth deep", "--decoder_depth: 'deep'"),
     (MAE, "--num_heads 0", "--num_heads: '0'"),
     (MAE, "--decoder_embed_dim 0", "--decoder_embed_dim: '0'"),
+    (MAE, "--positions sincos --embed_dim 14", "'sincos' need a width that is a multiple of 4, not 14"),
     (MAE, "--decoder_embed_dim 5", "decoder_embed_dim 5 is a multiple neither of the encoder's head width 6"),
     (MAE, "--batch_size 0", "--batch_size: '0'"),
     (MAE, "--max_device_batch_size 0", "--max_device_batch_size: '0'"),

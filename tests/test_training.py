@@ -36,7 +36,13 @@ SEED, BATCH, EPOCHS, STEPS, WARMUP = 5, 14, 2, 3, 3  # 50 images: 3 steps an epo
 PEAK = 1e-3 * BATCH / 256
 RUN = f"--device cpu --precision float32 --seed {SEED} --dataset shapes --train_images 50 --batch_size {BATCH} "
 RUN += f"--total_epoch {EPOCHS} --warmup_epoch {WARMUP / STEPS} --base_learning_rate 1e-3"
-SWITCHES = [("", {}), ("--norm_pix_loss --decoder_embed_dim 16", {"norm_pix_loss": True, "decoder_embed_dim": 16})]
+SWITCHES = [("", {})]  # flags, and what they say to the model
+SWITCHES += [
+    (
+        "--norm_pix_loss --decoder_embed_dim 16 --positions sincos",
+        {"norm_pix_loss": True, "decoder_embed_dim": 16, "positions": "sincos"},
+    )
+]
 SIZE_FLAGS = " ".join(f"--{name} {value}" for name, value in SIZE.items())
 
 
