@@ -80,7 +80,7 @@ def run_name(args):
     size += f"_dw{args.decoder_embed_dim}" if args.decoder_embed_dim else ""
     size += f"_{args.positions}" if args.positions != "learned" else ""
     masks = f"{args.mask_strategy}_r{args.mask_ratio}{'_normpix' if args.norm_pix_loss else ''}"
-    rest = f"ep{args.total_epoch}_b{args.batch_size}_s{args.seed}{'_aug' if args.augment else ''}"
+    rest = f"ep{args.total_epoch}_b{args.batch_size}_s{args.seed}{data.AUGMENTED[args.augment]}"
     return f"mae_{data.name_of(args)}_{size}_{masks}_{rest}"
 
 
@@ -92,8 +92,7 @@ def draw_batch(images, shuffle, args, ids, epoch, step):
     """The images ids (B,) of (N, 3, H, W) uint8, augmented where asked, and their masks as ids_shuffle (B, N)."""
     batch = images[ids]
     device = batch.device
-    if args.augment:
-        batch = data.flip_and_crop(batch, utils.generator(device, args.seed, epoch, step, "augment"))
+    batch = data.AUGMENTATIONS[args.augment](batch, utils.generator(device, args.seed, epoch, step, "augment"))
     return batch, shuffle(len(batch), utils.generator(device, args.seed, epoch, step, "masks"), device)
 
 

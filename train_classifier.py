@@ -64,7 +64,7 @@ def run_name(args, encoder_name):
     size = "scratch_i{img_size}_p{patch_size}_w{embed_dim}_e{encoder_depth}_h{num_heads}".format(**vars(args))
     val = f"_val{args.val_images}" if args.val_images else ""
     name = f"cls_{data.name_of(args)}{val}_ep{args.total_epoch}_b{args.batch_size}_s{args.seed}"
-    return f"{name}{'_aug' if args.augment else ''}_{f'from_{encoder_name}' if encoder_name else size}"
+    return f"{name}{data.AUGMENTED[args.augment]}_{f'from_{encoder_name}' if encoder_name else size}"
 
 
 def build_optimizer(model, lr, weight_decay):
@@ -74,8 +74,7 @@ def build_optimizer(model, lr, weight_decay):
 def draw_batch(train, args, ids, epoch, step):
     """The images ids (B,) of an ImageSet, (B, 3, H, W) uint8, augmented where asked, and their labels (B,)."""
     batch = train.images[ids]
-    if args.augment:
-        batch = data.flip_and_crop(batch, utils.generator(batch.device, args.seed, epoch, step, "augment"))
+    batch = data.AUGMENTATIONS[args.augment](batch, utils.generator(batch.device, args.seed, epoch, step, "augment"))
     return batch, train.labels[ids]
 
 

@@ -71,6 +71,13 @@ def file_path(text):
     return text
 
 
+def augmentation(text):
+    """An argparse type: what data.py has in AUGMENTATIONS for "shift" or "crop"."""
+    if text not in ("shift", "crop"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither shift nor crop")
+    return text == "shift" or text
+
+
 def non_negative_int(text):
     """An argparse type: 0, 1, 2, ..."""
     if not text.isdecimal():
@@ -102,7 +109,16 @@ def add_data_arguments(parser, datasets, pretrained=False):
             default, text = None, f"{text} (default: the pretrained model's; from scratch {default})"
         group.add_argument(f"--{name}", choices=choices, default=default, help=text)
     group.add_argument("--train_images", type=positive_int, help="train on so many images, equally many of each class")
-    group.add_argument("--augment", action="store_true", help="random shifts by up to 4 pixels and mirroring")
+    group.add_argument(
+        "--augment",
+        nargs="?",
+        const=True,
+        default=False,
+        type=augmentation,
+        metavar="{shift,crop}",
+        help="mirroring, and random shifts by up to 4 pixels (shift, or no value) or random resized crops (crop; MAE "
+        "paper, table 1e)",
+    )
     return group
 
 

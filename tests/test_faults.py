@@ -352,7 +352,7 @@ VAL = "--train_images 60 --val_images 20"
     ("script", "options"),
     [
         (MAE, "--augment"),
-        (MAE, "--norm_pix_loss --decoder_embed_dim 24 --positions sincos"),
+        (MAE, "--augment crop --norm_pix_loss --decoder_embed_dim 24 --positions sincos"),
         (CLS, "--augment"),
         (CLS, VAL),
     ],

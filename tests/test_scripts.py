@@ -94,13 +94,15 @@ def test_names_tell_what_sets_runs_apart():
     assert name == "mae_cifar10_i32_p2_w192_e12_h3_d4_random_r0.75_ep2000_b4096_s42"
     changes = "train_images 100,img_size 64,patch_size 4,embed_dim 96,encoder_depth 6,num_heads 6,decoder_depth 8,"
     changes += "mask_ratio 0.5,mask_strategy grid,total_epoch 1,batch_size 8,seed 1,augment,dataset shapes,"
-    changes += "norm_pix_loss,decoder_embed_dim 96,positions sincos"
+    changes += "norm_pix_loss,decoder_embed_dim 96,positions sincos,augment crop"
     names = [name, *(mae(f"--{change}") for change in changes.split(","))]
     assert len(set(names)) == len(names)
     assert "_pets_" in mae("--dataset folder --data_dir some/pets")
     assert mae(SWITCHES) == "mae_cifar10_i32_p2_w192_e12_h3_d4_dw24_sincos_random_r0.75_normpix_ep2000_b4096_s42"
     assert classifier(name) == f"cls_cifar10_ep100_b128_s42_from_{name}"
     assert classifier(None) == "cls_cifar10_ep100_b128_s42_scratch_i32_p2_w192_e12_h3"
+    assert mae("--augment") == mae("--augment shift") == mae() + "_aug"
+    assert "s42_augcrop_scratch_" in classifier(None, "--augment crop")
     name = classifier(None, "--train_images 500 --val_images 100 --augment")
     assert name == "cls_cifar10-500_val100_ep100_b128_s42_aug_scratch_i32_p2_w192_e12_h3"
 
@@ -331,7 +333,7 @@ def test_a_stopped_run_does_not_forget_its_best_epoch(monkeypatch):
 
 
 @pytest.mark.parametrize("start", [pretrain, pretrain_with_switches, classify, classify_and_choose])
-@pytest.mark.parametrize("augment", [[], ["--augment"]])
+@pytest.mark.parametrize("augment", [[], ["--augment"], ["--augment", "crop"]])
 def test_a_run_stopped_anywhere_ends_with_the_bits_of_one_that_was_not(start, augment, monkeypatch):
     whole = start("--log_dir", "whole", *augment)
     again = start("--log_dir", "again", *augment)
@@ -433,6 +435,8 @@ BAD = [
     (MAE, "--encoder_depth 0", "--encoder_depth: '0'"),
     (MAE, "--decoder_depth deep", "--decoder_depth: 'deep'"),
     (MAE, "--num_heads 0", "--num_heads: '0'"),
+    (MAE, "--augment zoom", "--augment: 'zoom' is neither shift nor crop"),
+    (CLS, "--augment zoom", "--augment: 'zoom' is neither shift nor crop"),
     (MAE, "--decoder_embed_dim 0", "--decoder_embed_dim: '0'"),
     (MAE, "--positions sincos --embed_dim 14", "'sincos' need a width that is a multiple of 4, not 14"),
     (MAE, "--decoder_embed_dim 5", "decoder_embed_dim 5 is a multiple neither of the encoder's head width 6"),
