@@ -53,6 +53,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group("masking")
     group.add_argument("--mask_ratio", type=float, help="fraction of patches hidden, in (0, 1)")
     group.add_argument("--mask_strategy", choices=MASK_STRATEGIES, help="which patches are hidden")
+    utils.add_mask_args(group)
     utils.add_optimisation_arguments(
         parser,
         total_epoch=2000,
@@ -79,7 +80,8 @@ def run_name(args):
     size = "i{img_size}_p{patch_size}_w{embed_dim}_e{encoder_depth}_h{num_heads}_d{decoder_depth}".format(**vars(args))
     size += f"_dw{args.decoder_embed_dim}" if args.decoder_embed_dim else ""
     size += f"_{args.positions}" if args.positions != "learned" else ""
-    masks = f"{args.mask_strategy}_r{args.mask_ratio}{'_normpix' if args.norm_pix_loss else ''}"
+    masks = f"{args.mask_strategy}{utils.named(args.mask_args)}_r{args.mask_ratio}"
+    masks += "_normpix" if args.norm_pix_loss else ""
     rest = f"ep{args.total_epoch}_b{args.batch_size}_s{args.seed}{data.AUGMENTED[args.augment]}"
     return f"mae_{data.name_of(args)}_{size}_{masks}_{rest}"
 

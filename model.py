@@ -6,6 +6,7 @@ an encoder that sees only the visible patches, a light decoder that sees them al
 Axes in the comments: B images, N patches, V visible patches, D width, P = 3 * patch_size**2 numbers in a patch.
 """
 
+import inspect
 import math
 
 import torch
@@ -44,7 +45,8 @@ def take(tokens, ids):
 # --- mask strategies: score(batch_size, grid_size, num_visible, generator, device) -> (B, N) float ---
 #
 # A strategy scores the patches of a grid_size x grid_size grid in raster order; the num_visible lowest of each
-# image stay visible (`PatchShuffle`). To add one: write such a function and name it in MASK_STRATEGIES.
+# image stay visible (`PatchShuffle`). To add one: write such a function and name it in MASK_STRATEGIES. Further
+# arguments with defaults are its own parameters (mask_args); it refuses a value by raising UserError.
 
 
 def random_scores(batch_size, grid_size, num_visible, generator, device):
@@ -96,20 +98,22 @@ def shifted_grid_scores(batch_size, grid_size, num_visible, generator, device):
     return ranks[rows[:, :, None], columns[:, None, :]].flatten(1)
 
 
-def blockwise_scores(batch_size, grid_size, num_visible, generator, device, num_blocks=24):
+def blockwise_scores(batch_size, grid_size, num_visible, generator, device, num_blocks=24, smallest=16 / 196):
     """Several large blocks are hidden, one after another, until the count is reached (the paper's "block").
 
-    BEiT's block-wise masking (Bao et al. 2021, arXiv:2106.08254, algorithm 1): areas from 8 % of the image to all
-    that is to be hidden, aspect ratios from 0.3 to 1 / 0.3. BEiT stops at "enough"; here the last block is cut along
-    a line in a random direction, so that the count is exact.
+    BEiT's block-wise masking (Bao et al. 2021, arXiv:2106.08254, algorithm 1): areas from `smallest` (a
+    fraction of the image) to all that is to be hidden, aspect ratios from 0.3 to 1 / 0.3. BEiT stops at "enough"; here
+    the last block is cut along a line in a random direction, so that the count is exact.
     """
+    if not (1 <= num_blocks <= 1000 and 0 < smallest <= 1):
+        raise UserError("num_blocks must be 1 to 1000, and smallest above 0 and at most 1")
     num_patches = grid_size**2
 
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(batch_size, *shape, generator=generator, device=device)
 
     grid = torch.arange(grid_size, device=device)
-    smallest = 16 / 196 * num_patches
+    smallest = smallest * num_patches
     area = uniform(smallest, max(smallest, num_patches - num_visible), num_blocks)
     aspect = uniform(math.log(0.3), -math.log(0.3), num_blocks).exp()
 
@@ -156,10 +160,11 @@ class PatchShuffle(nn.Module):
     tensor([[False,  True,  True, False]])
 
     Raises:
-        UserError: the strategy is unknown, there is one patch only, or mask_ratio leaves nothing visible or hidden.
+        UserError: the strategy or one of mask_args is unknown or refused, there is one patch only, or mask_ratio leaves
+            nothing visible or hidden.
     """
 
-    def __init__(self, grid_size, mask_ratio, mask_strategy):
+    def __init__(self, grid_size, mask_ratio, mask_strategy, mask_args=None):
         super().__init__()
         if mask_strategy not in MASK_STRATEGIES:
             raise UserError(f"mask_strategy {mask_strategy!r} is unknown; choose from {', '.join(MASK_STRATEGIES)}.")
@@ -174,15 +179,38 @@ class PatchShuffle(nn.Module):
                 f"be hidden; use {least} to {1 - least:.3f}."
             )
         self.grid_size, self.mask_ratio, self.mask_strategy = grid_size, mask_ratio, mask_strategy
+        self.mask_args = mask_args or {}
+        defaults = self.parameters()
+        for name, value in self.mask_args.items():
+            if name not in defaults:
+                self.refuse(f"has no parameter {name!r}")
+            default = defaults[name]
+            if isinstance(value, str) != isinstance(default, str):
+                self.refuse(f"takes a {'word' if isinstance(default, str) else 'number'} as {name}, not {value!r}")
+            if isinstance(value, float) and isinstance(default, int):
+                self.refuse(f"takes a whole number as {name}, not {value}")
+
+    def parameters(self):
+        """The strategy's own parameters, those after the five of every strategy: {name: default}."""
+        parameters = list(inspect.signature(MASK_STRATEGIES[self.mask_strategy]).parameters.values())[5:]
+        return {parameter.name: parameter.default for parameter in parameters}
+
+    def refuse(self, reason):
+        defaults = ", ".join(f"{name}={default}" for name, default in self.parameters().items())
+        raise UserError(f"mask_strategy {self.mask_strategy!r} {reason}. Its parameters: {defaults or 'none'}.")
 
     def forward(self, batch_size, generator=None, device=None):
         """Draw a mask for each image: ids_shuffle (B, N) int64, the visible patches in its first num_visible columns.
 
         Raises:
+            UserError: the strategy refuses one of mask_args.
             ValueError: the strategy's scores have another shape, or are no finite real numbers.
         """
         score = MASK_STRATEGIES[self.mask_strategy]
-        scores = score(batch_size, self.grid_size, self.num_visible, generator, device)
+        try:
+            scores = score(batch_size, self.grid_size, self.num_visible, generator, device, **self.mask_args)
+        except UserError as error:
+            self.refuse(f"refuses its mask_args: {error}")
         self.check(scores, (batch_size, self.grid_size**2))
         return scores.argsort(dim=1, stable=True)  # (B, N)
 
@@ -316,7 +344,7 @@ class MAE_ViT(nn.Module):
         embed_dim, num_heads: of the encoder; of the decoder, too, where decoder_embed_dim is None.
         encoder_depth, decoder_depth: transformer blocks.
         mask_ratio: fraction of patches hidden, in (0, 1); int(N * (1 - mask_ratio)) stay visible.
-        mask_strategy: a key of MASK_STRATEGIES.
+        mask_strategy: a key of MASK_STRATEGIES; mask_args: the strategy's own parameters, {name: number or word}.
         norm_pix_loss: predict each patch's pixels normalised by their mean and variance (MAE paper, table 1d).
         decoder_embed_dim: as `MAE_Decoder` takes it (table 1b).
         positions: "learned", or "sincos" for a fixed table (appendix A.1), of encoder and decoder.
@@ -335,6 +363,7 @@ class MAE_ViT(nn.Module):
         decoder_depth=4,
         mask_ratio=0.75,
         mask_strategy="random",
+        mask_args=None,
         norm_pix_loss=False,
         decoder_embed_dim=None,
         positions="learned",
@@ -342,7 +371,7 @@ class MAE_ViT(nn.Module):
         super().__init__()
         self.patch_size, self.norm_pix_loss = patch_size, norm_pix_loss
         self.encoder = MAE_Encoder(img_size, patch_size, embed_dim, encoder_depth, num_heads, positions)
-        self.shuffle = PatchShuffle(img_size // patch_size, mask_ratio, mask_strategy)
+        self.shuffle = PatchShuffle(img_size // patch_size, mask_ratio, mask_strategy, mask_args)
         self.decoder = MAE_Decoder(
             img_size, patch_size, embed_dim, decoder_depth, num_heads, decoder_embed_dim, positions
         )

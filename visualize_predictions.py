@@ -29,6 +29,7 @@ def parse_args(argv=None):
     what.add_argument("--masks", action="store_true", help="draw a gallery of all mask strategies; needs no model")
     group = parser.add_argument_group("masking")
     group.add_argument("--mask_strategy", choices=MASK_STRATEGIES, help="default: the one the MAE was trained with")
+    utils.add_mask_args(group, "; default: as the MAE was trained, where the strategy is the same")
     group.add_argument("--mask_ratio", type=float, help="default: as the MAE was trained; 0.75 for --masks")
     group.add_argument("--grid_size", type=utils.positive_int, default=16, help="patches along an edge, for --masks")
     group = parser.add_argument_group("images")
@@ -52,7 +53,8 @@ def draw_reconstructions(model, images, args):
     trained = model.shuffle
     strategy = args.mask_strategy or trained.mask_strategy
     ratio = trained.mask_ratio if args.mask_ratio is None else args.mask_ratio
-    model.shuffle = PatchShuffle(trained.grid_size, ratio, strategy)
+    mask_args = args.mask_args or (trained.mask_args if strategy == trained.mask_strategy else None)
+    model.shuffle = PatchShuffle(trained.grid_size, ratio, strategy, mask_args)
     ids_shuffle = model.shuffle(len(images), utils.generator("cpu", args.seed, "masks"))
     masked, reconstructed = model.reconstruct(images, ids_shuffle)
     rows = {"masked input": masked, "reconstruction": reconstructed, "original": images}
@@ -63,7 +65,8 @@ def draw_reconstructions(model, images, args):
     loss = mae_loss(pred, images, mask, model.norm_pix_loss)
     borrowed = ", normalised (hidden patches shown with their true mean and variance)" if model.norm_pix_loss else ""
     figure.suptitle(
-        f"{strategy} masks, {mask.float().mean():.0%} hidden (trained with {trained.mask_strategy}); "
+        f"{strategy}{utils.named(mask_args)} masks, {mask.float().mean():.0%} hidden "
+        f"(trained with {trained.mask_strategy}{utils.named(trained.mask_args)}); "
         f"mean squared error of hidden pixels {loss:.4f}{borrowed}, seed {args.seed}",
         fontsize=11,
         wrap=True,
@@ -88,7 +91,7 @@ def draw_masks(args, columns=6):
     )
     visible = {}  # (DRAWS, g, g) float of each strategy, 1 where visible
     for strategy in strategies:
-        shuffle = PatchShuffle(args.grid_size, ratio, strategy)
+        shuffle = PatchShuffle(args.grid_size, ratio, strategy, args.mask_args)
         seen = shuffle(DRAWS, utils.generator("cpu", args.seed, strategy)).argsort(1) < shuffle.num_visible
         visible[strategy] = seen.view(DRAWS, args.grid_size, args.grid_size).float()
     draw_rows(axes[:, :-1], {strategy: maps[:columns] for strategy, maps in visible.items()})
@@ -115,7 +118,7 @@ def main(argv=None):
         else:
             model, content = load_model(args.model_path, MAE_ViT, ViT_Classifier)
             is_mae = isinstance(model, MAE_ViT)
-            if not is_mae and (args.mask_strategy or args.mask_ratio is not None):
+            if not is_mae and (args.mask_strategy or args.mask_args or args.mask_ratio is not None):
                 raise UserError(f"{args.model_path} is a classifier, which masks nothing: leave out --mask_*.")
             dataset, data_dir = args.dataset or content["dataset"], args.data_dir or content["data_dir"]
             _, test = data.load_dataset(dataset, data_dir, content["model_args"]["img_size"])
@@ -125,6 +128,7 @@ def main(argv=None):
             if is_mae:
                 figure, name = draw_reconstructions(model, images, args), "reconstructions"
                 name += f"_{args.mask_strategy}" if args.mask_strategy else ""
+                name += utils.named(args.mask_args)
                 name += f"_r{args.mask_ratio}" if args.mask_ratio is not None else ""
             else:
                 if test.classes != content["classes"]:

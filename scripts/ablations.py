@@ -7,6 +7,7 @@ from scripts.results import by_setting, check_alike, find_results, tables_of, wa
 
 BASE, SCRATCH = "depth 4, random", "from scratch"
 PRETRAINING = {"with pretraining": BASE, "from scratch": SCRATCH}
+VARIED = ("decoder_depth", "mask_strategy", "mask_args")
 DEPTHS = {f"depth {depth}": f"depth {depth}, random" for depth in (2, 4, 8)}
 MASKS = {strategy: f"depth 4, {strategy}" for strategy in MASK_STRATEGIES}
 SETTINGS = list(dict.fromkeys([SCRATCH, *DEPTHS.values(), *MASKS.values()]))
@@ -27,7 +28,7 @@ def collect(runs):
         if result not in results:
             left_out[result.classifier] = f"{setting_of(result)} is none of the settings that the report compares"
     for kind in ("classifier", "mae"):
-        check_alike(filter(None, (getattr(result, kind) for result in results)), ("decoder_depth", "mask_strategy"))
+        check_alike(filter(None, (getattr(result, kind) for result in results)), VARIED)
     results = by_setting(results, setting_of)
     if BASE not in results:
         raise UserError(f"{runs} holds no finished classifier of {BASE}; run scripts/reproduce_report.sh first.")
@@ -35,10 +36,12 @@ def collect(runs):
 
 
 def setting_of(result):
-    """For example "depth 4, random"."""
+    """For example "depth 4, random", or "depth 4, blockwise smallest=0.2"."""
     if result.mae is None:
         return SCRATCH
-    return "depth {decoder_depth}, {mask_strategy}".format(**read_config(result.mae)["arguments"])
+    arguments = read_config(result.mae)["arguments"]
+    own = (f" {name}={value}" for name, value in (arguments.get("mask_args") or {}).items())
+    return "depth {decoder_depth}, {mask_strategy}".format(**arguments) + "".join(own)
 
 
 def accuracy_by_epoch(results):

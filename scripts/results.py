@@ -145,6 +145,7 @@ def what_differs(directories):
         facts = {name: value for name, value in config["arguments"].items() if name not in NO_SETTING}
         facts |= {name: config[name] for name in ("precision", "images", "test_set") if name in config}
         for name, value in facts.items():
+            value = str(value) if isinstance(value, dict) else value  # mask_args
             found.setdefault(name, {}).setdefault(value, directory)
     return {name: values for name, values in found.items() if len(values) > 1}
 

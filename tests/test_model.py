@@ -319,7 +319,7 @@ def test_blockwise_hides_large_connected_blocks():
     assert inner.flatten(1).any(1).all()
 
 
-def taken_apart(share_hidden, num_blocks, grid_size=64):
+def taken_apart(share_hidden, num_blocks, grid_size=64, **more):
     """The scores of 1,000 blockwise masks as blocks and a slope that orders the patches within a block.
 
     Returns:
@@ -327,7 +327,7 @@ def taken_apart(share_hidden, num_blocks, grid_size=64):
         slope: (2, 1000, 1, 1), the step from a row to the next and from a column to the next.
     """
     num_visible = round(grid_size**2 * (1 - share_hidden))
-    scores = MASK_STRATEGIES["blockwise"](1000, grid_size, num_visible, seeded(), "cpu", num_blocks=num_blocks)
+    scores = MASK_STRATEGIES["blockwise"](1000, grid_size, num_visible, seeded(), "cpu", num_blocks=num_blocks, **more)
     scores = scores.view(-1, grid_size, grid_size)
     slope = torch.stack([scores.diff(dim=dim).flatten(1).median(1).values for dim in (1, 2)])[..., None, None]
     line = torch.arange(grid_size)
@@ -422,6 +422,56 @@ def test_a_new_strategy_needs_only_a_line():
     assert not visible[:, :, 2:].any()
     rows = visible_maps("row", 4, 0.75)
     assert torch.equal(rows.sum(2) == 4, rows.any(2))  # whole ones
+
+
+def band_scores(batch_size, grid_size, num_visible, generator, device, width=0.3, side="left"):
+    """A strategy with parameters of its own: hides a band at one side first."""
+    if not 0 < width < 1:
+        raise UserError(f"width must be in (0, 1), not {width}")
+    columns = torch.arange(grid_size) / grid_size
+    hidden = columns < width if side == "left" else columns >= 1 - width
+    return hidden.float().expand(batch_size, grid_size, -1).flatten(1)
+
+
+def test_a_strategys_own_parameters_are_the_arguments_after_the_five(monkeypatch):
+    monkeypatch.setitem(MASK_STRATEGIES, "band", band_scores)
+    for mask_args, hidden in ((None, [0]), ({"width": 0.5}, [0, 1]), ({"width": 0.5, "side": "right"}, [2, 3])):
+        model = small_mae(img_size=8, mask_ratio=0.25 * len(hidden), mask_strategy="band", mask_args=mask_args)
+        scores = MASK_STRATEGIES["band"](1, 4, 8, None, None, **(mask_args or {})).view(4, 4)
+        assert scores.sum(0).nonzero().flatten().tolist() == (hidden if mask_args else [0, 1])
+        _, mask = model(torch.zeros(1, 3, 8, 8), model.shuffle(1))
+        assert mask.any() == scores.any()
+
+
+@pytest.mark.parametrize(
+    ("mask_args", "reason"),
+    [
+        ({"wdth": 0.5}, "has no parameter 'wdth'"),
+        ({"width": 2}, r"refuses its mask_args: width must be in \(0, 1\), not 2"),
+        ({"width": "wide"}, "takes a number as width, not 'wide'"),
+        ({"side": 3}, "takes a word as side, not 3"),
+    ],
+)
+def test_a_refused_parameter_is_told_the_strategys_own(mask_args, reason, monkeypatch):
+    monkeypatch.setitem(MASK_STRATEGIES, "band", band_scores)
+    with pytest.raises(UserError, match=f"mask_strategy 'band' {reason}. Its parameters: width=0.3, side=left.$"):
+        PatchShuffle(4, 0.5, "band", mask_args)(1)
+    with pytest.raises(UserError, match=r"'random' has no parameter 'width'\. Its parameters: none\.$"):
+        PatchShuffle(4, 0.5, "random", {"width": 0.5})
+
+
+@pytest.mark.parametrize("mask_args", [{"num_blocks": 2.5}, {"num_blocks": 0}, {"smallest": 0}, {"smallest": 1.5}])
+def test_blockwise_refuses_what_is_no_number_of_blocks_or_no_fraction(mask_args):
+    with pytest.raises(UserError, match=r"'blockwise' .* Its parameters: num_blocks=24, smallest=0\.08"):
+        PatchShuffle(4, 0.5, "blockwise", mask_args)(1)
+
+
+@pytest.mark.parametrize("smallest", [0.02, 0.3])
+def test_the_smallest_block_of_blockwise_can_be_chosen(smallest):
+    _, length = rectangles(taken_apart(0.5, num_blocks=1, smallest=smallest)[0] == 1)
+    area = length.prod(0) / 64**2
+    assert area.min().item() == pytest.approx(smallest, abs=0.02)
+    assert area.max().item() == pytest.approx(0.5, abs=0.02)
 
 
 @pytest.mark.parametrize(
