@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 from torchvision import datasets
 from tqdm import tqdm
 
+import processes
 from errors import UserError, as_user_error
 from files import locked
 
@@ -33,7 +34,7 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".webp", ".ti
 class ImageSet(NamedTuple):
     images: torch.Tensor  # (N, 3, H, W) uint8
     labels: torch.Tensor  # (N,) int64
-    classes: list  # names, by label
+    classes: list  # names, by label; empty for unlabelled images, whose labels are all 0
 
     def digest(self):
         """16 hex digits that change with any pixel or label."""
@@ -62,14 +63,17 @@ def one_at_a_time(directory):
         yield
 
 
-def load_dataset(name, data_dir, img_size, train_images=None):
+def load_dataset(name, data_dir, img_size, train_images=None, labelled=True):
     """The training and the test set, images of img_size x img_size.
 
     Args:
         name: one of DATASETS, or fake (a few images, for dry runs). cifar10 and cifar100 are downloaded into
             data_dir where missing.
         data_dir: for folder, the directory that holds train/<class>/* and test/<class>/*.
-        train_images: keep this many training images: the first ones of each class, the same number of each; None: all.
+        train_images: keep this many training images: the first ones of each class, the same number of each; of
+            unlabelled images the first ones of a fixed random order; None: all.
+        labelled: whether classes are needed, as for all but pretraining. Where not, a folder may be any tree of
+            images, and where there is no test set, training images are held out for it.
 
     Raises:
         UserError: unknown name, missing or unreadable files, more images asked for than there are.
@@ -80,20 +84,48 @@ def load_dataset(name, data_dir, img_size, train_images=None):
             train, test = (cifar(name, data_dir, img_size, train=part) for part in (True, False))
     elif name == "folder":
         with as_user_error(OSError):
-            train, test = folder(data_dir, img_size)
+            train, test = folder(data_dir, img_size, labelled)
     elif name == "fake":
         train, test = shapes(1000, img_size, seed=0), shapes(20, img_size, seed=1)
     elif name == "shapes":
         train, test = shapes(5000, img_size, seed=0), shapes(1000, img_size, seed=1)
     else:
         raise UserError(f"--dataset {name!r} is unknown; choose from {', '.join(DATASETS)}.")
+    if test is None:
+        count = len(train.images)
+        train, test = split_off_test(train)
+        if processes.is_first():
+            held_out = f"{len(test.images)} of its {count} images, always the same ones, are not trained on"
+            print(f"{data_dir} has no test set: {held_out}.")
     if train_images is not None:
         train = first_of_each_class(train, train_images)
     return train, test
 
 
+def split_off_test(images):
+    """Split images that come without a test set in two: (to train on, to test on), a tenth, at most 1,000.
+
+    Raises:
+        UserError: there are less than 2 images.
+    """
+    count = len(images.images)
+    if count < 2:
+        raise UserError(f"There is {count} image; 2 or more are needed, as one is held out for testing.")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    held_out = torch.zeros(count, dtype=torch.bool)
+    held_out[order[: min(1000, math.ceil(count / 10))]] = True
+    return images.where(~held_out), images.where(held_out)
+
+
 def first_of_each_class(images, count, flag="--train_images"):
-    """The first count / classes images of each class, in file order, so that a larger set contains a smaller one."""
+    """The first count / classes images of each class, in file order, so that a larger set contains a smaller one.
+
+    Unlabelled images are the first `count` of a fixed random order: file order would take one folder before another.
+    """
+    if not images.classes:
+        if count > len(images.images):
+            raise UserError(f"{flag} {count} is more than the {len(images.images)} training images.")
+        return draw(images, count, torch.Generator().manual_seed(0))
     return images.where(rank_in_class(images.labels) <= count_per_class(images, count, flag))
 
 
@@ -178,64 +210,84 @@ def resize(images, img_size):
 # --- folder ---
 
 
-def folder(data_dir, img_size):
+def folder(data_dir, img_size, labelled=True):
     """Any train/<class>/* and test/<class>/* tree of images, decoded once.
 
     The decoded pixels are kept in data_dir/.cache-<size>-<key>.npz, keyed by the path, size and modification time of
     every image; NumPy checks a cache's CRC-32 as it reads, and a damaged one is built again.
+
+    Args:
+        labelled: where False, any other tree will do, without classes then: all images in train/, or in data_dir
+            where there is no train/, in subfolders or not.
+
+    Returns:
+        The training set and the test set, None where there is no test/.
     """
     root = Path(data_dir)
-    parts, not_read = {}, {}
-    for part in ("train", "test"):
-        parts[part], not_read[part] = list_images(root / part)
-    names = {part: [path.split(os.sep)[0] for path in paths] for part, paths in parts.items()}
+    places = {part: root / part for part in ("train", "test")}
+    by_class = labelled or all(any(glob.iglob("*/*", root_dir=place)) for place in places.values())
+    if not by_class:
+        places = {part: place for part, place in places.items() if place.is_dir()}
+        if "train" not in places:
+            places = {"train": root}
+    parts, not_read, names = {}, {}, {}
+    for part, place in places.items():
+        parts[part], not_read[part] = list_images(place, by_class)
+        names[part] = [path.split(os.sep)[0] if by_class else "" for path in parts[part]]
     classes = sorted(set(names["train"]))
-    if others := set(classes) ^ set(names["test"]):
+    if others := set(classes) ^ set(names.get("test", classes)):
         raise UserError(
             f"{root}: train and test do not have the same classes; only one has {', '.join(sorted(others))}."
         )
-    cache = root / f".cache-{img_size}-{folder_key(root, parts, not_read)}.npz"
-    arrays = read_cache(cache)
+    cache = root / f".cache-{img_size}-{folder_key(places, parts, not_read)}.npz"
+    arrays = read_cache(cache, parts)
     if arrays is None:
         with one_at_a_time(root):
-            arrays = read_cache(cache)  # another process may have written it meanwhile
+            arrays = read_cache(cache, parts)  # another process may have written it meanwhile
             if arrays is None:
-                for part in parts:
+                for part, place in places.items():
                     if not_read[part]:
-                        print(f"Not read in {root / part}: {not_read[part]}.")
-                arrays = {part: decode(root / part, paths, img_size) for part, paths in parts.items()}
+                        print(f"Not read in {place}: {not_read[part]}.")
+                arrays = {part: decode(places[part], paths, img_size) for part, paths in parts.items()}
                 store_cache(cache, arrays)
     index = {name: label for label, name in enumerate(classes)}
     labels = {part: torch.tensor([index[name] for name in names[part]]) for part in parts}
-    return tuple(ImageSet(torch.from_numpy(arrays[part]), labels[part], classes) for part in parts)
+    classes = classes if by_class else []
+    sets = {part: ImageSet(torch.from_numpy(arrays[part]), labels[part], classes) for part in parts}
+    return sets["train"], sets.get("test")
 
 
-def list_images(directory):
-    """Every <class>/<image> in a directory, sorted, and in words what else is there; hidden files are left alone."""
+def list_images(directory, by_class=True):
+    """Every image in a directory, sorted, and in words what else is there; hidden files are left alone.
+
+    Args:
+        by_class: those in <class>/<image>; else at any depth.
+    """
     images, others = [], {}
-    for path in sorted(glob.glob("*/*", root_dir=directory), key=lambda path: path.split(os.sep)):
+    pattern = "*/*" if by_class else "**/*"
+    for path in sorted(glob.glob(pattern, root_dir=directory, recursive=True), key=lambda path: path.split(os.sep)):
         ending = Path(path).suffix.lower()
         if ending in IMAGE_SUFFIXES:
             images.append(path)
-        else:
+        elif by_class or not (directory / path).is_dir():
             kind = "subfolder" if (directory / path).is_dir() else ending or "without ending"
             others.setdefault(kind, []).append(path)
     not_read = ", ".join(f"{len(paths)} x {kind} (first: {paths[0]!r})" for kind, paths in others.items())
     if not images:
-        state = "holds no images" if directory.is_dir() else "is missing"
+        state = "holds no images" if directory.is_dir() else "is no directory" if directory.exists() else "is missing"
+        tree = "train/<class>/* and test/<class>/*, images" if by_class else "images, in folders or not,"
         found = f" Not read: {not_read}." if not_read else ""
-        raise UserError(
-            f"{directory} {state}. --data_dir must hold train/<class>/* and test/<class>/*, images ending in "
-            f"{' '.join(sorted(IMAGE_SUFFIXES))}.{found}"
-        )
+        only = " Without classes or test/ it serves pretraining only." if by_class else ""
+        endings = " ".join(sorted(IMAGE_SUFFIXES))
+        raise UserError(f"{directory} {state}. --data_dir must hold {tree} ending in {endings}.{only}{found}")
     return images, not_read
 
 
-def folder_key(root, parts, not_read):
+def folder_key(places, parts, not_read):
     """16 hex digits that change with the path, size or modification time of any image, and with what is not read."""
     digest = hashlib.blake2b(f"{DECODER}{not_read}".encode(), digest_size=8)
     for part, path in ((part, path) for part, paths in parts.items() for path in paths):
-        stat = os.stat(os.path.join(root, part, path))
+        stat = os.stat(os.path.join(places[part], path))
         digest.update(os.fsencode(f"{part}/{path}\0{stat.st_size}\0{stat.st_mtime_ns}\0"))  # not only UTF-8
     return digest.hexdigest()
 
@@ -307,11 +359,11 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-def read_cache(path):
-    """The arrays of a cache; None where it is missing or damaged."""
+def read_cache(path, parts):
+    """The arrays of these parts in a cache; None where it is missing or damaged."""
     try:
         with np.load(path) as stored:
-            return {part: stored[part] for part in ("train", "test")}
+            return {part: stored[part] for part in parts}
     except Exception:  # a damaged file raises many kinds; building it again mends them all
         return None
 

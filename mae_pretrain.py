@@ -29,7 +29,7 @@ WARMUP = 0.1  # of all epochs
 DEVICE_BATCH_SIZE = {"cuda": 512, "cpu": 128, "mps": 128}
 IMAGE_LOGS = 50  # reconstructions shown in TensorBoard over a run
 PROBES, PROBE_SHARE = 20, 0.03  # over a run: at most so many, and looking at so many images for each one trained on
-NOT_PROBED = dict.fromkeys(("test/loss", "knn/acc"), math.nan)
+PROBED = ("test/loss", "knn/acc")  # the second with labels only
 
 
 def parse_args(argv=None):
@@ -123,6 +123,8 @@ def probe_interval(args, plan, bank_size):
 def probe(model, train, test, precision, batch_size):
     """What the model knows of test images: reconstruction error, and k-NN accuracy of the mean of its patch tokens.
 
+    Without labels there is no accuracy.
+
     The same masks and images each time, each counted once, whatever the number of processes.
 
     Args:
@@ -136,6 +138,9 @@ def probe(model, train, test, precision, batch_size):
             x = data.normalize(test.images[part])
             pred, mask = model(x, ids_shuffle[part])
             loss += mae_loss(pred, x, mask, model.norm_pix_loss) * len(x)
+        loss = processes.sum_over_ranks(loss).item() / len(test.images)
+        if not train.classes:
+            return {"test/loss": loss}
         features = {}
         for name, images in (("train", train.images), ("test", test.images)):
             features[name] = torch.zeros(len(images), model.encoder.cls_token.shape[-1], device=device)
@@ -145,7 +150,7 @@ def probe(model, train, test, precision, batch_size):
             processes.sum_over_ranks(features[name])
     predicted = knn_predict(features["train"], train.labels, features["test"], len(train.classes))
     right = (predicted == test.labels).cpu().double().mean().item()
-    return {"test/loss": processes.sum_over_ranks(loss).item() / len(test.images), "knn/acc": right}
+    return {"test/loss": loss, "knn/acc": right}
 
 
 def reconstruction_grid(model, images):
@@ -167,7 +172,7 @@ def load_images(args, device):
     Returns:
         images; banks: the training and the test ImageSet of a probe; shown: 16 test images, normalised; digests.
     """
-    train, test = data.load_dataset(args.dataset, args.data_dir, args.img_size, args.train_images)
+    train, test = data.load_dataset(args.dataset, args.data_dir, args.img_size, args.train_images, labelled=False)
     banks = [data.draw(*bank, utils.generator("cpu", "probe")).to(device) for bank in ((train, 5000), (test, 1000))]
     shown = data.normalize(data.draw(test, 16, utils.generator("cpu", "shown")).images.to(device))
     return utils.placed(device, train)[0].images, banks, shown, {"images": train.digest(), "test_set": test.digest()}
@@ -198,6 +203,7 @@ def pretrain(args):
     loss, scaler = functools.partial(loss_of, forward, precision), utils.loss_scaler(precision, device)
     every = probe_interval(args, plan, sum(len(bank.images) for bank in banks))
     look = functools.partial(probe, model, *banks, precision, at_once)
+    not_probed = dict.fromkeys(PROBED if banks[0].classes else PROBED[:1], math.nan)
 
     facts = {"parameters": utils.count_parameters(model), "precision": precision, **digests, **plan.facts()}
     start = utils.this_start(device, world_size, plan) if rank == 0 else {}
@@ -209,7 +215,7 @@ def pretrain(args):
             metrics["memory/peak_mb"] = utils.peak_memory_mb(device)
             last = epoch + 1 == args.total_epoch
             if every:
-                metrics |= look() if last or (epoch + 1) % every == 0 else NOT_PROBED
+                metrics |= look() if last or (epoch + 1) % every == 0 else not_probed
             if last or epoch % max(1, args.total_epoch // IMAGE_LOGS) == 0:
                 borrowed = " with each patch's true mean and variance" if args.norm_pix_loss else ""
                 session.log_image(f"reconstruction{borrowed}", reconstruction_grid(model, shown))

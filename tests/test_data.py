@@ -6,6 +6,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 import sys
 
 import numpy as np
@@ -459,6 +460,71 @@ def test_a_folder_that_cannot_be_written_goes_without_a_cache(image_folder, monk
         train, _ = data.load_dataset("folder", str(image_folder), 16)
     assert len(train.images) == 6
     assert not list(image_folder.glob(".cache*"))
+
+
+def flat(root):
+    """The images of both parts of a folder in one directory, then without parts and classes."""
+    for path in sorted(root.glob("*/*/*")):
+        path.rename(root / f"{path.parent.parent.name}-{path.parent.name}-{path.name}")
+    shutil.rmtree(root / "train")
+    shutil.rmtree(root / "test")
+
+
+def without_test(root):
+    shutil.rmtree(root / "test")
+
+
+def without_classes(root):
+    for path in list(root.glob("*/*/*")):
+        path.rename(path.parent.parent / f"{path.parent.name}{path.name}")
+
+
+@pytest.mark.parametrize(
+    ("change", "counts", "said"),
+    [(flat, (9, 1), "1 of its 10 images"), (without_test, (5, 1), "1 of its 6 images"), (without_classes, (6, 4), "")],
+)
+def test_pretraining_takes_folders_without_classes_or_without_a_test_part(image_folder, capsys, change, counts, said):
+    change(image_folder)
+    load = functools.partial(data.load_dataset, "folder", str(image_folder), 16)
+    train, test = load(labelled=False)
+    said = said and f"{image_folder} has no test set: {said}, always the same ones, are not trained on.\n"
+    assert capsys.readouterr().out == said
+    assert (len(train.images), len(test.images)) == counts
+    assert len(torch.cat([train.images, test.images]).flatten(1).unique(dim=0)) == 6  # no image twice, none lost
+    assert train.classes == test.classes == []
+    assert train.labels.tolist() == [0] * counts[0]
+    assert [part.digest() for part in load(labelled=False)] == [train.digest(), test.digest()]  # from the cache
+    with pytest.raises(UserError, match="Without classes or test/ it serves pretraining only"):
+        load()
+
+
+def test_held_out_images_are_a_tenth_at_most_1000_and_spread_over_all():
+    images = torch.arange(20_000)
+    everything = data.ImageSet(images, torch.zeros_like(images), [])
+    for count, expected in (2, 1), (10, 1), (11, 2), (5000, 500), (20_000, 1000):
+        train, test = data.split_off_test(everything.where(images < count))
+        assert len(test.images) == expected
+        assert torch.equal(torch.cat([train.images, test.images]).sort().values, images[:count])
+    assert 9000 < test.images.double().mean() < 11_000
+    with pytest.raises(UserError, match="There is 1 image; 2 or more are needed"):
+        data.split_off_test(everything.where(images < 1))
+
+
+def test_fewer_unlabelled_images_are_some_of_more():
+    images = torch.arange(100)
+    everything = data.ImageSet(images, torch.zeros_like(images), [])
+    few, more = (data.first_of_each_class(everything, count).images.tolist() for count in (30, 60))
+    assert (len(few), len(more)) == (30, 60)
+    assert set(few) < set(more)
+    assert max(few) > 60
+    with pytest.raises(UserError, match="--train_images 101 is more than the 100 training images"):
+        data.first_of_each_class(everything, 101)
+
+
+def test_pretraining_reads_a_folder_with_classes_as_ever(image_folder):
+    one, other = (data.load_dataset("folder", str(image_folder), 16, labelled=labelled) for labelled in (True, False))
+    assert [part.digest() for part in one] == [part.digest() for part in other]
+    assert one[0].classes == other[0].classes == ["cat", "dog"]
 
 
 def damage_missing(root):

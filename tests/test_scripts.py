@@ -170,6 +170,19 @@ def test_probes_look_at_test_images_now_and_then_and_change_nothing():
         assert rows[2]["test/loss"] == pytest.approx(mae_loss(pred, images, mask).item(), rel=0.05)  # under other masks
 
 
+def test_a_mae_of_unlabelled_images_is_tested_but_for_k_nn_and_no_classifier_is_trained_on_them(image_folder, capsys):
+    flags = ["--dataset", "folder", "--data_dir", str(image_folder / "train" / "cat"), "--img_size", "16"]
+    flags += ["--train_images", "2", "--batch_size", "2"]
+    run = pretrain(*flags, "--probe_every", "2")
+    assert [row["test/loss"] > 0 for row in read_metrics(run)] == [False, True, True]
+    assert "knn/acc" not in read_metrics(run)[0]
+    for start, arguments in (classify, flags), (evaluate_features.main, [["--model_path", str(run)]]):
+        with pytest.raises(SystemExit) as leaving:
+            start(*arguments)
+        assert leaving.value.code == 2
+        assert "serves pretraining only" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "images", "expected"),
     [
@@ -434,7 +447,7 @@ BAD = [
     (MAE, "--mask_ratio most", "--mask_ratio: invalid float value: 'most'"),
     (MAE, "--mask_strategy spiral", "--mask_strategy: invalid choice: 'spiral' .choose from .*random"),
     (MAE, "--dataset mnist", "--dataset: invalid choice: 'mnist' .choose from .*cifar10"),
-    (MAE, "--dataset folder --data_dir nowhere", "nowhere/train is missing. --data_dir must hold"),
+    (MAE, "--dataset folder --data_dir nowhere", "nowhere is missing. --data_dir must hold images"),
     (MAE, "--dataset folder --data_dir nothing", "nothing/train holds no images"),
     (MAE, "--dataset folder --data_dir text", "Cannot read text/train/a/0.png as an image"),
     (MAE, "--num_heads 5", "num_heads 5 does not divide embed_dim 12; these do: 1, 2, 3"),
@@ -480,7 +493,7 @@ BAD = [
     (MAE, "extra", "unrecognized arguments: extra"),
     (MAE, "--batch_size", "--batch_size: expected one argument"),
     (MAE, "--log_dir text.pt", "Not a directory: 'text.pt"),
-    (MAE, "--dataset folder --data_dir text.pt", "text.pt/train is missing"),
+    (MAE, "--dataset folder --data_dir text.pt", "text.pt is no directory. --data_dir must hold"),
     (CLS, "--num_heads 5", "num_heads 5 does not divide embed_dim 12"),
     (CLS, "--total_epoch 0", "--total_epoch: '0'"),
     (CLS, "--warmup_epoch 9", "--warmup_epoch 9 is not within"),
