@@ -26,9 +26,30 @@ import processes
 from errors import UserError, as_user_error
 from files import locked
 
-DATASETS = ("cifar10", "cifar100", "folder", "shapes")
 DECODER = 2  # part of a cache's key: raise it whenever the same file gives other pixels
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".webp", ".tif", ".tiff"}
+
+
+class Download(NamedTuple):
+    """A data set that torchvision downloads and checks."""
+
+    kind: type  # of torchvision.datasets
+    parts: tuple  # its arguments for the training images, and for the test images
+    place: str  # in --data_dir
+    archive: str = None  # what to put there by hand; default: the one that `kind` names
+    unlabelled: dict = None  # its arguments for more images without labels, to pretrain on
+
+
+TRAIN = {"train": True}, {"train": False}
+SPLIT = {"split": "train"}, {"split": "test"}
+DOWNLOADS = {
+    "cifar10": Download(datasets.CIFAR10, TRAIN, "cifar-10-batches-py"),
+    "cifar100": Download(datasets.CIFAR100, TRAIN, "cifar-100-python"),
+    "fashion_mnist": Download(datasets.FashionMNIST, TRAIN, "FashionMNIST/raw", "FashionMNIST/raw/*.gz (only)"),
+    "stl10": Download(datasets.STL10, SPLIT, "stl10_binary", unlabelled={"split": "unlabeled"}),
+    "svhn": Download(datasets.SVHN, SPLIT, "*_32x32.mat", "train_32x32.mat and test_32x32.mat"),
+}
+DATASETS = (*DOWNLOADS, "folder", "shapes")
 
 
 class ImageSet(NamedTuple):
@@ -67,8 +88,8 @@ def load_dataset(name, data_dir, img_size, train_images=None, labelled=True):
     """The training and the test set, images of img_size x img_size.
 
     Args:
-        name: one of DATASETS, or fake (a few images, for dry runs). cifar10 and cifar100 are downloaded into
-            data_dir where missing.
+        name: one of DATASETS, or fake (a few images, for dry runs). Those of DOWNLOADS are downloaded into data_dir
+            where missing.
         data_dir: for folder, the directory that holds train/<class>/* and test/<class>/*.
         train_images: keep this many training images: the first ones of each class, the same number of each; of
             unlabelled images the first ones of a fixed random order; None: all.
@@ -78,10 +99,10 @@ def load_dataset(name, data_dir, img_size, train_images=None, labelled=True):
     Raises:
         UserError: unknown name, missing or unreadable files, more images asked for than there are.
     """
-    if name in ("cifar10", "cifar100"):
+    if name in DOWNLOADS:
         with as_user_error(OSError):
             Path(data_dir).mkdir(parents=True, exist_ok=True)
-            train, test = (cifar(name, data_dir, img_size, train=part) for part in (True, False))
+            train, test = downloaded(name, data_dir, img_size, labelled)
     elif name == "folder":
         with as_user_error(OSError):
             train, test = folder(data_dir, img_size, labelled)
@@ -170,41 +191,72 @@ def count_per_class(images, count, flag, spared=0):
     return per_class
 
 
-# --- CIFAR ---
+# --- data sets of torchvision ---
 
 
-def cifar(name, data_dir, img_size, train):
-    """CIFAR-10 or CIFAR-100 (Krizhevsky 2009) through torchvision, which checks it; downloaded where missing."""
-    kind, folder_name = {
-        "cifar10": (datasets.CIFAR10, "cifar-10-batches-py"),
-        "cifar100": (datasets.CIFAR100, "cifar-100-python"),
-    }[name]
+def downloaded(name, data_dir, img_size, labelled=True):
+    """The training and the test set of one of DOWNLOADS. Without `labelled`, its unlabelled images are trained on."""
+    (train, test), unlabelled = DOWNLOADS[name].parts, DOWNLOADS[name].unlabelled
     try:
-        files = kind(data_dir, train=train)
-    except RuntimeError:  # missing, or damaged
+        test = part_of(name, data_dir, img_size, test)
+        if labelled or not unlabelled:
+            return part_of(name, data_dir, img_size, train), test
+        train = part_of(name, data_dir, img_size, unlabelled)
+    except ImportError as error:  # torchvision reads SVHN's .mat files with SciPy
+        raise UserError(f"--dataset {name} needs SciPy: pip install scipy") from error
+    return train._replace(labels=torch.zeros_like(train.labels), classes=[]), test
+
+
+def part_of(name, data_dir, img_size, part):
+    """The images of one of DOWNLOADS that these arguments choose, through torchvision; downloaded where missing."""
+    kind, _, place, archive, _ = DOWNLOADS[name]
+    try:
+        files = kind(data_dir, **part)
+    except (RuntimeError, ValueError):  # missing, or damaged
         timeout = socket.getdefaulttimeout()
         socket.setdefaulttimeout(20)  # seconds without a byte; urllib would wait for ever
         try:
             with one_at_a_time(data_dir):
-                files = kind(data_dir, train=train, download=True)  # torchvision looks again first
-        except (OSError, RuntimeError) as error:
+                files = kind(data_dir, **part, download=True)  # torchvision looks again first
+        except (OSError, RuntimeError, ValueError) as error:
+            url = getattr(kind, "url", "it")
             raise UserError(
-                f"No {name} in {data_dir}: {Path(data_dir) / folder_name} is missing or damaged, and {kind.url} cannot "
-                f"be downloaded ({error}). Put {kind.filename} into {data_dir} and run again, point --data_dir at the "
-                f"folder that holds {folder_name}, or use --dataset shapes, which needs no files."
+                f"No {name} in {data_dir}: {Path(data_dir) / place} is missing or damaged, and {url} cannot be "
+                f"downloaded ({error}). Put {archive or kind.filename} into {data_dir} and run again, point --data_dir "
+                f"at the folder that holds {place}, or use --dataset shapes, which needs no files."
             ) from error
         finally:
             socket.setdefaulttimeout(timeout)
-    images = torch.from_numpy(files.data).permute(0, 3, 1, 2).contiguous()
-    return ImageSet(resize(images, img_size), torch.tensor(files.targets), list(files.classes))
+    labels = files.targets if hasattr(files, "targets") else files.labels
+    classes = getattr(files, "classes", map(str, range(10)))
+    return ImageSet(to_images(files.data, img_size), torch.as_tensor(labels).long(), list(classes))
+
+
+def to_images(pixels, img_size):
+    """uint8 pixels (N, H, W), (N, H, W, 3) or (N, 3, H, W) as RGB images (N, 3, img_size, img_size)."""
+    pixels = torch.as_tensor(pixels)
+    if pixels.ndim == 3:
+        pixels = pixels[:, None]
+    elif pixels.shape[-1] == 3:
+        pixels = pixels.permute(0, 3, 1, 2)
+    return resize(pixels, img_size).expand(-1, 3, -1, -1).contiguous()
 
 
 def resize(images, img_size):
-    """uint8 images (N, 3, H, W) to img_size x img_size, bilinear with antialiasing; unchanged where they fit."""
-    if images.shape[-2:] == (img_size, img_size):
+    """The middle square of uint8 images (N, C, H, W) as img_size x img_size, bilinear with antialiasing.
+
+    Unchanged where they fit.
+    """
+    height, width = images.shape[-2:]
+    if (height, width) == (img_size, img_size):
         return images
-    parts = [F.interpolate(part, (img_size, img_size), mode="bilinear", antialias=True) for part in images.split(1000)]
-    return torch.cat(parts)
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    images = images[..., top : top + side, left : left + side]
+    size = (img_size, img_size)
+    # contiguous: another memory format would round other ways
+    parts = (part.contiguous() for part in images.split(1000))
+    return torch.cat([F.interpolate(part, size, mode="bilinear", antialias=True) for part in parts])
 
 
 # --- folder ---

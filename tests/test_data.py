@@ -190,7 +190,21 @@ def test_random_resized_crop_is_torchvisions_image_by_image(height, width, tries
     assert (whole.float().mean() > 0.03) == (tries == 1)
 
 
-# --- CIFAR ---
+def test_arrays_of_pixels_become_rgb_images_of_their_middle_square():
+    colour = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 3, 20, 16), dtype=np.uint8))
+    middle = colour[..., 2:18, :]
+    for pixels, expected in [
+        (colour, middle),
+        (colour.permute(0, 2, 3, 1), middle),
+        (colour.mT, middle.mT),
+        (colour[:, 0], middle[:, :1].expand(-1, 3, -1, -1)),
+    ]:
+        images = data.to_images(pixels.numpy(), 16)
+        assert torch.equal(images, expected)
+        assert images.is_contiguous()
+
+
+# --- data sets of torchvision ---
 
 
 def write_cifar10(root, monkeypatch):
@@ -231,6 +245,96 @@ def test_cifar10_without_files_and_network_says_what_is_missing_and_how_to_get_i
         data.load_dataset("cifar10", str(tmp_path), 32)
     for part in (str(tmp_path / "cifar-10-batches-py"), "http://127.0.0.1:9", "--data_dir", "--dataset shapes"):
         assert part in str(error.value)
+
+
+def write_fashion_mnist(root, monkeypatch):
+    """Three images a part of 28 x 28 in the files that torchvision unpacks."""
+    raw = root / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    pixels = np.arange(3 * 784, dtype=np.uint32).reshape(3, 28, 28).astype(np.uint8)
+    for part in ("train", "t10k"):
+        sizes = np.array([3, 28, 28], ">i4").tobytes()
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(bytes([0, 0, 8, 3]) + sizes + pixels.tobytes())
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 3, 9, 0, 1]))
+    return torch.from_numpy(pixels)[:, None].expand(-1, 3, -1, -1)
+
+
+def write_stl10(root, monkeypatch):
+    """Three images a part, column by column as in the official archive, with torchvision's checksums to match."""
+    base = root / "stl10_binary"
+    base.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 3, 96, 96), dtype=np.uint8)
+    contents = {"train_X.bin": pixels, "test_X.bin": pixels, "unlabeled_X.bin": 255 - pixels}
+    contents = {name: content.transpose(0, 1, 3, 2).tobytes() for name, content in contents.items()}
+    contents |= {"train_y.bin": bytes([10, 1, 2]), "test_y.bin": bytes([10, 1, 2])}
+    sums = {name: hashlib.md5(content).hexdigest() for name, content in contents.items()}
+    for name, content in contents.items():
+        (base / name).write_bytes(content)
+    (base / "class_names.txt").write_text("\n".join(f"class{i}" for i in range(10)))
+    for part in ("train_list", "test_list"):
+        files = [[name, sums[name]] for name, _ in getattr(datasets.STL10, part)]
+        monkeypatch.setattr(datasets.STL10, part, files)
+    return torch.from_numpy(pixels)
+
+
+def write_svhn(root, monkeypatch):
+    """Three images a part as MATLAB files, with torchvision's checksums to match."""
+    savemat = pytest.importorskip("scipy.io").savemat
+    pixels = np.arange(3 * 3072, dtype=np.uint32).reshape(3, 3, 32, 32).astype(np.uint8)
+    files = {}
+    for part in ("train", "test"):
+        path = root / f"{part}_32x32.mat"
+        savemat(path, {"X": pixels.transpose(2, 3, 1, 0), "y": np.array([[9], [10], [1]], np.uint8)})
+        files[part] = ["http://127.0.0.1:9", path.name, hashlib.md5(path.read_bytes()).hexdigest()]
+    monkeypatch.setattr(datasets.SVHN, "split_list", files)
+    return torch.from_numpy(pixels)
+
+
+@pytest.mark.parametrize(
+    ("write", "classes"),
+    [(write_fashion_mnist, ["T-shirt/top", "Trouser"]), (write_stl10, ["class0", "class1"]), (write_svhn, ["0", "1"])],
+)
+def test_other_sets_are_read_as_torchvision_stores_them(tmp_path, monkeypatch, write, classes):
+    pixels, name = write(tmp_path, monkeypatch), write.__name__.removeprefix("write_")
+    for part in data.load_dataset(name, str(tmp_path), pixels.shape[-1]):
+        assert torch.equal(part.images, pixels)
+        assert part.labels.tolist() == [9, 0, 1]
+        assert (part.classes[:2], len(part.classes)) == (classes, 10)
+    assert data.load_dataset(name, str(tmp_path), 16)[0].images.shape == (3, 3, 16, 16)
+
+
+def test_pretraining_on_stl10_takes_its_unlabelled_images(tmp_path, monkeypatch):
+    pixels = write_stl10(tmp_path, monkeypatch)
+    train, test = data.load_dataset("stl10", str(tmp_path), 96, labelled=False)
+    assert torch.equal(train.images, 255 - pixels)
+    assert (train.labels.tolist(), train.classes) == ([0, 0, 0], [])
+    assert torch.equal(test.images, pixels)
+    assert len(test.classes) == 10
+
+
+@pytest.mark.parametrize("name", ["fashion_mnist", "stl10", "svhn"])
+def test_without_files_and_network_each_set_says_what_to_put_where(tmp_path, monkeypatch, name):
+    nowhere = "http://127.0.0.1:9/"
+    monkeypatch.setattr(datasets.FashionMNIST, "mirrors", [nowhere])
+    monkeypatch.setattr(datasets.STL10, "url", nowhere)
+    splits = {part: [nowhere, file, md5] for part, (_, file, md5) in datasets.SVHN.split_list.items()}
+    monkeypatch.setattr(datasets.SVHN, "split_list", splits)
+    with pytest.raises(UserError, match="cannot be downloaded") as error:
+        data.load_dataset(name, str(tmp_path), 32)
+    needed = {
+        "fashion_mnist": "FashionMNIST/raw/*.gz (only)",
+        "stl10": "stl10_binary.tar.gz",
+        "svhn": "test_32x32.mat",
+    }
+    assert f"{needed[name]} into {tmp_path}" in str(error.value)
+
+
+def test_svhn_without_scipy_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.SVHN, "_check_integrity", lambda self: True)
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    with pytest.raises(UserError, match="--dataset svhn needs SciPy: pip install scipy"):
+        data.load_dataset("svhn", str(tmp_path), 32)
 
 
 # --- folder ---
