@@ -49,7 +49,7 @@ DOWNLOADS = {
     "stl10": Download(datasets.STL10, SPLIT, "stl10_binary", unlabelled={"split": "unlabeled"}),
     "svhn": Download(datasets.SVHN, SPLIT, "*_32x32.mat", "train_32x32.mat and test_32x32.mat"),
 }
-DATASETS = (*DOWNLOADS, "folder", "shapes")
+DATASETS = (*DOWNLOADS, "folder", "npz", "shapes")
 
 
 class ImageSet(NamedTuple):
@@ -70,8 +70,9 @@ class ImageSet(NamedTuple):
 
 
 def name_of(args):
-    """The data set as part of a run's name; a folder goes by its own name."""
-    name = Path(args.data_dir).resolve().name if args.dataset == "folder" else args.dataset
+    """The data set as part of a run's name; a folder or file goes by its own name."""
+    path = Path(args.data_dir).resolve()
+    name = {"folder": path.name, "npz": path.stem}.get(args.dataset, args.dataset)
     return name if args.train_images is None else f"{name}-{args.train_images}"
 
 
@@ -90,7 +91,7 @@ def load_dataset(name, data_dir, img_size, train_images=None, labelled=True):
     Args:
         name: one of DATASETS, or fake (a few images, for dry runs). Those of DOWNLOADS are downloaded into data_dir
             where missing.
-        data_dir: for folder, the directory that holds train/<class>/* and test/<class>/*.
+        data_dir: for folder, the directory that holds train/<class>/* and test/<class>/*; for npz, the file.
         train_images: keep this many training images: the first ones of each class, the same number of each; of
             unlabelled images the first ones of a fixed random order; None: all.
         labelled: whether classes are needed, as for all but pretraining. Where not, a folder may be any tree of
@@ -106,6 +107,8 @@ def load_dataset(name, data_dir, img_size, train_images=None, labelled=True):
     elif name == "folder":
         with as_user_error(OSError):
             train, test = folder(data_dir, img_size, labelled)
+    elif name == "npz":
+        train, test = npz(data_dir, img_size, labelled)
     elif name == "fake":
         train, test = shapes(1000, img_size, seed=0), shapes(20, img_size, seed=1)
     elif name == "shapes":
@@ -436,6 +439,62 @@ def store_cache(path, arrays):
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+# --- npz ---
+
+
+def npz(path, img_size, labelled=True):
+    """A NumPy file with the arrays that MedMNIST ships: (train|test)_images and (train|test)_labels; no other is used.
+
+    Images are uint8, (N, H, W) or (N, H, W, 3); labels one whole number each, (N,) or (N, 1).
+
+    Args:
+        labelled: where False, labels may be missing or several for an image, without classes then; and so may the
+            test images.
+
+    Returns:
+        The training set and the test set, None where there are no test images.
+    """
+    names = [f"{part}_{kind}" for part in ("train", "test") for kind in ("images", "labels")]
+    try:
+        with np.load(path) as stored:
+            arrays = {name: stored[name] for name in names if name in stored}
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file raises many kinds
+        raise UserError(f"Cannot read {path}: {error}. --data_dir must name an .npz file.") from error
+    found = f"{path} has {', '.join(f'{name} {v.dtype} {v.shape}' for name, v in arrays.items()) or 'none of them'}"
+    images = {part: arrays[f"{part}_images"] for part in ("train", "test") if f"{part}_images" in arrays}
+    if "train" not in images or not all(map(are_pixels, images.values())):
+        raise UserError(f"train_images and test_images must be uint8, (N, H, W) or (N, H, W, 3); {found}.")
+    labels = {part: arrays.get(f"{part}_labels", np.zeros(0)) for part in images}
+    by_class = all(are_labels(labels[part], len(images[part])) for part in images)
+    if labelled and not (by_class and "test" in images):
+        raise UserError(
+            f"Without classes or test_images it serves pretraining only; else train_labels and test_labels must be one "
+            f"whole number for each image; {found}."
+        )
+    if not by_class:
+        labels = {part: np.zeros(len(pixels), int) for part, pixels in images.items()}
+    values = np.unique(labels["train"])
+    if others := set(labels.get("test", values).flat) - set(values):
+        raise UserError(f"{path}: test_labels has {', '.join(map(str, sorted(others)))}, which train_labels has not.")
+    classes = [str(value) for value in values] if by_class else []
+    sets = {}
+    for part, pixels in images.items():
+        index = torch.from_numpy(np.searchsorted(values, labels[part].reshape(-1)))
+        sets[part] = ImageSet(to_images(pixels, img_size), index, classes)
+    return sets["train"], sets.get("test")
+
+
+def are_pixels(array):
+    shape_fits = array.ndim == 3 or (array.ndim == 4 and array.shape[3] == 3)
+    return array.dtype == np.uint8 and array.size > 0 and shape_fits
+
+
+def are_labels(array, count):
+    return array.dtype.kind in "iu" and array.shape in ((count,), (count, 1))
 
 
 # --- shapes ---

@@ -139,7 +139,10 @@ DATA_DEFAULTS = {"dataset": "cifar10", "data_dir": "data"}
 def add_data_arguments(parser, datasets, pretrained=False):
     """Args: pretrained: a pretrained model brings its own defaults, which the script fills in."""
     group = parser.add_argument_group("data")
-    texts = {"dataset": "what to train and test on", "data_dir": "where the files are, or are downloaded to"}
+    texts = {
+        "dataset": "what to train and test on",
+        "data_dir": "where the files are, or are downloaded to; of npz the file",
+    }
     for name, text in texts.items():
         default, choices = DATA_DEFAULTS[name], datasets if name == "dataset" else None
         if pretrained:

@@ -103,6 +103,7 @@ def test_names_tell_what_sets_runs_apart():
         mae(SWITCHES)
         == "mae_cifar10_i32_p2_w192_e12_h3_d4_dw24_sincos_blockwise_smallest=0.2_r0.75_normpix_ep2000_b4096_s42"
     )
+    assert "_pets_" in mae("--dataset npz --data_dir some/pets.npz")
     assert classifier(name) == f"cls_cifar10_ep100_b128_s42_from_{name}"
     assert classifier(None) == "cls_cifar10_ep100_b128_s42_scratch_i32_p2_w192_e12_h3"
     assert mae("--mask_args b=2 a=1e-3") == mae("--mask_args a=0.001 b=2")
