@@ -332,7 +332,7 @@ def list_images(directory, by_class=True):
         state = "holds no images" if directory.is_dir() else "is no directory" if directory.exists() else "is missing"
         tree = "train/<class>/* and test/<class>/*, images" if by_class else "images, in folders or not,"
         found = f" Not read: {not_read}." if not_read else ""
-        only = " Without classes or test/ it serves pretraining only." if by_class else ""
+        only = " A folder without classes or test/ serves pretraining only." if by_class else ""
         endings = " ".join(sorted(IMAGE_SUFFIXES))
         raise UserError(f"{directory} {state}. --data_dir must hold {tree} ending in {endings}.{only}{found}")
     return images, not_read
@@ -472,8 +472,8 @@ def npz(path, img_size, labelled=True):
     by_class = all(are_labels(labels[part], len(images[part])) for part in images)
     if labelled and not (by_class and "test" in images):
         raise UserError(
-            f"Without classes or test_images it serves pretraining only; else train_labels and test_labels must be one "
-            f"whole number for each image; {found}."
+            f"A classifier needs test_images, and train_labels and test_labels with one whole number for each image; "
+            f"without them it serves pretraining only; {found}."
         )
     if not by_class:
         labels = {part: np.zeros(len(pixels), int) for part, pixels in images.items()}

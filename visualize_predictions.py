@@ -121,7 +121,7 @@ def main(argv=None):
             if not is_mae and (args.mask_strategy or args.mask_args or args.mask_ratio is not None):
                 raise UserError(f"{args.model_path} is a classifier, which masks nothing: leave out --mask_*.")
             dataset, data_dir = args.dataset or content["dataset"], args.data_dir or content["data_dir"]
-            _, test = data.load_dataset(dataset, data_dir, content["model_args"]["img_size"])
+            _, test = data.load_dataset(dataset, data_dir, content["model_args"]["img_size"], labelled=not is_mae)
             chosen = torch.randperm(len(test.images), generator=utils.generator("cpu", args.seed, "images"))
             chosen = chosen[: args.num_images or (8 if is_mae else 32)]
             images, labels = data.normalize(test.images[chosen]), test.labels[chosen]

@@ -598,7 +598,7 @@ def test_pretraining_takes_folders_without_classes_or_without_a_test_part(image_
     assert train.classes == test.classes == []
     assert train.labels.tolist() == [0] * counts[0]
     assert [part.digest() for part in load(labelled=False)] == [train.digest(), test.digest()]  # from the cache
-    with pytest.raises(UserError, match="Without classes or test/ it serves pretraining only"):
+    with pytest.raises(UserError, match="A folder without classes or test/ serves pretraining only"):
         load()
 
 

@@ -181,7 +181,7 @@ def test_a_mae_of_unlabelled_images_is_tested_but_for_k_nn_and_no_classifier_is_
         with pytest.raises(SystemExit) as leaving:
             start(*arguments)
         assert leaving.value.code == 2
-        assert "serves pretraining only" in capsys.readouterr().err
+        assert "without classes or test/ serves pretraining only" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -692,6 +692,15 @@ def test_a_mistake_in_a_new_strategy_keeps_its_traceback(monkeypatch):
 # --- pictures and help ---
 
 
+def drawn(monkeypatch, *arguments):
+    """The figures that visualize_predictions draws."""
+    figures = []
+    monkeypatch.setattr(visualize_predictions, "save", lambda figure, path: figures.append(figure))
+    visualize_predictions.main(list(arguments))
+    visualize_predictions.plt.close("all")
+    return figures
+
+
 def picture_size(path):
     return visualize_predictions.plt.imread(path).shape
 
@@ -717,6 +726,15 @@ def test_pictures_of_normalised_pixels_tell_the_models_own_loss_and_what_they_bo
     images = data.normalize(data.load_dataset("shapes", "data", 32)[1].images)
     matrix = mask_matrix({BASE: [SimpleNamespace(mae=mae)]}, ["random"], ["random"], images, "cpu")
     assert matrix.item() == pytest.approx(own, rel=0.05)
+
+
+def test_a_mae_of_unlabelled_images_is_shown_on_the_held_out_ones(image_folder, monkeypatch):
+    flags = ["--dataset", "folder", "--data_dir", str(image_folder / "train" / "cat"), "--img_size", "16"]
+    run = pretrain(*flags, *shlex.split("--train_images 2 --batch_size 2 --total_epoch 1"))
+    pictures = drawn(monkeypatch, "--model_path", str(run))
+    original = pictures[0].axes[-1].images[0].get_array()
+    held_out = data.load_dataset("folder", flags[3], 16, labelled=False)[1].images
+    assert (original == held_out[0].permute(1, 2, 0).numpy()).all()
 
 
 def test_picture_of_a_classifier_and_curves():
