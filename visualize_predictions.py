@@ -1,11 +1,12 @@
 """See what a model does: a MAE's reconstructions, a classifier's predictions, or the masks themselves.
 
 python visualize_predictions.py --model_path logs/pretrain/<run>
-python visualize_predictions.py --model_path logs/pretrain/<run> --mask_strategy block
+python visualize_predictions.py --model_path logs/pretrain/<run> --mask_ratio 0.5 0.75 0.9 --mask_strategy random block
 python visualize_predictions.py --model_path logs/classifier/<run>
 python visualize_predictions.py --masks
 """
 
+import itertools
 from pathlib import Path
 
 import torch
@@ -28,9 +29,11 @@ def parse_args(argv=None):
     what.add_argument("--model_path", help="model.pt or run directory, of a MAE or a classifier")
     what.add_argument("--masks", action="store_true", help="draw a gallery of all mask strategies; needs no model")
     group = parser.add_argument_group("masking")
-    group.add_argument("--mask_strategy", choices=MASK_STRATEGIES, help="default: the one the MAE was trained with")
+    strategy = "one or several; default: the one the MAE was trained with; all for --masks"
+    group.add_argument("--mask_strategy", nargs="+", choices=MASK_STRATEGIES, help=strategy)
     utils.add_mask_args(group, "; default: as the MAE was trained, where the strategy is the same")
-    group.add_argument("--mask_ratio", type=float, help="default: as the MAE was trained; 0.75 for --masks")
+    ratio = "one or several; default: as the MAE was trained; 0.75 for --masks"
+    group.add_argument("--mask_ratio", nargs="+", type=float, help=ratio)
     group.add_argument("--grid_size", type=utils.positive_int, default=16, help="patches along an edge, for --masks")
     group = parser.add_argument_group("images")
     group.add_argument(
@@ -45,29 +48,36 @@ def parse_args(argv=None):
         parser.error(f"--num_images {args.num_images} is more than the {MOST_IMAGES} that fit in a picture")
     if args.output and args.output.is_dir():
         parser.error(f"--output {args.output} is a directory; name a file")
+    if args.masks and len(args.mask_ratio or []) > 1:
+        parser.error("--masks draws one --mask_ratio at a time")
     return args
 
 
 def draw_reconstructions(model, images, args):
-    """Masked input, reconstruction and original of each image, a row each."""
+    """Masked input and reconstruction under each mask strategy and ratio, a row each, and the original below them."""
     trained = model.shuffle
-    strategy = args.mask_strategy or trained.mask_strategy
-    ratio = trained.mask_ratio if args.mask_ratio is None else args.mask_ratio
-    mask_args = args.mask_args or (trained.mask_args if strategy == trained.mask_strategy else None)
-    model.shuffle = PatchShuffle(trained.grid_size, ratio, strategy, mask_args)
-    ids_shuffle = model.shuffle(len(images), utils.generator("cpu", args.seed, "masks"))
-    masked, reconstructed = model.reconstruct(images, ids_shuffle)
-    rows = {"masked input": masked, "reconstruction": reconstructed, "original": images}
-    with torch.no_grad():
-        pred, mask = model(images, ids_shuffle)
-    figure, axes = plt.subplots(3, len(images), figsize=(1.3 * len(images) + 1, 4.5), squeeze=False)
-    draw_rows(axes, {name: data.to_pixels(row) for name, row in rows.items()})
-    loss = mae_loss(pred, images, mask, model.norm_pix_loss)
+    strategies, ratios = args.mask_strategy or [trained.mask_strategy], args.mask_ratio or [trained.mask_ratio]
+    settings = list(itertools.product(strategies, ratios))
+    rows = 2 * len(settings) + 1
+    figure, axes = plt.subplots(rows, len(images), figsize=(1.3 * len(images) + 1, 1.3 * rows + 0.6), squeeze=False)
+    for i, (strategy, ratio) in enumerate(settings):
+        mask_args = args.mask_args or (trained.mask_args if strategy == trained.mask_strategy else None)
+        model.shuffle = PatchShuffle(trained.grid_size, ratio, strategy, mask_args)
+        ids_shuffle = model.shuffle(len(images), utils.generator("cpu", args.seed, "masks"))
+        masked, reconstructed = model.reconstruct(images, ids_shuffle)
+        with torch.no_grad():
+            pred, mask = model(images, ids_shuffle)
+        loss = mae_loss(pred, images, mask, model.norm_pix_loss)
+        shown = {
+            f"{strategy}{utils.named(mask_args)}\n{mask.float().mean():.0%} hidden": data.to_pixels(masked),
+            f"reconstruction\nerror {loss:.4f}": data.to_pixels(reconstructed),
+        }
+        draw_rows(axes[2 * i : 2 * i + 2], shown, fontsize=10)
+    draw_rows(axes[-1:], {"original": data.to_pixels(images)}, fontsize=10)
     borrowed = ", normalised (hidden patches shown with their true mean and variance)" if model.norm_pix_loss else ""
     figure.suptitle(
-        f"{strategy}{utils.named(mask_args)} masks, {mask.float().mean():.0%} hidden "
-        f"(trained with {trained.mask_strategy}{utils.named(trained.mask_args)}); "
-        f"mean squared error of hidden pixels {loss:.4f}{borrowed}, seed {args.seed}",
+        f"Trained with {trained.mask_strategy}{utils.named(trained.mask_args)} masks, ratio {trained.mask_ratio}. "
+        f"Error: mean square over hidden pixels{borrowed}. Seed {args.seed}",
         fontsize=11,
         wrap=True,
     )
@@ -84,8 +94,8 @@ def draw_predictions(model, names, images, labels, args):
 
 def draw_masks(args, columns=6):
     """A row for each strategy: some masks, and how often each place is visible over many."""
-    ratio = 0.75 if args.mask_ratio is None else args.mask_ratio
-    strategies = [args.mask_strategy] if args.mask_strategy else list(MASK_STRATEGIES)
+    (ratio,) = args.mask_ratio or [0.75]
+    strategies = args.mask_strategy or list(MASK_STRATEGIES)
     figure, axes = plt.subplots(
         len(strategies), columns + 1, figsize=(1.5 * columns + 2.2, 1.55 * len(strategies) + 0.8), squeeze=False
     )
@@ -118,7 +128,7 @@ def main(argv=None):
         else:
             model, content = load_model(args.model_path, MAE_ViT, ViT_Classifier)
             is_mae = isinstance(model, MAE_ViT)
-            if not is_mae and (args.mask_strategy or args.mask_args or args.mask_ratio is not None):
+            if not is_mae and (args.mask_strategy or args.mask_args or args.mask_ratio):
                 raise UserError(f"{args.model_path} is a classifier, which masks nothing: leave out --mask_*.")
             dataset, data_dir = args.dataset or content["dataset"], args.data_dir or content["data_dir"]
             _, test = data.load_dataset(dataset, data_dir, content["model_args"]["img_size"], labelled=not is_mae)
@@ -127,9 +137,9 @@ def main(argv=None):
             images, labels = data.normalize(test.images[chosen]), test.labels[chosen]
             if is_mae:
                 figure, name = draw_reconstructions(model, images, args), "reconstructions"
-                name += f"_{args.mask_strategy}" if args.mask_strategy else ""
+                name += "".join(f"_{strategy}" for strategy in args.mask_strategy or [])
                 name += utils.named(args.mask_args)
-                name += f"_r{args.mask_ratio}" if args.mask_ratio is not None else ""
+                name += "".join(f"_r{ratio}" for ratio in args.mask_ratio or [])
             else:
                 if test.classes != content["classes"]:
                     raise UserError(

@@ -518,6 +518,7 @@ BAD = [
     (VIS, "--masks --output a.txt", "--output: 'a.txt' does not end in .png"),
     (VIS, "--model_path a.pt --output folder.png", "--output folder.png is a directory; name a file"),
     (VIS, "--model_path a.pt --num_images 101", "--num_images 101 is more than the 100 that fit in a picture"),
+    (VIS, "--masks --mask_ratio 0.5 0.75", "--masks draws one --mask_ratio at a time"),
     (VIS, "--masks --num_images -1", "--num_images: '-1'"),
     (VIS, "--masks --mask_strategy spiral", "invalid choice: 'spiral'"),
 ]
@@ -721,11 +722,28 @@ def test_pictures_of_normalised_pixels_tell_the_models_own_loss_and_what_they_bo
     title = figures[0]._suptitle.get_text()
     assert "with their true mean and variance" in title
     own = read_metrics(mae)[0]["test/loss"]  # on the same 100 images, under other masks
-    assert float(re.search(r"hidden pixels (\d\.\d+), normalised", title)[1]) == pytest.approx(own, rel=0.05)
+    error = next(place.get_ylabel() for place in figures[0].axes if "error" in place.get_ylabel())
+    assert float(error.split()[-1]) == pytest.approx(own, rel=0.05)
     visualize_predictions.plt.close(figures[0])
     images = data.normalize(data.load_dataset("shapes", "data", 32)[1].images)
     matrix = mask_matrix({BASE: [SimpleNamespace(mae=mae)]}, ["random"], ["random"], images, "cpu")
     assert matrix.item() == pytest.approx(own, rel=0.05)
+
+
+def test_several_masks_are_drawn_below_each_other_and_the_original_below_them(monkeypatch):
+    run = pretrain("--total_epoch", "1")
+    masks = shlex.split("--mask_strategy random block --mask_ratio 0.5 0.75 --num_images 2")
+    (figure,) = drawn(monkeypatch, "--model_path", str(run), *masks)
+    rows = [figure.axes[i : i + 2] for i in range(0, len(figure.axes), 2)]
+    pixels = [[place.images[0].get_array() for place in row] for row in rows]
+    labels = [row[0].get_ylabel() for row in rows]
+    settings = [f"{strategy}\n{share}% hidden" for strategy in ("random", "block") for share in (50, 75)]
+    assert labels[0:8:2] == settings
+    assert all(re.fullmatch(r"reconstruction\nerror \d\.\d{4}", label) for label in labels[1:8:2])
+    assert labels[8:] == ["original"]
+    for masked, hidden in zip(pixels[0:8:2], (0.5, 0.75) * 2, strict=True):
+        assert (masked[0] == 128).all(-1).mean() == hidden
+        assert (masked[0] == pixels[8][0]).all(-1).mean() == 1 - hidden
 
 
 def test_a_mae_of_unlabelled_images_is_shown_on_the_held_out_ones(image_folder, monkeypatch):
