@@ -35,6 +35,21 @@ def draw_rows(axes, rows, fontsize=11):
             show(place, image)
 
 
+def grid_of(count, height):
+    """A figure with a row of up to 8 axes after the other, each row of this height in inches, and `count` axes."""
+    columns = min(8, count)
+    rows = math.ceil(count / columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(1.6 * columns, height * rows + 0.6), squeeze=False)
+    for place in axes.flat[count:]:
+        place.axis("off")
+    return figure, axes.flat[:count]
+
+
+def short(name, longest=20):
+    """A file's name, its middle left out where it is long."""
+    return name if len(name) <= longest else f"{name[: longest // 2 - 1]}…{name[-longest // 2 :]}"
+
+
 def draw_predictions(images, classes, labels, predicted, confidence, more=""):
     """Each image with ground truth, prediction and confidence; right and wrong differ in colour, sign and frame.
 
@@ -42,12 +57,8 @@ def draw_predictions(images, classes, labels, predicted, confidence, more=""):
         images: (B, 3, H, W) uint8; labels and predicted: (B,) int64, places in classes; confidence: (B,) in [0, 1].
         more: the end of the title.
     """
-    columns = min(8, len(images))
-    rows = math.ceil(len(images) / columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(1.6 * columns, 2.1 * rows + 0.6), squeeze=False)
-    for place in axes.flat[len(images) :]:
-        place.axis("off")
-    for place, image, label, guess, sure in zip(axes.flat, images, labels, predicted, confidence, strict=False):
+    figure, axes = grid_of(len(images), 2.1)
+    for place, image, label, guess, sure in zip(axes, images, labels, predicted, confidence, strict=True):
         sign, colour, width = ("✓", RIGHT, 2) if label == guess else ("✗", WRONG, 4)
         show(place, image)
         for spine in place.spines.values():
@@ -60,6 +71,23 @@ def draw_predictions(images, classes, labels, predicted, confidence, more=""):
         fontsize=11,
         wrap=True,
     )
+    return figure
+
+
+def draw_most_likely(images, names, classes, probabilities, count=3):
+    """Each image of unknown class with its name, and below it the most likely classes with their probability.
+
+    Args:
+        images: (B, 3, H, W) uint8; names: B file names; probabilities: (B, C).
+    """
+    likely = probabilities.topk(min(count, len(classes)), dim=1)
+    figure, axes = grid_of(len(images), 2.3)
+    for place, image, name, sure, guesses in zip(axes, images, names, *likely, strict=True):
+        show(place, image)
+        place.set_title(short(name), fontsize=9, pad=3, parse_math=False)
+        lines = [f"{short(classes[guess])} {share:.0%}" for guess, share in zip(guesses, sure, strict=True)]
+        place.set_xlabel("\n".join(lines), fontsize=9, parse_math=False)
+    figure.suptitle(f"The {likely.values.shape[1]} most likely classes, with confidence", fontsize=11, wrap=True)
     return figure
 
 

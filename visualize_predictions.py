@@ -3,6 +3,7 @@
 python visualize_predictions.py --model_path logs/pretrain/<run>
 python visualize_predictions.py --model_path logs/pretrain/<run> --mask_ratio 0.5 0.75 0.9 --mask_strategy random block
 python visualize_predictions.py --model_path logs/classifier/<run>
+python visualize_predictions.py --model_path logs/classifier/<run> --images cat.jpg holiday/*.png
 python visualize_predictions.py --masks
 """
 
@@ -36,6 +37,7 @@ def parse_args(argv=None):
     group.add_argument("--mask_ratio", nargs="+", type=float, help=ratio)
     group.add_argument("--grid_size", type=utils.positive_int, default=16, help="patches along an edge, for --masks")
     group = parser.add_argument_group("images")
+    group.add_argument("--images", nargs="+", metavar="FILE", help="pictures of your own, in place of test images")
     group.add_argument(
         "--num_images", type=utils.positive_int, help=f"at most {MOST_IMAGES}; default: 8 of a MAE, 32 of a classifier"
     )
@@ -46,6 +48,10 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.num_images and args.num_images > MOST_IMAGES:
         parser.error(f"--num_images {args.num_images} is more than the {MOST_IMAGES} that fit in a picture")
+    if args.images and len(args.images) > MOST_IMAGES:
+        parser.error(f"--images has {len(args.images)} files, more than the {MOST_IMAGES} that fit in a picture")
+    if args.images and (args.masks or args.num_images or args.dataset or args.data_dir):
+        parser.error("--images goes with --model_path, and without --num_images, --dataset and --data_dir")
     if args.output and args.output.is_dir():
         parser.error(f"--output {args.output} is a directory; name a file")
     if args.masks and len(args.mask_ratio or []) > 1:
@@ -53,8 +59,13 @@ def parse_args(argv=None):
     return args
 
 
-def draw_reconstructions(model, images, args):
-    """Masked input and reconstruction under each mask strategy and ratio, a row each, and the original below them."""
+def draw_reconstructions(model, images, names, args):
+    """Masked input and reconstruction under each mask strategy and ratio, a row each, and the original below them.
+
+    Args:
+        images: (B, 3, H, W) uint8; names: a title for each.
+    """
+    pixels, images = images, data.normalize(images)
     trained = model.shuffle
     strategies, ratios = args.mask_strategy or [trained.mask_strategy], args.mask_ratio or [trained.mask_ratio]
     settings = list(itertools.product(strategies, ratios))
@@ -73,7 +84,9 @@ def draw_reconstructions(model, images, args):
             f"reconstruction\nerror {loss:.4f}": data.to_pixels(reconstructed),
         }
         draw_rows(axes[2 * i : 2 * i + 2], shown, fontsize=10)
-    draw_rows(axes[-1:], {"original": data.to_pixels(images)}, fontsize=10)
+    draw_rows(axes[-1:], {"original": pixels}, fontsize=10)
+    for place, name in zip(axes[0], names, strict=True):
+        place.set_title(figures.short(name, 14), fontsize=9, parse_math=False)
     borrowed = ", normalised (hidden patches shown with their true mean and variance)" if model.norm_pix_loss else ""
     figure.suptitle(
         f"Trained with {trained.mask_strategy}{utils.named(trained.mask_args)} masks, ratio {trained.mask_ratio}. "
@@ -84,12 +97,33 @@ def draw_reconstructions(model, images, args):
     return figure
 
 
-def draw_predictions(model, names, images, labels, args):
-    """Each image with ground truth, prediction and confidence."""
-    with torch.no_grad():
-        confidence, predicted = model(images).softmax(dim=1).max(dim=1)
-    more = f", seed {args.seed}"
-    return figures.draw_predictions(data.to_pixels(images), names, labels, predicted, confidence, more)
+def load_images(args, content, is_mae):
+    """The images to draw, (B, 3, H, W) uint8, a title for each, and their labels, None for pictures of the user's own.
+
+    Args:
+        content: of the model's file.
+    """
+    img_size = content["model_args"]["img_size"]
+    if args.images:
+        images = torch.stack([data.read_image(path, img_size) for path in args.images])
+        return images, [Path(path).name for path in args.images], None
+    dataset, data_dir = args.dataset or content["dataset"], args.data_dir or content["data_dir"]
+    _, test = data.load_dataset(dataset, data_dir, img_size, labelled=not is_mae)
+    if not is_mae and test.classes != content["classes"]:
+        raise UserError(f"{args.model_path} tells {content['classes']} apart, {dataset} has {test.classes}.")
+    chosen = torch.randperm(len(test.images), generator=utils.generator("cpu", args.seed, "images"))
+    chosen = chosen[: args.num_images or (8 if is_mae else 32)]
+    return test.images[chosen], [""] * len(chosen), test.labels[chosen]
+
+
+@torch.no_grad()
+def draw_predictions(model, classes, images, names, labels, args):
+    """Each image with ground truth, prediction and confidence; without labels, with the most likely classes."""
+    probabilities = model(data.normalize(images)).softmax(dim=1)
+    if labels is None:
+        return figures.draw_most_likely(images, names, classes, probabilities)
+    confidence, predicted = probabilities.max(dim=1)
+    return figures.draw_predictions(images, classes, labels, predicted, confidence, f", seed {args.seed}")
 
 
 def draw_masks(args, columns=6):
@@ -130,22 +164,16 @@ def main(argv=None):
             is_mae = isinstance(model, MAE_ViT)
             if not is_mae and (args.mask_strategy or args.mask_args or args.mask_ratio):
                 raise UserError(f"{args.model_path} is a classifier, which masks nothing: leave out --mask_*.")
-            dataset, data_dir = args.dataset or content["dataset"], args.data_dir or content["data_dir"]
-            _, test = data.load_dataset(dataset, data_dir, content["model_args"]["img_size"], labelled=not is_mae)
-            chosen = torch.randperm(len(test.images), generator=utils.generator("cpu", args.seed, "images"))
-            chosen = chosen[: args.num_images or (8 if is_mae else 32)]
-            images, labels = data.normalize(test.images[chosen]), test.labels[chosen]
+            images, names, labels = load_images(args, content, is_mae)
             if is_mae:
-                figure, name = draw_reconstructions(model, images, args), "reconstructions"
+                figure, name = draw_reconstructions(model, images, names, args), "reconstructions"
                 name += "".join(f"_{strategy}" for strategy in args.mask_strategy or [])
                 name += utils.named(args.mask_args)
                 name += "".join(f"_r{ratio}" for ratio in args.mask_ratio or [])
             else:
-                if test.classes != content["classes"]:
-                    raise UserError(
-                        f"{args.model_path} tells {content['classes']} apart, {dataset} has {test.classes}."
-                    )
-                figure, name = draw_predictions(model, test.classes, images, labels, args), "predictions"
+                figure = draw_predictions(model, content["classes"], images, names, labels, args)
+                name = "predictions"
+            name += "_images" if args.images else ""
             place = Path(args.model_path)
             output = (place if place.is_dir() else place.parent) / f"{name}.png"
         output = args.output or output

@@ -43,6 +43,18 @@ def test_predictions_right_and_wrong_differ_in_colour_sign_and_frame():
     plt.close(figure)
 
 
+def test_the_most_likely_classes_stand_below_an_image_the_first_above():
+    images = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
+    probabilities = torch.tensor([[0.05, 0.6, 0.3, 0.05]])
+    figure = figures.draw_most_likely(images, ["$a$.png"], ["cat", "dog", "fox", "owl"], probabilities, count=2)
+    assert figure.axes[0].get_title() == "$a$.png"
+    assert figure.axes[0].get_xlabel() == "dog 60%\nfox 30%"
+    few = figures.draw_most_likely(images, ["a" * 30 + ".png"], ["cat"], torch.ones(1, 1))
+    assert few.axes[0].get_xlabel() == "cat 100%"
+    assert few.axes[0].get_title() == "aaaaaaaaa…aaaaaa.png"
+    plt.close("all")
+
+
 def test_curves_are_means_over_seeds_with_their_range_as_a_band():
     _, axes = plt.subplots()
     curves = [("one", [1, 2], [[0.1, 0.2]]), ("three", [2, 3], [[0.2, 0.8], [0.4, 0.9], [0.9, 1.0]])]

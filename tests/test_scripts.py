@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import ExifTags, Image
 
 import data
 import evaluate_features
@@ -26,7 +27,7 @@ import training
 import visualize_predictions
 from checkpoints import digest, load_file, load_model
 from errors import exit_in_one_line
-from model import MASK_STRATEGIES, MAE_ViT, mae_loss
+from model import MASK_STRATEGIES, MAE_ViT, ViT_Classifier, mae_loss
 from runs import Session, read_config, read_metrics
 from scripts import benchmark, export, make_report, plot_curves
 from scripts.ablations import BASE
@@ -519,6 +520,9 @@ BAD = [
     (VIS, "--model_path a.pt --output folder.png", "--output folder.png is a directory; name a file"),
     (VIS, "--model_path a.pt --num_images 101", "--num_images 101 is more than the 100 that fit in a picture"),
     (VIS, "--masks --mask_ratio 0.5 0.75", "--masks draws one --mask_ratio at a time"),
+    (VIS, "--masks --images a.png", "--images goes with --model_path"),
+    (VIS, "--model_path a.pt --images a.png --num_images 2", "--images goes with .* without --num_images"),
+    (VIS, f"--model_path a.pt --images {'a.png ' * 101}", "--images has 101 files, more than the 100 that fit"),
     (VIS, "--masks --num_images -1", "--num_images: '-1'"),
     (VIS, "--masks --mask_strategy spiral", "invalid choice: 'spiral'"),
 ]
@@ -753,6 +757,50 @@ def test_a_mae_of_unlabelled_images_is_shown_on_the_held_out_ones(image_folder, 
     original = pictures[0].axes[-1].images[0].get_array()
     held_out = data.load_dataset("folder", flags[3], 16, labelled=False)[1].images
     assert (original == held_out[0].permute(1, 2, 0).numpy()).all()
+
+
+def turned_photo(path):
+    """A JPEG of 96 x 64, green above red, stored as a turned camera stores it."""
+    upright = Image.new("RGB", (96, 64), "green")
+    upright.paste("red", (0, 32, 96, 64))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    upright.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif, quality=95)
+
+
+def test_own_images_are_reconstructed_upright_and_cropped_as_a_folder_is(monkeypatch):
+    turned_photo("photo.jpg")
+    Image.new("L", (20, 20), 100).save("grey.png")
+    run = pretrain("--total_epoch", "1")
+    (figure,) = drawn(monkeypatch, "--model_path", str(run), "--images", "photo.jpg", "grey.png")
+    assert [place.get_title() for place in figure.axes] == ["photo.jpg", "grey.png", *[""] * 4]
+    photo, grey = (place.images[0].get_array() for place in figure.axes[4:])
+    assert (photo == data.read_image("photo.jpg", 32).permute(1, 2, 0).numpy()).all()
+    assert (photo[4, 16, 1] > 100) & (photo[28, 16, 0] > 200)  # green above, red below
+    assert (grey == 100).all()
+
+
+def test_a_classifier_names_three_classes_for_own_images_and_asks_for_no_data_set(monkeypatch):
+    turned_photo("photo.jpg")
+    run = classify("--total_epoch", "1")
+    monkeypatch.setattr(data, "load_dataset", None)
+    (figure,) = drawn(monkeypatch, "--model_path", str(run), "--images", "photo.jpg")
+    model, content = load_model(run, ViT_Classifier)
+    with torch.no_grad():
+        shares = model(data.normalize(data.read_image("photo.jpg", 32))[None])[0].softmax(dim=0)
+    best = sorted(zip(shares.tolist(), content["classes"], strict=True), reverse=True)[:3]
+    assert figure.axes[0].get_title() == "photo.jpg"
+    assert figure.axes[0].get_xlabel() == "\n".join(f"{name} {share:.0%}" for share, name in best)
+
+
+def test_own_images_that_cannot_be_read_are_named(capsys):
+    run = pretrain("--total_epoch", "1")
+    Path("text.png").write_text("not an image")
+    for path, message in ("nowhere.png", "No file nowhere.png."), ("text.png", "Cannot read text.png as an image"):
+        with pytest.raises(SystemExit) as leaving:
+            visualize_predictions.main(["--model_path", str(run), "--images", path])
+        assert leaving.value.code == 2
+        assert message in capsys.readouterr().err
 
 
 def test_picture_of_a_classifier_and_curves():
