@@ -11,6 +11,7 @@ import torch
 from errors import UserError, as_user_error
 from files import replacing
 
+DIRECTORY = 0x10  # of the attributes of a zip archive's records
 FIELDS = {"MAE_ViT": {"run_name", "dataset", "data_dir"}}  # of a finished model's file, beside the model
 FIELDS["ViT_Classifier"] = FIELDS["MAE_ViT"] | {"classes"}
 
@@ -50,6 +51,8 @@ def load_file(path, *kinds):
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
                 raise zipfile.BadZipFile(f"checksum of {damaged} is wrong")
+            if any(record.external_attr & DIRECTORY for record in archive.infolist()):
+                raise zipfile.BadZipFile("a tensor is marked as a directory")  # torch would leave its memory unfilled
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damage shows in many ways, and all of them mean the same
         reason = "it holds pickled objects" if isinstance(error, pickle.UnpicklingError) else error

@@ -236,6 +236,15 @@ def test_a_thousand_flipped_bytes_of_a_checkpoint_are_refused_or_harmless(start,
     assert refused > 300
 
 
+def test_a_tensor_that_a_flipped_bit_makes_a_directory_is_refused(tmp_path):
+    save_file(tmp_path / "a.pt", {"kind": "checkpoint", "weight": torch.ones(3)})
+    whole = (tmp_path / "a.pt").read_bytes()
+    attributes = whole.index(b"PK\x01\x02", whole.index(b"PK\x01\x02") + 1) + 38
+    (tmp_path / "a.pt").write_bytes(whole[:attributes] + b"\x10" + whole[attributes + 1 :])
+    with pytest.raises(ValueError, match="marked as a directory"):
+        load_file(tmp_path / "a.pt")
+
+
 def equal(one, other):
     """Whether nested dictionaries and lists of tensors and plain values are the same."""
     if isinstance(one, torch.Tensor):
