@@ -12,8 +12,10 @@ if [ -n "${QUICK:-}" ]; then
   FINETUNE_FLAGS=${FINETUNE_FLAGS:---batch_size 100 --base_learning_rate 4e-3 --train_images 1000}
   LOGS=${LOGS:-logs/quick_ablation} REPORT=${REPORT:-logs/quick_report}
 fi
-scripts/setup.sh
+scripts/setup.sh >&2
 source scripts/sweep.sh
-plan scratch 4:random 2:random 8:random 4:block 4:grid 4:shifted_grid 4:blockwise
+SCRATCH=1
+DEPTHS="4 2 8" STRATEGIES=random plan
+DEPTHS=4 STRATEGIES="random block grid shifted_grid blockwise" plan
 run_all
 run -m scripts.make_report --runs "$LOGS" --output "${REPORT:-logs/report}"

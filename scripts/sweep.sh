@@ -1,6 +1,18 @@
-# Sourced by the ablations: settings, all environment variables, and how their runs are started.
+#!/usr/bin/env bash
+# A sweep: for every combination of what varies, and every seed, pretrain a MAE, measure its features, fine-tune it.
+#   RATIOS="0.5 0.75 0.9" SEEDS="1 2 3" scripts/sweep.sh
+#   STRATEGIES="random block" DEPTHS="2 4" scripts/sweep.sh                 # 4 settings
+#   VARY="embed_dim=96,192 base_learning_rate=1e-4,3e-4" scripts/sweep.sh   # any flags with values: 4 settings
+# The same command again passes over what is finished and continues what was stopped. Settings, all environment
+# variables:
+STRATEGIES=${STRATEGIES:-}               # mask strategies to try
+DEPTHS=${DEPTHS:-}                       # decoder depths
+RATIOS=${RATIOS:-}                       # mask ratios
+PATCH_SIZES=${PATCH_SIZES:-}
+VARY=${VARY:-}                           # other flags of mae_pretrain.py, each with values to try
+SCRATCH=${SCRATCH:-}                     # 1: train classifiers from scratch, too
 EPOCHS=${EPOCHS:-2000}                   # of pretraining
-FINETUNE_EPOCHS=${FINETUNE_EPOCHS:-100}  # of each classifier
+FINETUNE_EPOCHS=${FINETUNE_EPOCHS:-100}  # of each classifier; 0: no classifiers
 SEEDS=${SEEDS:-42 43 44}                 # each setting runs once a seed
 DATASET=${DATASET:-cifar10}              # cifar10, cifar100, folder or shapes
 DATA_DIR=${DATA_DIR:-data}
@@ -9,15 +21,30 @@ PRETRAIN_FLAGS=${PRETRAIN_FLAGS:-}       # more for mae_pretrain.py, as in "--ba
 FINETUNE_FLAGS=${FINETUNE_FLAGS:-}       # more for train_classifier.py
 LOGS=${LOGS:-logs/ablation}
 JOBS=${JOBS:-}                           # at once; default: one a GPU, on a CPU 1. Each gets its share of the cores
+export EPOCHS FINETUNE_EPOCHS SEEDS DATASET DATA_DIR SIZE PRETRAIN_FLAGS FINETUNE_FLAGS SCRATCH LOGS
 
 python=.venv/bin/python
-jobs=()
+grids=() # each is flags of mae_pretrain.py and their values, as in "mask_ratio=0.5,0.9 decoder_depth=2,4"
+jobs=()  # each is commands joined by &&
 
-# plan SETTING ...: each is DEPTH:STRATEGY or scratch; one job a seed and setting, seeds outside, so that a sweep
-# that is stopped early has whole seeds
+# Add every combination of what varies.
 plan() {
-  local seed setting
-  for seed in $SEEDS; do for setting in "$@"; do jobs+=("$seed:$setting"); done; done
+  grids+=("$(values_of mask_strategy $STRATEGIES) $(values_of decoder_depth $DEPTHS) $(values_of mask_ratio $RATIOS) \
+    $(values_of patch_size $PATCH_SIZES) $VARY")
+}
+
+# values_of mask_ratio 0.5 0.9: mask_ratio=0.5,0.9; without values nothing
+values_of() {
+  local IFS=, flag=$1
+  shift
+  echo "${1:+$flag=$*}"
+}
+
+# Make jobs of what is planned, each setting once a seed; wrong flags end here.
+list_jobs() {
+  local lines
+  lines=$(START=run $python -m scripts.sweep_jobs "${grids[@]}") || return
+  while IFS= read -r line; do jobs+=("$line"); done <<<"$lines"
 }
 
 run() {
@@ -27,34 +54,16 @@ run() {
   $python "$@"
 }
 
-# One job: pretrain, measure the features, fine-tune; or train from scratch. What is finished is passed over, what was
-# stopped continues (a measurement starts again).
-run_job() {
-  local seed depth strategy model data=(--dataset "$DATASET" --data_dir "$DATA_DIR")
-  IFS=: read -r seed depth strategy <<<"$1"
-  if [ "$depth" = scratch ]; then
-    run train_classifier.py "${data[@]}" $SIZE --total_epoch "$FINETUNE_EPOCHS" --seed "$seed" \
-      --log_dir "$LOGS/classifier" $FINETUNE_FLAGS
-    return
-  fi
-  model=$LOGS/encoders/d${depth}_${strategy}_ep${EPOCHS}_s$seed.pt
-  run mae_pretrain.py "${data[@]}" $SIZE --decoder_depth "$depth" --mask_strategy "$strategy" --total_epoch "$EPOCHS" \
-    --seed "$seed" --log_dir "$LOGS/pretrain" --model_path "$model" $PRETRAIN_FLAGS &&
-    run evaluate_features.py --model_path "$model" --data_dir "$DATA_DIR" --layers all &&
-    run train_classifier.py "${data[@]}" --total_epoch "$FINETUNE_EPOCHS" --seed "$seed" --pretrained_model_path "$model" \
-      --log_dir "$LOGS/classifier" $FINETUNE_FLAGS
-}
-
 # One worker: takes job after job that no other has taken; after a failure nobody takes a new one.
 work() {
   local i
   for i in "${!jobs[@]}"; do
     if [ -e "$taken/failed" ]; then return 1; fi
     mkdir "$taken/$i" 2>/dev/null || continue
-    echo "[$((i + 1)) of ${#jobs[@]}] ${jobs[i]}"
-    run_job "${jobs[i]}" || {
+    echo "[$((i + 1)) of ${#jobs[@]}]"
+    eval "${jobs[i]}" || {
       touch "$taken/failed"
-      echo "Stopped at ${jobs[i]}; the same command continues." >&2
+      echo "Stopped at job $((i + 1)) of ${#jobs[@]}; the same command continues." >&2
       return 1
     }
   done
@@ -71,6 +80,7 @@ stop() {
 # All jobs, by one worker or by several at a time, each on a GPU or on its share of the cores.
 run_all() {
   local gpus count cores worker failed=0
+  list_jobs || return
   gpus=(${CUDA_VISIBLE_DEVICES-$({ nvidia-smi -L 2>/dev/null || true; } | sed -n 's/^GPU \([0-9]*\):.*/\1/p')})
   IFS=', ' read -r -a gpus <<<"${gpus[*]:-}"
   count=${JOBS:-$((${#gpus[@]} > 1 ? ${#gpus[@]} : 1))}
@@ -90,3 +100,11 @@ run_all() {
   trap - INT TERM
   return $failed
 }
+
+if [ "${BASH_SOURCE[0]}" = "$0" ]; then
+  set -euo pipefail
+  cd "$(dirname "$0")/.."
+  scripts/setup.sh >&2
+  plan
+  run_all
+fi

@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import itertools
 import json
 import math
 import os
@@ -29,7 +30,7 @@ from checkpoints import digest, load_file, load_model
 from errors import exit_in_one_line
 from model import MASK_STRATEGIES, MAE_ViT, ViT_Classifier, mae_loss
 from runs import Session, read_config, read_metrics
-from scripts import benchmark, export, make_report, plot_curves
+from scripts import benchmark, export, make_report, plot_curves, sweep_jobs
 from scripts.ablations import BASE
 from scripts.report_figures import mask_matrix
 
@@ -905,58 +906,193 @@ def test_curves_can_be_drawn_from_the_scripts_path_as_well(tmp_path):
 
 # --- sweeps ---
 
+SWEEP = {"EPOCHS": "7", "FINETUNE_EPOCHS": "3", "SEEDS": "1", "DATASET": "shapes", "DATA_DIR": "a b", "LOGS": "here"}
+SWEEP |= {"START": "run", "SIZE": "--patch_size 8 --embed_dim 12 --encoder_depth 1 --num_heads 2"}
+
+
+@pytest.fixture
+def listed(monkeypatch, capsys):
+    """A function: the jobs of some grids, each a list of commands, each a list of words."""
+
+    def list_jobs(*grids, **environment):
+        for name, value in {"SCRATCH": "", **SWEEP, **environment}.items():
+            monkeypatch.setenv(name, value)
+        sweep_jobs.main(grids)
+        lines = capsys.readouterr().out.splitlines()
+        return [[shlex.split(command)[1:] for command in line.split(" && ")] for line in lines]
+
+    return list_jobs
+
+
+def parsed(command):
+    script, *flags = command
+    modules = {f"{module.__name__}.py": module for module in (mae_pretrain, evaluate_features, train_classifier)}
+    return modules[script].parse_args(flags)
+
+
+def test_a_sweep_tries_every_combination_with_every_seed(listed):
+    jobs = listed("mask_ratio=0.5,0.9 patch_size=4,8", SEEDS="1 2", PRETRAIN_FLAGS="--mask_ratio 0.3")
+    maes = [parsed(job[0]) for job in jobs]
+    tried = [(mae.seed, mae.mask_ratio, mae.patch_size) for mae in maes]
+    assert tried == list(itertools.product([1, 2], [0.5, 0.9], [4, 8]))
+    assert {(mae.dataset, mae.data_dir, mae.total_epoch, mae.embed_dim) for mae in maes} == {("shapes", "a b", 7, 12)}
+    for mae, (pretrain, *rest) in zip(maes, jobs, strict=True):
+        assert pretrain[0] == "mae_pretrain.py"
+        features, classifier = map(parsed, rest)
+        directory = f"here/pretrain/{mae_pretrain.run_name(mae)}"
+        assert (features.model_path, features.data_dir, features.layers) == ([directory], "a b", "all")
+        assert features.train_images is None
+        assert (classifier.pretrained_model_path, classifier.data_dir) == (directory, "a b")
+        assert (classifier.seed, classifier.total_epoch, classifier.log_dir) == (mae.seed, 3, "here/classifier")
+
+
+def test_runs_that_their_names_do_not_tell_apart_have_directories_of_their_own(listed):
+    jobs = listed("base_learning_rate=1e-3,2e-3 embed_dim=12,24 weight_decay=0.1")
+    places = [f"here/base_learning_rate_{lr}_weight_decay_0.1" for lr in ("1e-3", "2e-3") for _ in range(2)]
+    assert [parsed(job[0]).log_dir for job in jobs] == [f"{place}/pretrain" for place in places]
+    assert [parsed(job[-1]).log_dir for job in jobs] == [f"{place}/classifier" for place in places]
+    for flag in sweep_jobs.IN_NAME:
+        values = ("grid", "block") if flag == "mask_strategy" else ("0.25", "0.5") if flag == "mask_ratio" else "48"
+        names = [mae_pretrain.run_name(mae_pretrain.parse_args([f"--{flag}", value])) for value in values]
+        assert names[0] != names[1], flag
+
+
+def test_what_two_grids_share_runs_once(listed):
+    jobs = listed("decoder_depth=2,4", "mask_strategy=random,block", "mask_ratio=0.750 decoder_depth=8", SCRATCH="1")
+    assert [job[0][0] for job in jobs] == ["train_classifier.py", *["mae_pretrain.py"] * 4]
+    maes = [parsed(job[0]) for job in jobs[1:]]
+    assert [(mae.decoder_depth, mae.mask_strategy) for mae in maes] == [
+        (2, "random"),
+        (4, "random"),
+        (4, "block"),
+        (8, "random"),
+    ]
+
+
+def test_a_sweep_without_fine_tuning_only_pretrains_and_measures(listed):
+    ((pretrain, features),) = listed("mask_strategy=block", FINETUNE_EPOCHS="0", SCRATCH="1")
+    assert (pretrain[0], features[0]) == ("mae_pretrain.py", "evaluate_features.py")
+
+
+@pytest.mark.parametrize(
+    ("grid", "environment", "said"),
+    [
+        ("embed_dim", {}, "sweep.sh: error: VARY holds embed_dim; it needs flags with values"),
+        ("embed_dim=,", {}, "VARY holds embed_dim=,; it needs"),
+        ("seed=1,2", {}, "VARY holds seed; set SEEDS instead"),
+        ("mask_ratio=0.5,75", {}, "mae_pretrain.py: error: mask_ratio 75.0 does not split"),
+        ("mask_strategy=rnadom", {}, "invalid choice: 'rnadom'"),
+        ("augment=1", {}, "mae_pretrain.py: error: unrecognized arguments: 1"),
+        ("", {"FINETUNE_FLAGS": "--bach_size 9"}, "train_classifier.py: error: unrecognized arguments: --bach_size"),
+    ],
+)
+def test_wrong_settings_end_a_sweep_before_it_starts(grid, environment, said, listed, capsys):
+    with pytest.raises(SystemExit) as leaving:
+        listed("mask_ratio=0.5", grid, **environment)
+    assert leaving.value.code == 2
+    done = capsys.readouterr()
+    assert said in done.err
+    assert done.err.count("\n") == 1
+    assert done.out == ""
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """The shell scripts, with a Python that only notes what it is asked in `calls`; jobs it lists from `jobs`."""
+    python = f"""#!/bin/bash
+echo "$(printf '%q ' "$@")" >>calls
+if [ "$2" = scripts.sweep_jobs ]; then
+  if [ -e jobs ]; then exec cat jobs; fi
+  cd {shlex.quote(str(ROOT))} && exec {shlex.quote(sys.executable)} "$@"
+fi
+"""
+    files = {f"scripts/{path.name}": path.read_text() for path in (ROOT / "scripts").glob("*.sh")}
+    for path, text in {**files, "scripts/setup.sh": "#!/bin/sh\necho installed\n", ".venv/bin/python": python}.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+        (tmp_path / path).chmod(0o755)
+    return tmp_path
+
+
+def start(command, checkout, **environment):
+    """Run a line of bash there: its output."""
+    environment = {"PATH": os.environ["PATH"], "CUDA_VISIBLE_DEVICES": "", **environment}  # one worker, GPUs or not
+    done = subprocess.run(["bash", "-c", command], cwd=checkout, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def calls(checkout):
+    return [shlex.split(line) for line in (checkout / "calls").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ("sweep.sh", [{}]),
+        ("ablate_decoder_depth.sh", [{"decoder_depth": depth} for depth in "248"]),
+        ("ablate_mask_strategy.sh", [{"mask_strategy": name} for name in MASK_STRATEGIES]),
+        ("ablate_mask_ratio.sh", [{"mask_ratio": f"0.{tenths}"} for tenths in (1, 2, 3, 4, 5, 6, 7, 75, 8, 9)]),
+        (
+            "reproduce_report.sh",
+            [{"mask_strategy": "random", "decoder_depth": depth} for depth in "428"]
+            + [{"mask_strategy": name, "decoder_depth": "4"} for name in MASK_STRATEGIES],
+        ),
+    ],
+)
+def test_the_ablations_and_the_report_are_sweeps(script, expected, checkout):
+    (checkout / "jobs").write_text("run mae_pretrain.py\n")
+    start(f"scripts/{script}", checkout)
+    listing, job, *report = calls(checkout)
+    assert [setting for grid in listing[2:] for setting in sweep_jobs.combinations(grid)] == expected
+    assert job == ["mae_pretrain.py"]
+    reports = [["-m", "scripts.make_report", "--runs", "logs/ablation", "--output", "logs/report"]]
+    assert report == (reports if script == "reproduce_report.sh" else [])
+
+
+def test_a_sweep_is_told_what_varies_and_says_what_it_runs(checkout):
+    (checkout / "jobs").write_text("run a.py 'b c' && run d.py\nrun e.py\n")
+    varied = {
+        "STRATEGIES": "grid  block",
+        "DEPTHS": "2 4",
+        "RATIOS": "0.5",
+        "PATCH_SIZES": "4",
+        "VARY": "embed_dim=9,6",
+    }
+    said = start("scripts/sweep.sh", checkout, **varied)
+    (listing, *commands) = calls(checkout)
+    grid = "mask_strategy=grid,block decoder_depth=2,4 mask_ratio=0.5 patch_size=4 embed_dim=9,6"
+    assert " ".join(listing[2].split()) == grid
+    assert commands == [["a.py", "b c"], ["d.py"], ["e.py"]]
+    assert said == "[1 of 2]\n+ python a.py b\\ c\n+ python d.py\n[2 of 2]\n+ python e.py\n"
+
 
 def sweep(lines, **environment):
-    """Source scripts/sweep.sh and run some lines of bash; `python` only says what it was asked."""
-    script = f"set -euo pipefail; source scripts/sweep.sh; python=echo; {lines}"
+    """Source scripts/sweep.sh and run some lines of bash, with the jobs `run 1` to `run 5`."""
+    script = f"set -euo pipefail; source scripts/sweep.sh; list_jobs() {{ jobs=('run '{{1..5}}); }}; {lines}; run_all"
     environment = {"PATH": os.environ["PATH"], "CUDA_VISIBLE_DEVICES": "", **environment}  # one worker, GPUs or not
     return subprocess.run(["bash", "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
-
-
-def test_a_sweep_runs_every_setting_once_a_seed_and_says_how_much_is_left():
-    done = sweep(
-        "plan 4:random scratch; run_all", SEEDS="1 2", EPOCHS="7", SIZE="--patch_size 8", LOGS="here", DATA_DIR="a b"
-    )
-    assert done.returncode == 0, done.stderr
-    assert re.findall(r"\[\d of 4\] \S+", done.stdout) == [
-        "[1 of 4] 1:4:random",
-        "[2 of 4] 1:scratch",
-        "[3 of 4] 2:4:random",
-        "[4 of 4] 2:scratch",
-    ]
-    commands = [shlex.split(line)[2:] for line in done.stdout.splitlines() if line.startswith("+ python")]
-    scripts = ["mae_pretrain.py", "evaluate_features.py", "train_classifier.py", "train_classifier.py"]
-    assert [command[0] for command in commands] == scripts * 2
-    args = mae_pretrain.parse_args(commands[0][1:])
-    assert (args.decoder_depth, args.mask_strategy, args.total_epoch) == (4, "random", 7)
-    assert (args.seed, args.patch_size, args.data_dir) == (1, 8, "a b")
-    features = evaluate_features.parse_args(commands[5][1:])
-    assert (features.model_path, features.data_dir) == (["here/encoders/d4_random_ep7_s2.pt"], "a b")
-    assert (features.layers, features.dataset, features.train_images) == ("all", None, None)
-    pretrained, scratch = (train_classifier.parse_args(command[1:]) for command in commands[6:])
-    assert (pretrained.pretrained_model_path, pretrained.seed) == ("here/encoders/d4_random_ep7_s2.pt", 2)
-    assert (scratch.pretrained_model_path, scratch.patch_size, scratch.seed) == (None, 8, 2)
 
 
 def test_jobs_at_once_share_the_sweep_and_the_cores():
     say = """python=say
     say() { echo "$(sh -c "echo \\$PPID") $OMP_NUM_THREADS ${CUDA_VISIBLE_DEVICES:-}"; sleep 0.05; }"""
-    done = sweep(f"{say}; plan scratch; run_all", SEEDS="1 2 3 4 5", JOBS="2")
+    done = sweep(say, JOBS="2")
     assert done.returncode == 0, done.stderr
     assert sorted(re.findall(r"\[(\d) of 5\]", done.stdout)) == list("12345")
     workers = re.findall(r"^(\d+) (\d+) (\S*)$", done.stdout, re.MULTILINE)
     assert len({worker for worker, _, _ in workers}) == 2
     assert {int(threads) for _, threads, _ in workers} == {max(1, os.cpu_count() // 2)}
-    done = sweep(f"{say}; plan scratch; run_all", SEEDS="1 2 3 4 5", CUDA_VISIBLE_DEVICES="0,3")
+    done = sweep(say, CUDA_VISIBLE_DEVICES="0,3")
     assert {gpu for _, _, gpu in re.findall(r"^(\d+) (\d+) (\S*)$", done.stdout, re.MULTILINE)} == {"0", "3"}
 
 
 @pytest.mark.parametrize("jobs", ["1", "2"])
 def test_a_sweep_stops_at_the_first_failure(jobs):
-    done = sweep("python=false; plan 4:random 8:random 2:random; run_all", SEEDS="1 2", JOBS=jobs)
+    done = sweep("python=false", JOBS=jobs)
     assert done.returncode != 0
     assert 1 <= done.stdout.count("+ python") <= int(jobs)
-    assert "Stopped at 1:4:random; the same command continues" in done.stderr
+    assert "Stopped at job 1 of 5; the same command continues" in done.stderr
 
 
 @pytest.mark.parametrize("jobs", ["1", "2"])
@@ -968,7 +1104,9 @@ touch $$.started
 for i in {1..200}; do sleep 0.1; done
 """)
     run.chmod(0o755)
-    script = f"set -euo pipefail; source {ROOT}/scripts/sweep.sh; python={run}; plan scratch; run_all"
+    script = (
+        f"set -euo pipefail; source {ROOT}/scripts/sweep.sh; list_jobs() {{ jobs=(run run); }}; python={run}; run_all"
+    )
     process = subprocess.Popen(["bash", "-c", script], cwd=tmp_path, env={**os.environ, "JOBS": jobs}, text=True)
     while process.poll() is None and len(list(tmp_path.glob("*.started"))) < int(jobs):
         time.sleep(0.01)
