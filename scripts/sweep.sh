@@ -3,6 +3,7 @@
 #   RATIOS="0.5 0.75 0.9" SEEDS="1 2 3" scripts/sweep.sh
 #   STRATEGIES="random block" DEPTHS="2 4" scripts/sweep.sh                 # 4 settings
 #   VARY="embed_dim=96,192 base_learning_rate=1e-4,3e-4" scripts/sweep.sh   # any flags with values: 4 settings
+#   LABELS="100 1000" FINETUNE_FLAGS="--batch_size 50" scripts/sweep.sh     # accuracy by number of labels
 # The same command again passes over what is finished and continues what was stopped. Settings, all environment
 # variables:
 STRATEGIES=${STRATEGIES:-}               # mask strategies to try
@@ -10,6 +11,7 @@ DEPTHS=${DEPTHS:-}                       # decoder depths
 RATIOS=${RATIOS:-}                       # mask ratios
 PATCH_SIZES=${PATCH_SIZES:-}
 VARY=${VARY:-}                           # other flags of mae_pretrain.py, each with values to try
+LABELS=${LABELS:-}                       # numbers of labelled images to fine-tune on, and to fit the linear probe on
 SCRATCH=${SCRATCH:-}                     # 1: train classifiers from scratch, too
 EPOCHS=${EPOCHS:-2000}                   # of pretraining
 FINETUNE_EPOCHS=${FINETUNE_EPOCHS:-100}  # of each classifier; 0: no classifiers
@@ -21,7 +23,7 @@ PRETRAIN_FLAGS=${PRETRAIN_FLAGS:-}       # more for mae_pretrain.py, as in "--ba
 FINETUNE_FLAGS=${FINETUNE_FLAGS:-}       # more for train_classifier.py
 LOGS=${LOGS:-logs/ablation}
 JOBS=${JOBS:-}                           # at once; default: one a GPU, on a CPU 1. Each gets its share of the cores
-export EPOCHS FINETUNE_EPOCHS SEEDS DATASET DATA_DIR SIZE PRETRAIN_FLAGS FINETUNE_FLAGS SCRATCH LOGS
+export EPOCHS FINETUNE_EPOCHS SEEDS DATASET DATA_DIR SIZE PRETRAIN_FLAGS FINETUNE_FLAGS LABELS SCRATCH LOGS
 
 python=.venv/bin/python
 grids=() # each is flags of mae_pretrain.py and their values, as in "mask_ratio=0.5,0.9 decoder_depth=2,4"

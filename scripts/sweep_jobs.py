@@ -58,22 +58,24 @@ def mae_job(setting, seed):
     pretrain += [*variable("PRETRAIN_FLAGS"), *as_flags(setting)]
     mae = checked(*pretrain)
     measure = ["evaluate_features.py", "--model_path", mae, "--data_dir", data_dir]
-    return [pretrain, [*measure, "--layers", "all"], *classifiers(["--pretrained_model_path", mae], seed, logs)], mae
+    measures = [[*measure, "--layers", "all"], *([*measure, "--train_images", count] for count in variable("LABELS"))]
+    return [pretrain, *measures, *classifiers(["--pretrained_model_path", mae], seed, logs)], mae
 
 
 def scratch_job(setting, seed):
-    """The command that trains a classifier from scratch; its run directory."""
+    """Commands that train classifiers from scratch; the run directory of the first."""
     size = {flag: value for flag, value in setting.items() if flag in train_classifier.SIZE}
     commands = classifiers([*variable("SIZE"), *as_flags(size)], seed, os.environ["LOGS"])
     return commands, commands and checked(*commands[0])
 
 
 def classifiers(source, seed, logs):
-    """The command that trains a classifier; none for 0 epochs."""
+    """Commands that train a classifier on each number of labels."""
     epochs = os.environ["FINETUNE_EPOCHS"]
     command = ["train_classifier.py", "--dataset", os.environ["DATASET"], "--data_dir", os.environ["DATA_DIR"], *source]
     command += ["--total_epoch", epochs, "--seed", seed, "--log_dir", f"{logs}/classifier", *variable("FINETUNE_FLAGS")]
-    return [] if epochs == "0" else [command]
+    on_few = [[*command, "--train_images", count] for count in variable("LABELS")]
+    return [] if epochs == "0" else on_few or [command]
 
 
 def checked(script, *flags):

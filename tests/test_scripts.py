@@ -915,7 +915,7 @@ def listed(monkeypatch, capsys):
     """A function: the jobs of some grids, each a list of commands, each a list of words."""
 
     def list_jobs(*grids, **environment):
-        for name, value in {"SCRATCH": "", **SWEEP, **environment}.items():
+        for name, value in {"LABELS": "", "SCRATCH": "", **SWEEP, **environment}.items():
             monkeypatch.setenv(name, value)
         sweep_jobs.main(grids)
         lines = capsys.readouterr().out.splitlines()
@@ -969,6 +969,21 @@ def test_what_two_grids_share_runs_once(listed):
     ]
 
 
+def test_label_fractions_start_from_one_mae_in_one_job(listed):
+    jobs = listed("patch_size=4,8 mask_ratio=0.5,0.6", LABELS="200 500", FINETUNE_FLAGS="--train_images 9", SCRATCH="1")
+    scratch, maes = jobs[:2], jobs[2:]  # from scratch: once each size
+    assert [[(parsed(run).patch_size, parsed(run).train_images) for run in job] for job in scratch] == [
+        [(4, 200), (4, 500)],
+        [(8, 200), (8, 500)],
+    ]
+    assert len(maes) == 4
+    for pretrain, *rest in maes:
+        assert pretrain[0] == "mae_pretrain.py"
+        scripts = ["evaluate_features.py"] * 3 + ["train_classifier.py"] * 2
+        assert [command[0] for command in rest] == scripts
+        assert [parsed(command).train_images for command in rest] == [None, 200, 500, 200, 500]
+
+
 def test_a_sweep_without_fine_tuning_only_pretrains_and_measures(listed):
     ((pretrain, features),) = listed("mask_strategy=block", FINETUNE_EPOCHS="0", SCRATCH="1")
     assert (pretrain[0], features[0]) == ("mae_pretrain.py", "evaluate_features.py")
@@ -984,6 +999,8 @@ def test_a_sweep_without_fine_tuning_only_pretrains_and_measures(listed):
         ("mask_strategy=rnadom", {}, "invalid choice: 'rnadom'"),
         ("augment=1", {}, "mae_pretrain.py: error: unrecognized arguments: 1"),
         ("", {"FINETUNE_FLAGS": "--bach_size 9"}, "train_classifier.py: error: unrecognized arguments: --bach_size"),
+        ("", {"LABELS": "100"}, "train_classifier.py: error: --batch_size 128 is more than the 100 training images"),
+        ("", {"LABELS": "few"}, "evaluate_features.py: error: argument --train_images: 'few' is not a positive"),
     ],
 )
 def test_wrong_settings_end_a_sweep_before_it_starts(grid, environment, said, listed, capsys):
