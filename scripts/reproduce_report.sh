@@ -18,4 +18,4 @@ SCRATCH=1
 DEPTHS="4 2 8" STRATEGIES=random plan
 DEPTHS=4 STRATEGIES="random block grid shifted_grid blockwise" plan
 run_all
-run -m scripts.make_report --runs "$LOGS" --output "${REPORT:-logs/report}"
+if [ -z "$DRY" ]; then run -m scripts.make_report --runs "$LOGS" --output "${REPORT:-logs/report}"; fi

@@ -4,6 +4,7 @@
 #   STRATEGIES="random block" DEPTHS="2 4" scripts/sweep.sh                 # 4 settings
 #   VARY="embed_dim=96,192 base_learning_rate=1e-4,3e-4" scripts/sweep.sh   # any flags with values: 4 settings
 #   LABELS="100 1000" FINETUNE_FLAGS="--batch_size 50" scripts/sweep.sh     # accuracy by number of labels
+#   DRY=1 RATIOS="0.5 0.75 0.9" scripts/sweep.sh >jobs.txt                  # only list the jobs, for a cluster
 # The same command again passes over what is finished and continues what was stopped. Settings, all environment
 # variables:
 STRATEGIES=${STRATEGIES:-}               # mask strategies to try
@@ -23,6 +24,7 @@ PRETRAIN_FLAGS=${PRETRAIN_FLAGS:-}       # more for mae_pretrain.py, as in "--ba
 FINETUNE_FLAGS=${FINETUNE_FLAGS:-}       # more for train_classifier.py
 LOGS=${LOGS:-logs/ablation}
 JOBS=${JOBS:-}                           # at once; default: one a GPU, on a CPU 1. Each gets its share of the cores
+DRY=${DRY:-}                             # 1: print each job's commands in one line, and run nothing
 export EPOCHS FINETUNE_EPOCHS SEEDS DATASET DATA_DIR SIZE PRETRAIN_FLAGS FINETUNE_FLAGS LABELS SCRATCH LOGS
 
 python=.venv/bin/python
@@ -44,8 +46,9 @@ values_of() {
 
 # Make jobs of what is planned, each setting once a seed; wrong flags end here.
 list_jobs() {
-  local lines
-  lines=$(START=run $python -m scripts.sweep_jobs "${grids[@]}") || return
+  local lines start=run
+  if [ -n "$DRY" ]; then start=$python; fi
+  lines=$(START=$start $python -m scripts.sweep_jobs "${grids[@]}") || return
   while IFS= read -r line; do jobs+=("$line"); done <<<"$lines"
 }
 
@@ -79,10 +82,11 @@ stop() {
   exit 130
 }
 
-# All jobs, by one worker or by several at a time, each on a GPU or on its share of the cores.
+# All jobs, by one worker or by several at a time, each on a GPU or on its share of the cores; or only their list.
 run_all() {
   local gpus count cores worker failed=0
   list_jobs || return
+  if [ -n "$DRY" ]; then printf '%s\n' "${jobs[@]}" && return; fi
   gpus=(${CUDA_VISIBLE_DEVICES-$({ nvidia-smi -L 2>/dev/null || true; } | sed -n 's/^GPU \([0-9]*\):.*/\1/p')})
   IFS=', ' read -r -a gpus <<<"${gpus[*]:-}"
   count=${JOBS:-$((${#gpus[@]} > 1 ? ${#gpus[@]} : 1))}

@@ -1065,6 +1065,9 @@ def test_the_ablations_and_the_report_are_sweeps(script, expected, checkout):
     assert job == ["mae_pretrain.py"]
     reports = [["-m", "scripts.make_report", "--runs", "logs/ablation", "--output", "logs/report"]]
     assert report == (reports if script == "reproduce_report.sh" else [])
+    (checkout / "calls").unlink()
+    assert start(f"scripts/{script}", checkout, DRY="1") == "run mae_pretrain.py\n"
+    assert calls(checkout) == [listing]
 
 
 def test_a_sweep_is_told_what_varies_and_says_what_it_runs(checkout):
@@ -1082,6 +1085,21 @@ def test_a_sweep_is_told_what_varies_and_says_what_it_runs(checkout):
     assert " ".join(listing[2].split()) == grid
     assert commands == [["a.py", "b c"], ["d.py"], ["e.py"]]
     assert said == "[1 of 2]\n+ python a.py b\\ c\n+ python d.py\n[2 of 2]\n+ python e.py\n"
+
+
+def test_the_list_of_a_sweeps_jobs_runs_under_xargs_two_at_once(checkout):
+    environment = {**SWEEP, "SEEDS": "1 2", "RATIOS": "0.5 0.9", "SCRATCH": "1"}
+    start("DRY=1 scripts/sweep.sh >jobs.txt", checkout, **environment)
+    assert len(calls(checkout)) == 1  # nothing has run yet
+    jobs = [line.split(" && ") for line in (checkout / "jobs.txt").read_text().splitlines()]
+    assert [len(job) for job in jobs] == [1, 3, 3] * 2
+    (checkout / "calls").unlink()
+    start("tr '\\n' '\\0' <jobs.txt | xargs -0 -n 1 -P 2 bash -c", checkout)
+    done = calls(checkout)
+    for job in jobs:
+        order = [done.index(shlex.split(command)[1:]) for command in job]
+        assert order == sorted(order)
+    assert len(done) == sum(map(len, jobs))
 
 
 def sweep(lines, **environment):
