@@ -19,7 +19,8 @@ from model import MAE_ViT
 from training import plan_training
 
 SET_BY = {"dataset": "DATASET", "data_dir": "DATA_DIR", "seed": "SEEDS", "log_dir": "LOGS"}
-IN_NAME = {*mae_pretrain.SIZE, "mask_strategy", "mask_ratio", "total_epoch", "batch_size", "train_images"}
+IN_NAME = {*mae_pretrain.SIZE, "mask_strategy", "mask_args", "mask_ratio", "decoder_embed_dim", "positions", "augment"}
+IN_NAME |= {"total_epoch", "batch_size", "train_images"}
 
 
 def combinations(grid):

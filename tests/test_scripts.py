@@ -997,7 +997,7 @@ def test_a_sweep_without_fine_tuning_only_pretrains_and_measures(listed):
         ("seed=1,2", {}, "VARY holds seed; set SEEDS instead"),
         ("mask_ratio=0.5,75", {}, "mae_pretrain.py: error: mask_ratio 75.0 does not split"),
         ("mask_strategy=rnadom", {}, "invalid choice: 'rnadom'"),
-        ("augment=1", {}, "mae_pretrain.py: error: unrecognized arguments: 1"),
+        ("augment=1", {}, "mae_pretrain.py: error: argument --augment: '1' is neither shift nor crop"),
         ("", {"FINETUNE_FLAGS": "--bach_size 9"}, "train_classifier.py: error: unrecognized arguments: --bach_size"),
         ("", {"LABELS": "100"}, "train_classifier.py: error: --batch_size 128 is more than the 100 training images"),
         ("", {"LABELS": "few"}, "evaluate_features.py: error: argument --train_images: 'few' is not a positive"),
