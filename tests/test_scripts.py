@@ -946,13 +946,17 @@ def test_a_sweep_tries_every_combination_with_every_seed(listed):
         assert (classifier.seed, classifier.total_epoch, classifier.log_dir) == (mae.seed, 3, "here/classifier")
 
 
+WORDS = {"mask_strategy": ("grid", "block"), "mask_args": ("a=1", "a=2"), "mask_ratio": ("0.25", "0.5")}
+WORDS |= {"positions": ("learned", "sincos"), "augment": ("shift", "crop")}
+
+
 def test_runs_that_their_names_do_not_tell_apart_have_directories_of_their_own(listed):
     jobs = listed("base_learning_rate=1e-3,2e-3 embed_dim=12,24 weight_decay=0.1")
     places = [f"here/base_learning_rate_{lr}_weight_decay_0.1" for lr in ("1e-3", "2e-3") for _ in range(2)]
     assert [parsed(job[0]).log_dir for job in jobs] == [f"{place}/pretrain" for place in places]
     assert [parsed(job[-1]).log_dir for job in jobs] == [f"{place}/classifier" for place in places]
     for flag in sweep_jobs.IN_NAME:
-        values = ("grid", "block") if flag == "mask_strategy" else ("0.25", "0.5") if flag == "mask_ratio" else "48"
+        values = WORDS.get(flag, ("4", "8"))
         names = [mae_pretrain.run_name(mae_pretrain.parse_args([f"--{flag}", value])) for value in values]
         assert names[0] != names[1], flag
 
