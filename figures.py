@@ -3,7 +3,6 @@
 Each `draw_` function draws into the axes it is given, or returns a figure of its own.
 """
 
-import itertools
 import math
 
 import matplotlib
@@ -116,17 +115,48 @@ def draw_curves(axes, curves, ylabel, percent=False):
     axes.grid(alpha=0.3)
 
 
-def draw_matrix(values, rows, columns, xlabel, ylabel, form="{:.3f}"):
-    """A matrix (rows, columns) as coloured cells with their numbers, written as `form` says: a figure."""
-    figure, axes = plt.subplots(figsize=(1.0 * len(columns) + 2.6, 0.75 * len(rows) + 1.6))
-    axes.imshow(values.numpy(), cmap="viridis")
+def curve(label, seeds):
+    """A line for `draw_curves`, of what all seeds have: seeds is a list of {epoch or block: value}, nan for none."""
+    seeds = [{x: value for x, value in seed.items() if not math.isnan(value)} for seed in seeds]
+    places = sorted(set.intersection(*map(set, seeds)))
+    return f"{label} (n {len(seeds)})", places, [[seed[x] for x in places] for seed in seeds]
+
+
+def add_legend(axes, curves):
+    """Beside the axes."""
+    title = "mean, band: range of the seeds" if any(len(values) > 1 for _, _, values in curves) else None
+    axes.legend(title=title, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+
+
+def draw_seeds(groups, metric, ylabel):
+    """Curves of a column of metrics.csv for each {label: tables of one seed each}, the legend beside them: a figure."""
+    figure, axes = plt.subplots(figsize=(8.5, 4.2))
+    curves = [
+        curve(label, [{row["epoch"]: row[metric] for row in table} for table in tables])
+        for label, tables in groups.items()
+    ]
+    draw_curves(axes, curves, ylabel, percent=metric.endswith("/acc"))
+    add_legend(axes, curves)
+    return figure
+
+
+def draw_cells(axes, values, rows, columns, xlabel, ylabel, form="{:.3f}"):
+    """A matrix (rows, columns) as coloured cells with their numbers, written as `form` says; nan is an empty cell."""
+    values = np.asarray(values)
+    axes.imshow(values, cmap="viridis")
     axes.set_xticks(range(len(columns)), columns, rotation=35, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(rows)), rows)
     axes.set(xlabel=xlabel, ylabel=ylabel)
-    middle = (values.min() + values.max()) / 2
-    for i, j in itertools.product(range(len(rows)), range(len(columns))):
+    middle = (np.nanmin(values) + np.nanmax(values)) / 2
+    for i, j in zip(*np.nonzero(np.isfinite(values)), strict=True):
         colour = "white" if values[i, j] < middle else "black"
-        axes.text(j, i, form.format(values[i, j].item()), ha="center", va="center", fontsize=8, color=colour)
+        axes.text(j, i, form.format(values[i, j]), ha="center", va="center", fontsize=8, color=colour)
+
+
+def draw_matrix(values, rows, columns, xlabel, ylabel, form="{:.3f}"):
+    """As `draw_cells`, in a figure of its own."""
+    figure, axes = plt.subplots(figsize=(1.0 * len(columns) + 2.6, 0.75 * len(rows) + 1.6))
+    draw_cells(axes, values, rows, columns, xlabel, ylabel, form)
     return figure
 
 

@@ -8,7 +8,19 @@ import data
 import utils
 from checkpoints import load_model
 from errors import UserError
-from figures import WRONG, draw_curves, draw_matrix, draw_predictions, draw_rows, plt, save, show
+from figures import (
+    WRONG,
+    add_legend,
+    curve,
+    draw_curves,
+    draw_matrix,
+    draw_predictions,
+    draw_rows,
+    draw_seeds,
+    plt,
+    save,
+    show,
+)
 from model import MASK_STRATEGIES, MAE_ViT, PatchShuffle, ViT_Classifier, mae_loss
 from runs import read_config
 from scripts.ablations import BASE, DEPTHS, MASKS, PRETRAINING, SCRATCH, accuracy_by_epoch
@@ -55,31 +67,6 @@ def mask_matrix(results, trained, tested, images, device):
 
 
 # --- one figure ---
-
-
-def curve(label, seeds):
-    """A line for `draw_curves`, of what all seeds have: seeds is a list of {epoch or block: value}, nan for none."""
-    seeds = [{x: value for x, value in seed.items() if not math.isnan(value)} for seed in seeds]
-    places = sorted(set.intersection(*map(set, seeds)))
-    return f"{label} (n {len(seeds)})", places, [[seed[x] for x in places] for seed in seeds]
-
-
-def add_legend(axes, curves):
-    """Beside the axes."""
-    title = "mean, band: range of the seeds" if any(len(values) > 1 for _, _, values in curves) else None
-    axes.legend(title=title, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-
-
-def draw_seeds(groups, metric, ylabel, path):
-    """Curves of a metric for each {label: tables of one seed each}, the legend beside them."""
-    figure, axes = plt.subplots(figsize=(8.5, 4.2))
-    curves = [
-        curve(label, [{row["epoch"]: row[metric] for row in table} for table in tables])
-        for label, tables in groups.items()
-    ]
-    draw_curves(axes, curves, ylabel, percent=metric.endswith("/acc"))
-    add_legend(axes, curves)
-    save(figure, path)
 
 
 def draw_blocks(groups, path):
@@ -172,7 +159,7 @@ def draw_all_curves(results, output):
     for name, (settings, kind, metric, _) in curves.items():
         ylabel = whose if metric == acc else f"{'MAE' if kind == 'mae' else kind} training loss"
         found = {label: tables_of(results[setting], kind) for label, setting in settings.items() if setting in results}
-        draw_seeds(found, metric, ylabel, output / f"{name}.png")
+        save(draw_seeds(found, metric, ylabel), output / f"{name}.png")
     return {name: caption for name, (*_, caption) in curves.items()}
 
 
@@ -195,7 +182,7 @@ def draw_all_probes(results, output):
         tables = {label: tables_of(seeds, "mae") for label, seeds in found.items()}
         tables = {label: seeds for label, seeds in tables.items() if all(map(is_watched, seeds))}
         if tables:
-            draw_seeds(tables, "knn/acc", "k-NN accuracy", output / f"knn_by_{name}.png")
+            save(draw_seeds(tables, "knn/acc", "k-NN accuracy"), output / f"knn_by_{name}.png")
             captions[f"knn_by_{name}"] = (
                 f"k-NN accuracy during pretraining by {what}; at most 1,000 test and 5,000 training images."
             )
