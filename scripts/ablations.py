@@ -3,7 +3,7 @@
 from errors import UserError
 from model import MASK_STRATEGIES
 from runs import read_config
-from scripts.results import by_setting, check_alike, find_results, tables_of, watched
+from scripts.results import by_setting, check_alike, find_results, is_pretrained, tables_of, watched
 
 BASE, SCRATCH = "depth 4, random", "from scratch"
 PRETRAINING = {"with pretraining": BASE, "from scratch": SCRATCH}
@@ -23,10 +23,16 @@ def collect(runs):
         UserError: there are none, or they differ in more than depth, strategy and seed.
     """
     found, left_out = find_results(runs)
-    results = [result for result in found if setting_of(result) in SETTINGS]
+    results = []
     for result in found:
-        if result not in results:
+        if result.classifier is None:
+            left_out[result.mae] = "no classifier comes from it"
+        elif result.mae is None and is_pretrained(result):
+            left_out[result.classifier] = "its MAE is not there or not finished"
+        elif setting_of(result) not in SETTINGS:
             left_out[result.classifier] = f"{setting_of(result)} is none of the settings that the report compares"
+        else:
+            results.append(result)
     for kind in ("classifier", "mae"):
         check_alike(filter(None, (getattr(result, kind) for result in results)), VARIED)
     results = by_setting(results, setting_of)

@@ -24,6 +24,7 @@ from scripts.results import (
     accuracy,
     difference,
     markdown_table,
+    minutes,
     paired_difference,
     read_features,
     spread,
@@ -116,19 +117,14 @@ def cost_table(results):
                     f"{config['parameters']:,}",
                     f"{gflop_per_image(config['arguments'], kind == 'mae'):.3f}",
                     f"{statistics.median(speeds):,.0f}",
-                    minutes(found, "mae") if kind == "mae" else "0",
-                    minutes(found, "classifier"),
+                    f"{minutes(found, 'mae'):.1f}" if kind == "mae" else "0",
+                    f"{minutes(found, 'classifier'):.1f}",
                     f"{max(memory):,.0f}",
                 ]
             )
     header = ["", "fine-tuned, %", "parameters", "GFLOP an image and step", "images/s"]
     header += ["minutes of pretraining steps", "of fine-tuning steps", "peak memory, MB"]
     return markdown_table(header, rows)
-
-
-def minutes(found, kind):
-    """Mean over seeds of the time in training epochs."""
-    return f"{statistics.mean(sum(row['seconds'] for row in table) for table in tables_of(found, kind)) / 60:.1f}"
 
 
 def commands(results):

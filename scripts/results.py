@@ -26,78 +26,143 @@ class Result(NamedTuple):
     """One seed of a setting.
 
     Args:
-        classifier: its run directory.
-        mae: the run directory of the MAE that its encoder comes from; None: from scratch.
+        classifier: its run directory; None: a MAE that no classifier here comes from.
+        mae: the run directory of the MAE that its encoder comes from; None: from scratch, or it is not here.
         features: what evaluate_features.py stored of that MAE (.json); None: it is not measured.
     """
 
     seed: int
-    classifier: Path
+    classifier: Path | None
     mae: Path | None
     features: Path | None = None
 
 
 def is_finished(directory):
     """Whether a run's metrics.csv holds its last epoch; kept runs have no weights."""
-    if not (directory / "config.json").exists():
-        return False
     metrics = read_metrics(directory)
     return bool(metrics) and metrics[-1]["epoch"] == read_config(directory)["arguments"]["total_epoch"]
 
 
-def find_results(runs):
-    """A Result for each finished classifier in `runs`/classifier, its MAE in `runs`/pretrain, its features anywhere.
+def find_runs(directories):
+    """{run directory: its config} of all runs in and below some directories, each once.
+
+    Raises:
+        UserError: one of the directories is not there.
+    """
+    found = {}
+    for directory in directories:
+        if not directory.is_dir():
+            raise UserError(f"No directory {directory}.")
+        for path in sorted(directory.rglob("config.json")):
+            config = read_config(path.parent)
+            if "arguments" in config:  # an exported model has a config.json, too
+                found.setdefault(path.parent.resolve(), (path.parent, config))
+    return dict(found.values())
+
+
+def find_results(*directories, equal_labels=False):
+    """A Result for each finished classifier in and below some directories, then for each MAE that none comes from.
+
+    Args:
+        equal_labels: where numbers of labels differ, features belong to a classifier that was trained on as many;
+            others are a Result of their MAE. False: all features are those measured on all labels.
 
     Returns:
-        [Result, ...], in the order of the classifiers' names; {classifier's directory: why it is not among them}.
+        [Result, ...], in the order of the runs' names; {run directory: why it is not among them}.
 
     Raises:
         UserError: a classifier's encoder is not the MAE's of that name, or not the one whose features are stored.
     """
-    results, left_out, features = [], {}, find_features(runs)
-    for directory in sorted(runs.glob("classifier/*/")):
+    runs, features, left_out = find_runs(directories), find_features(directories), {}
+    for directory, config in runs.items():
         if not is_finished(directory):
-            left_out[directory] = "not finished"
+            epochs = f"{len(read_metrics(directory))} of {config['arguments']['total_epoch']} epochs"
+            left_out[directory] = f"not finished, {epochs}"
+    finished = {directory: config for directory, config in runs.items() if directory not in left_out}
+    maes = [directory for directory, config in finished.items() if config["name"].startswith("mae_")]
+    classifiers = {directory: config for directory, config in finished.items() if directory not in maes}
+    counts = {config["arguments"].get("train_images") for config in classifiers.values()}
+    labels = {stored["arguments"]["train_images"] for stored in features.values()}
+    equal_labels = equal_labels and (len(counts) > 1 or bool(labels - {None}))
+    labels = labels if equal_labels else {None}
+
+    results, used = [], set()  # used: what features of which MAE have a classifier, as (MAE, labels)
+    for directory, config in classifiers.items():
+        seed, encoder = config["arguments"]["seed"], config["name"].partition("_from_")[2]
+        mae = mae_of(directory, maes) if encoder else None
+        if encoder and mae is None and "pretraining" not in config:
+            left_out[directory] = f"its MAE, {encoder}, is not there or not finished"
             continue
-        config = read_config(directory)
-        encoder = config["name"].partition("_from_mae_")[2]
-        mae = runs / "pretrain" / f"mae_{encoder}" if encoder else None
-        if mae and not is_finished(mae):
-            left_out[directory] = f"{mae} is not there or not finished"
-            continue
-        measured = features_of(directory, mae, features) if mae else None
-        results.append(Result(config["arguments"]["seed"], directory, mae, measured))
+        count = config["arguments"]["train_images"] if equal_labels else None
+        measured = features_of(mae, features, count, directory) if mae else None
+        used |= {(mae, count), (mae, "any")}
+        results.append(Result(seed, directory, mae, measured))
+    for mae in maes:
+        seed = read_config(mae)["arguments"].get("seed")
+        for count in sorted(labels, key=lambda count: count or math.inf):
+            measured = features_of(mae, features, count)
+            if measured and (mae, count) not in used:
+                results.append(Result(seed, None, mae, measured))
+                used.add((mae, "any"))
+        if (mae, "any") not in used:
+            results.append(Result(seed, None, mae))
     return results, left_out
 
 
-def features_of(classifier, mae, features):
-    """Of all features {.json: content} the fullest of a classifier's encoder; None where its MAE has none.
+def is_pretrained(result):
+    """Whether there is a MAE in it, here or not."""
+    return result.mae is not None or "_from_" in read_config(result.classifier)["name"]
+
+
+def mae_of(classifier, maes):
+    """Of some MAEs' run directories that of a classifier's encoder, the one in the same sweep first; or None."""
+    config = read_config(classifier)
+    name, wanted = config["name"].partition("_from_")[2], config["arguments"].get("encoder_digest")
+    for mae in (mae for mae in maes if mae == classifier.parents[1] / "pretrain" / name):
+        return mae
+    for mae in (mae for mae in maes if mae.name == name):
+        other = wanted and digest_of(mae) not in (None, wanted)
+        stored, facts = read_config(mae)["arguments"], config.get("pretraining", {})
+        if not other and all(stored[name] == value for name, value in facts.items() if name in stored):
+            return mae
+    return None
+
+
+def digest_of(mae):
+    """Of the weights in a run's model.pt; None where there is none."""
+    return digest(load_file(mae)["model"]) if (mae / "model.pt").exists() else None
+
+
+def features_of(mae, features, labels=None, classifier=None):
+    """Of all features {.json: content} the fullest of a MAE, measured on `labels` images, None: on all; or None.
 
     Raises:
-        UserError: the MAE in model.pt, or in its features, is another one than the classifier's encoder.
+        UserError: the MAE in model.pt, or in all its features, is another one than the classifier's encoder.
     """
     features = {path: stored for path, stored in features.items() if of_mae(stored, mae)}
-    wanted = read_config(classifier)["arguments"].get("encoder_digest")
-    if wanted is not None:  # old runs have none
-        model = mae / "model.pt"
-        models = {model: digest(load_file(model)["model"])} if model.exists() else {}
+    if classifier:
+        wanted = read_config(classifier)["arguments"].get("encoder_digest")  # old runs have none
+        models = {mae / "model.pt": digest_of(mae)} if wanted and digest_of(mae) else {}
         for found in (models, {path: stored["model_digest"] for path, stored in features.items()}):
-            if found and wanted not in found.values():
+            if wanted and found and wanted not in found.values():
                 path, other = next(iter(found.items()))
                 raise UserError(
                     f"{path} is of another MAE (digest {other}) than the encoder of {classifier} (digest {wanted}). "
                     f"Train the classifier or measure the features anew (--overwrite), or move them away."
                 )
-        features = {path: stored for path, stored in features.items() if stored["model_digest"] == wanted}
+    else:
+        wanted = digest_of(mae) if features else None  # kept MAEs have no weights
+    features = {path: stored for path, stored in features.items() if wanted in (None, stored["model_digest"])}
+    features = {path: stored for path, stored in features.items() if stored["arguments"]["train_images"] == labels}
     return max(features, key=lambda path: len(features[path]["rows"]), default=None)
 
 
-def find_features(runs):
-    """What evaluate_features.py stored anywhere below a directory, on all labels: {.json: its content}."""
+def find_features(directories):
+    """What evaluate_features.py stored in and below some directories: {.json: its content}."""
     found = {}
-    for path in sorted(runs.rglob("*features*.json")):
+    for path in sorted(path for directory in directories for path in directory.rglob("*features*.json")):
         stored = read_features(path)
-        if "model_digest" in stored and stored["arguments"]["train_images"] is None and by_block(stored, "knn/acc"):
+        if "model_digest" in stored and by_block(stored, "knn/acc"):
             found[path] = stored
     return found
 
@@ -185,9 +250,17 @@ def by_block(stored, name):
     return {row["layer"]: row[name] for row in rows}
 
 
+def last_value(kind, name, result):
+    """Of a column of metrics.csv at the last epoch of a result's "classifier" or "mae"; None where there is none."""
+    run = getattr(result, kind)
+    value = read_metrics(run)[-1].get(name, math.nan) if run else math.nan
+    return None if math.isnan(value) else value
+
+
 def accuracy(result):
     """In %, of the test images: at the last epoch, or at the one chosen on held-out images (--val_images)."""
-    return 100 * read_metrics(result.classifier)[-1]["test/acc"]
+    value = last_value("classifier", "test/acc", result)
+    return None if value is None else 100 * value
 
 
 def frozen_accuracy(name, result):
@@ -196,6 +269,12 @@ def frozen_accuracy(name, result):
         return None
     accuracies = by_block(read_features(result.features), name)
     return 100 * accuracies[max(accuracies)]
+
+
+def minutes(results, kind):
+    """Mean over seeds of the time in the training epochs of their "classifier" or "mae"."""
+    tables = tables_of(results, kind)
+    return statistics.mean(sum(row["seconds"] for row in table) for table in tables) / 60
 
 
 MEASURES = {  # of a Result, in %; None where there is none

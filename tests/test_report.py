@@ -213,7 +213,7 @@ def test_runs_that_the_report_does_not_name_are_said_to_be_left_out(capsys):
     change(unfinished, "arguments", total_epoch=9)
     for text in (report_of(), capsys.readouterr().out):
         assert f"Left out: {odd}: depth 6, random is none of the settings that the report compares." in text
-        assert f"Left out: {unfinished}: not finished." in text
+        assert f"Left out: {unfinished}: not finished, 2 of 9 epochs." in text
 
 
 def test_runs_of_an_earlier_report_go_and_nothing_else():

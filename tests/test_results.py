@@ -16,7 +16,8 @@ def write_run(directory, *, finished=True, test_acc=0.5, **arguments):
     """A run of 1 epoch as far as results.py reads it; precision and images are no arguments, but facts."""
     directory.mkdir(parents=True)
     facts = {name: arguments.pop(name, "same") for name in ("precision", "images")}
-    arguments = {"seed": 1, "device": "cpu", "precision": "auto", "total_epoch": 1 if finished else 2, **arguments}
+    shared = {"seed": 1, "device": "cpu", "precision": "auto", "total_epoch": 1 if finished else 2}
+    arguments = {**shared, "train_images": None, **arguments}
     (directory / "config.json").write_text(json.dumps({"name": directory.name, "arguments": arguments, **facts}))
     (directory / "metrics.csv").write_text(f"epoch,test/acc\n1,{test_acc}\n")
     return directory
@@ -33,8 +34,9 @@ def test_results_are_the_finished_classifiers_with_their_maes(tmp_path):
     left.append(write_run(tmp_path / "classifier" / "cls_s2_scratch", finished=False))
     found, left_out = results.find_results(tmp_path)
     assert found == [(10, one, mae, None), (9, two, mae, None), (3, scratch, None, None)]
-    reasons = [f"{tmp_path}/pretrain/mae_{name} is not there or not finished" for name in "bc"]
-    assert left_out == dict(zip(left, [*reasons, "not finished"], strict=True))
+    reasons = [f"its MAE, mae_{name}, is not there or not finished" for name in "bc"]
+    unfinished = dict.fromkeys([left[2], tmp_path / "pretrain" / "mae_b"], "not finished, 1 of 2 epochs")
+    assert left_out == unfinished | dict(zip(left, reasons, strict=False))
     groups = results.by_setting(found, lambda result: result.mae is None)
     assert groups == {False: [(9, two, mae, None), (10, one, mae, None)], True: [(3, scratch, None, None)]}
 
@@ -47,6 +49,49 @@ def write_features(path, **changes):
     return path
 
 
+def test_a_mae_without_a_classifier_is_a_result_and_directories_are_anything(tmp_path):
+    mae = write_run(tmp_path / "one" / "pretrain" / "mae_a", seed=5)
+    scratch = write_run(tmp_path / "two" / "cls_scratch")
+    (tmp_path / "two" / "config.json").write_text("{}")  # an exported model's
+    assert results.find_results(mae, tmp_path / "two", tmp_path) == (
+        [(1, scratch, None, None), (5, None, mae, None)],
+        {},
+    )
+    with pytest.raises(ValueError, match=r"No directory .*three"):
+        results.find_results(tmp_path / "three")
+
+
+def test_a_classifiers_mae_may_lie_elsewhere_or_be_known_by_its_arguments_alone(tmp_path):
+    near, far = (write_run(tmp_path / sweep / "pretrain" / "mae_a", lr=lr) for sweep, lr in (("x", 1), ("y", 2)))
+    for sweep in ("x", "labels", "gone"):
+        name = f"{'mae_b' if sweep == 'gone' else 'mae_a'}"
+        run = write_run(tmp_path / sweep / "classifier" / f"cls_from_{name}")
+        config = json.loads((run / "config.json").read_text())
+        (run / "config.json").write_text(json.dumps({**config, "pretraining": {"lr": 2}}))
+    found, left_out = results.find_results(tmp_path)
+    assert {result.classifier.parents[1].name: result.mae for result in found} == {
+        "x": near,
+        "labels": far,
+        "gone": None,
+    }
+    assert not left_out
+
+
+def test_features_on_fewer_labels_go_with_the_classifier_that_had_as_many(tmp_path):
+    mae = write_run(tmp_path / "pretrain" / "mae_a", dataset="folder", data_dir="pets")
+    few, all_labels = (
+        write_run(tmp_path / "classifier" / f"cls_{count}_from_mae_a", train_images=count) for count in (10, None)
+    )
+    files = [
+        write_features(mae / f"features{end}.json", arguments={"train_images": count})
+        for end, count in (("", None), ("_10", 10), ("_20", 20))
+    ]
+    found, _ = results.find_results(tmp_path, equal_labels=True)
+    assert found == [(1, few, mae, files[1]), (1, all_labels, mae, files[0]), (1, None, mae, files[2])]
+    found, _ = results.find_results(tmp_path)
+    assert found == [(1, few, mae, files[0]), (1, all_labels, mae, files[0])]
+
+
 def test_the_features_of_a_mae_are_its_own_on_its_own_images_and_all_labels(tmp_path):
     mae = write_run(tmp_path / "pretrain" / "mae_a", dataset="folder", data_dir="pets")
     write_run(tmp_path / "classifier" / "cls_s1_from_mae_a", encoder_digest="aa")
@@ -57,20 +102,19 @@ def test_the_features_of_a_mae_are_its_own_on_its_own_images_and_all_labels(tmp_
         "b_features.json": {"name": "mae_b"},
         "c_features.json": {"data_dir": "x/cars"},
         "d_features.json": {"rows": []},
-        "e_features.json": {"model_digest": "older"},
     }.items():
         write_features(encoders / name, **changes)
-    (encoders / "e_features.json").rename(encoders / "e.json")
     ((result,), _) = results.find_results(tmp_path)
     assert result.features is None
     assert [measure(result) for measure in results.MEASURES.values()] == [50, None, None]
     mine = write_features(mae / "features.json")
-    (encoders / "e.json").rename(encoders / "e_features.json")
+    write_features(encoders / "e_features.json", model_digest="older")
     ((result,), _) = results.find_results(tmp_path)
     assert result.features == mine
     assert [measure(result) for measure in results.MEASURES.values()] == pytest.approx([50, 30, 20])
     assert results.values_of([result], results.MEASURES["k-NN"]) == {1: 20}
     mine.unlink()
+    (encoders / "a_features_10.json").unlink()
     with pytest.raises(ValueError, match=r"e_features.json is of another MAE .digest older. than the encoder of .*cls"):
         results.find_results(tmp_path)
 
