@@ -7,7 +7,7 @@ from scripts.results import by_setting, check_alike, find_results, is_pretrained
 
 BASE, SCRATCH = "depth 4, random", "from scratch"
 PRETRAINING = {"with pretraining": BASE, "from scratch": SCRATCH}
-VARIED = ("decoder_depth", "mask_strategy", "mask_args")
+VARIED = ("decoder_depth", "mask_strategy", "mask_args", "masks")
 DEPTHS = {f"depth {depth}": f"depth {depth}, random" for depth in (2, 4, 8)}
 MASKS = {strategy: f"depth 4, {strategy}" for strategy in MASK_STRATEGIES}
 SETTINGS = list(dict.fromkeys([SCRATCH, *DEPTHS.values(), *MASKS.values()]))

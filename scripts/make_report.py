@@ -25,6 +25,7 @@ from scripts.results import (
     difference,
     markdown_table,
     minutes,
+    name_of_data,
     paired_difference,
     read_features,
     spread,
@@ -89,7 +90,7 @@ def difference_table(results, pairs):
 
     def cell(pair, measure):
         d = difference(results, *pair, measure)
-        return f"{d.mean:+.2f} ({d.interval}, n {d.n}): {says.get(d.verdict, d.verdict)}" if d else ""
+        return f"{d.text()}: {says.get(d.verdict, d.verdict)}" if d else ""
 
     rows = [
         [f"{one} minus {other}", *(cell((one, other), measure) for measure in MEASURES.values())]
@@ -160,7 +161,7 @@ def how_many(arguments):
 def dataset_of(results):
     """The name of the data set; a folder goes by its own."""
     arguments = read_config(results[BASE][0].mae)["arguments"]
-    return Path(arguments["data_dir"]).name if arguments["dataset"] == "folder" else arguments["dataset"]
+    return name_of_data(arguments)
 
 
 def introduction(results):

@@ -7,9 +7,11 @@ import functools
 import json
 import math
 import statistics
+import types
 from pathlib import Path
 from typing import NamedTuple
 
+import data
 from checkpoints import digest, load_file
 from errors import UserError
 from runs import FREE_ARGUMENTS, read_config, read_metrics
@@ -17,7 +19,7 @@ from runs import FREE_ARGUMENTS, read_config, read_metrics
 # 97.5 % points of Student's t for 1, 2, ... degrees of freedom; beyond, the last one, which is a little wide
 STUDENT_T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
 STUDENT_T += [2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042]
-NO_SETTING = {"seed", "encoder_digest", *FREE_ARGUMENTS}  # differ from run to run of one setting
+NO_SETTING = {"seed", "encoder_digest", "dry_run", *FREE_ARGUMENTS}  # differ from run to run of one setting
 
 # --- runs ---
 
@@ -64,8 +66,9 @@ def find_results(*directories, equal_labels=False):
     """A Result for each finished classifier in and below some directories, then for each MAE that none comes from.
 
     Args:
-        equal_labels: where numbers of labels differ, features belong to a classifier that was trained on as many;
-            others are a Result of their MAE. False: all features are those measured on all labels.
+        equal_labels: where classifiers differ in their number of labels (without any: where features do), features
+            belong to the classifier that had as many; others are a Result of their MAE. Else only those on all labels
+            count.
 
     Returns:
         [Result, ...], in the order of the runs' names; {run directory: why it is not among them}.
@@ -83,9 +86,8 @@ def find_results(*directories, equal_labels=False):
     classifiers = {directory: config for directory, config in finished.items() if directory not in maes}
     counts = {config["arguments"].get("train_images") for config in classifiers.values()}
     labels = {stored["arguments"]["train_images"] for stored in features.values()}
-    equal_labels = equal_labels and (len(counts) > 1 or bool(labels - {None}))
-    labels = labels if equal_labels else {None}
-
+    if not (equal_labels and len(counts or labels) > 1):
+        equal_labels, labels = False, {None}
     results, used = [], set()  # used: what features of which MAE have a classifier, as (MAE, labels)
     for directory, config in classifiers.items():
         seed, encoder = config["arguments"]["seed"], config["name"].partition("_from_")[2]
@@ -177,10 +179,12 @@ def read_features(path):
 
 def of_mae(stored, mae):
     """Whether features are of the MAE of a run directory, on the images that it was trained on."""
-    arguments = read_config(mae)["arguments"]
-    if stored["name"] != mae.name or stored["dataset"] != arguments["dataset"]:
-        return False
-    return stored["dataset"] != "folder" or Path(stored["data_dir"]).name == Path(arguments["data_dir"]).name
+    return stored["name"] == mae.name and name_of_data(stored) == name_of_data(read_config(mae)["arguments"])
+
+
+def name_of_data(arguments):
+    """Of the data set; a folder or file goes by its own name."""
+    return data.name_of(types.SimpleNamespace(**arguments | {"train_images": None}))
 
 
 def by_setting(results, setting):
@@ -199,18 +203,27 @@ def by_setting(results, setting):
     return {name: sorted(seeds.values()) for name, seeds in groups.items()}
 
 
-def what_differs(directories):
-    """In which arguments, precision and images some runs differ: {name: {value: the first run that has it}}.
+def facts_of(config):
+    """{name: value} of what a config.json says is computed, its images and masks as digests; a folder by its name.
 
-    Not in seed, nor in where and how they are computed. A name is compared among the runs that have it.
+    Not of the seed, nor of where and how it is computed.
+    """
+    facts = {name: value for name, value in config["arguments"].items() if name not in NO_SETTING}
+    if "data_dir" in config["arguments"]:
+        facts["dataset"] = name_of_data(config["arguments"])
+    if facts.get("mask_args"):
+        facts["mask_args"] = ",".join(f"{name}={value}" for name, value in facts["mask_args"].items())
+    return facts | {name: config[name] for name in ("precision", "images", "test_set", "masks") if name in config}
+
+
+def what_differs(directories):
+    """In which arguments, precision, images and masks some runs differ: {name: {value: the first run that has it}}.
+
+    A name is compared among the runs that have it.
     """
     found = {}
     for directory in directories:
-        config = read_config(directory)
-        facts = {name: value for name, value in config["arguments"].items() if name not in NO_SETTING}
-        facts |= {name: config[name] for name in ("precision", "images", "test_set") if name in config}
-        for name, value in facts.items():
-            value = str(value) if isinstance(value, dict) else value  # mask_args
+        for name, value in facts_of(read_config(directory)).items():
             found.setdefault(name, {}).setdefault(value, directory)
     return {name: values for name, values in found.items() if len(values) > 1}
 
@@ -250,6 +263,10 @@ def by_block(stored, name):
     return {row["layer"]: row[name] for row in rows}
 
 
+def percent(share):
+    return None if share is None else 100 * share
+
+
 def last_value(kind, name, result):
     """Of a column of metrics.csv at the last epoch of a result's "classifier" or "mae"; None where there is none."""
     run = getattr(result, kind)
@@ -259,8 +276,7 @@ def last_value(kind, name, result):
 
 def accuracy(result):
     """In %, of the test images: at the last epoch, or at the one chosen on held-out images (--val_images)."""
-    value = last_value("classifier", "test/acc", result)
-    return None if value is None else 100 * value
+    return percent(last_value("classifier", "test/acc", result))
 
 
 def frozen_accuracy(name, result):
@@ -293,12 +309,12 @@ def values_of(results, measure):
 # --- statistics ---
 
 
-def spread(values):
+def spread(values, digits=2):
     """ "81.03 ± 0.21 (n 3)", mean and standard deviation; one value without, and nothing of none."""
     if not values:
         return ""
-    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{deviation} (n {len(values)})"
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation} (n {len(values)})"
 
 
 class Difference(NamedTuple):
@@ -321,7 +337,12 @@ class Difference(NamedTuple):
     @property
     def interval(self):
         """ "-0.12 to +0.34"."""
-        return f"{self.low:+.2f} to {self.high:+.2f}" if self.n > 1 else "no interval"
+        return self.text().partition("(")[2].rpartition(",")[0]
+
+    def text(self, digits=2):
+        """ "+0.11 (-0.12 to +0.34, n 3)"."""
+        interval = f"{self.low:+.{digits}f} to {self.high:+.{digits}f}" if self.n > 1 else "no interval"
+        return f"{self.mean:+.{digits}f} ({interval}, n {self.n})"
 
 
 def paired_difference(one, other):

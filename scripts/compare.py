@@ -1,0 +1,374 @@
+"""Compare finished runs of any sweeps: what they differ in, what each setting reaches, what the data decide.
+
+python -m scripts.compare logs/ablation
+python -m scripts.compare logs/pretrain logs/lr3e-4 --baseline mask_ratio=0.75
+
+Runs of one setting differ in their seed alone; settings are compared by the differences of equal seeds. Written are
+compare.md, compare.csv and pictures. Runs that are not finished are drawn by epoch and not compared.
+"""
+
+import functools
+import statistics
+from pathlib import Path
+
+import utils
+from errors import UserError, as_user_error, exit_in_one_line
+from model import MAE_ViT
+from runs import csv_text, read_config
+from scripts.compare_figures import draw_all_curves, draw_measures
+from scripts.cost import gflop_per_image
+from scripts.results import (
+    MEASURES,
+    Result,
+    facts_of,
+    find_results,
+    is_finished,
+    is_pretrained,
+    last_value,
+    markdown_table,
+    minutes,
+    paired_difference,
+    percent,
+    read_features,
+    spread,
+    values_of,
+)
+
+# of a Result; accuracies in %
+K_NN, PROBE = "k-NN", "k-NN while pretraining"
+ACCURACIES = {**MEASURES, PROBE: lambda result: percent(last_value("mae", "knn/acc", result))}
+OF_CLASSIFIER = {"fine-tuned", "test loss"}  # the others are of the MAE
+LOSSES = {
+    "test loss": functools.partial(last_value, "classifier", "test/loss"),
+    "MAE training loss": functools.partial(last_value, "mae", "train/loss"),
+}
+FOLLOWS = {  # a digest says something new only where all of these are the same
+    "images": ("dataset", "img_size", "train_images", "val_images"),
+    "test_set": ("dataset", "img_size"),
+    "masks": ("mask_strategy", "mask_args", "mask_ratio", "img_size", "patch_size"),
+}
+OF_MODEL = {*utils.defaults(MAE_ViT), "masks"}  # no argument of a classifier is another one of that name
+TASK = {
+    "mask_ratio",
+    "mask_strategy",
+    "mask_args",
+    "masks",
+    "norm_pix_loss",
+    "patch_size",
+    "img_size",
+    "dataset",
+}  # of the MAE's loss
+SCRATCH = "from scratch"
+NONE = {"train_images": "all", "warmup_epoch": "default"}  # what None stands for; elsewhere "none"
+
+
+def parse_args(argv=None):
+    parser = utils.Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("directories", nargs="+", type=Path, help="runs, or directories with runs anywhere below")
+    parser.add_argument(
+        "--baseline",
+        nargs="+",
+        help="the setting that the others are compared with, as printed, or a part that only one setting has, such as "
+        "decoder_depth=4; default: the first setting",
+    )
+    parser.add_argument("--output", type=Path, help="where to write; default: compare/ in the first directory")
+    return parser.parse_args(argv)
+
+
+# --- settings ---
+
+
+def pretraining_of(result):
+    """The config of a result's MAE, or what its classifier's says of it; without arguments: from scratch."""
+    if result.mae:
+        return read_config(result.mae)
+    stored = read_config(result.classifier).get("pretraining", {})
+    unknown = {"dataset"} if stored.get("dataset") in ("folder", "npz") else set()  # which one is not told
+    return {"arguments": {name: value for name, value in stored.items() if name not in unknown}}
+
+
+def arguments_of(result):
+    """{name: value} of a result's classifier and of its MAE, whose own are pretraining/name where both have a name."""
+    own = facts_of(read_config(result.classifier)) if result.classifier else {}
+    if result.features and not result.classifier:  # the labels of the frozen features
+        own["train_images"] = read_features(result.features)["arguments"]["train_images"]
+    pretraining = facts_of(pretraining_of(result)).items()
+    return own | {name if name in OF_MODEL else f"pretraining/{name}": value for name, value in pretraining}
+
+
+def without_twins(settings):
+    """The settings, pretraining/name as name wherever no classifier has another value of it than its MAE."""
+    pairs = {(name, name.partition("/")[2]) for setting in settings for name in setting if "/" in name}
+    names = {
+        twin: name
+        for twin, name in pairs
+        if all(setting.get(name) == setting.get(twin) for setting in settings if {name, twin} <= setting.keys())
+    }
+    return [{names.get(name, name): value for name, value in setting.items()} for setting in settings]
+
+
+def what_varies(settings):
+    """The names of which some settings have different values, in order; digests only where they tell something new."""
+
+    def varies(name):
+        prefix, _, last = name.rpartition("/")
+        groups = {}
+        for setting in settings:
+            if name in setting:
+                others = (setting.get(f"{prefix}/{other}", setting.get(other)) for other in FOLLOWS.get(last, ()))
+                groups.setdefault(tuple(others), set()).add(setting[name])
+        return any(len(values) > 1 for values in groups.values())
+
+    return list(filter(varies, dict.fromkeys(name for setting in settings for name in setting)))
+
+
+def written(setting):
+    """For example "decoder_depth=4 mask_ratio=0.75"."""
+    values = {name: NONE.get(name.rpartition("/")[2], "none") if v is None else v for name, v in setting.items()}
+    return " ".join(f"{name}={value}" for name, value in values.items())
+
+
+def in_order(setting, varied):
+    """A sort key: by numbers, then by words, then what is None or not there."""
+    values = [setting.get(name) for name in varied]
+    return [(0, v, "") if isinstance(v, (int, float)) else (1 + (v is None), 0, str(v)) for v in values]
+
+
+def label_all(results):
+    """What sets results apart, in the order of its values, from scratch last.
+
+    Returns:
+        {label: [Result, ...]}; {label: {name: value} of the arguments that vary}.
+    """
+    settings = without_twins([arguments_of(result) for result in results])
+    varied, pretrained = what_varies(settings), [is_pretrained(result) for result in results]
+    both, groups, values = len(set(pretrained)) > 1, {}, {}
+    for i in sorted(range(len(results)), key=lambda i: (not pretrained[i], in_order(settings[i], varied))):
+        setting = {name: settings[i][name] for name in varied if name in settings[i]}
+        words = [SCRATCH if both and not pretrained[i] else "", written(setting)]
+        label = " ".join(filter(None, words)) or ("pretrained" if both else "all runs")
+        groups.setdefault(label, []).append(results[i])
+        values[label] = setting
+    return groups, values
+
+
+def tell_seeds(groups):
+    """One result a seed in each setting, and {run: why it is not among them}.
+
+    Seeds are the classifiers', or the MAEs' where a setting has classifiers of one seed from MAEs of several.
+    """
+
+    def seed_of_mae(result):
+        return pretraining_of(result)["arguments"].get("seed", result.seed)
+
+    by_mae = any(
+        len({result.seed for result in found}) < len({seed_of_mae(result) for result in found})
+        for found in groups.values()
+    )
+    left_out, told = {}, {}
+    for label, found in groups.items():
+        seeds = {}
+        for result in found:
+            seed = seed_of_mae(result) if by_mae else result.seed
+            first = seeds.setdefault(seed, result._replace(seed=seed))
+            if run_of(first) != run_of(result):
+                left_out[run_of(result)] = f"same setting and seed as {run_of(first)}"
+        told[label] = [seeds[seed] for seed in sorted(seeds)]
+    return told, left_out
+
+
+def run_of(result):
+    return result.classifier or result.mae
+
+
+def pick_baseline(asked, labels):
+    """The label that is asked for, or the only one with all of its words; nothing asked: the first.
+
+    Raises:
+        UserError: there is none, or there are several.
+    """
+    words = set(" ".join(asked or []).split())
+    fitting = [label for label in labels if words <= set(label.split())]
+    exact = [label for label in fitting if words == set(label.split())]
+    if asked and len(exact or fitting) != 1:
+        found = f"{len(fitting)} settings" if fitting else "no setting"
+        raise UserError(f"--baseline {' '.join(asked)} fits {found}; there are: {', '.join(labels)}.")
+    return (exact or fitting)[0]
+
+
+# --- what the data say ---
+
+
+def measure_all(results):
+    """{measure: {label: {seed: value}}} of what was measured; k-NN while pretraining only where there is no other."""
+    measured = {
+        name: {label: values_of(found, measure) for label, found in results.items()}
+        for name, measure in (ACCURACIES | LOSSES).items()
+    }
+    measured = {name: {k: v for k, v in labels.items() if v} for name, labels in measured.items()}
+    if measured[PROBE].keys() <= measured[K_NN].keys():
+        del measured[PROBE]
+    return {name: labels for name, labels in measured.items() if labels}
+
+
+def tested_on(result, measure):
+    """What is known of the images that a measure was taken on."""
+    facts = facts_of(read_config(result.classifier) if measure in OF_CLASSIFIER else pretraining_of(result))
+    return {name: facts[name] for name in ("dataset", "img_size", "test_set") if name in facts}
+
+
+def compare(results, measured, measure, label, baseline):
+    """(Difference of a setting to the baseline or None, what the data say)."""
+    numbers = measured[measure]
+    if label == baseline or baseline not in numbers:
+        return None, "baseline" if label == baseline else "baseline not measured"
+    one, other = (
+        tested_on(next(result for result in results[name] if result.seed in numbers[name]), measure)
+        for name in (label, baseline)
+    )
+    if any(one[name] != other[name] for name in one.keys() & other.keys()):
+        return None, "other images"
+    difference = paired_difference(numbers[label], numbers[baseline])
+    return difference, difference.verdict if difference else "no common seed"
+
+
+def rows_of(results, values, measured, baseline):
+    """compare.csv: a row a measure and setting; and {(measure, label): the cell of the table of differences}."""
+    varied = dict.fromkeys(name for setting in values.values() for name in setting)
+    rows, cells = [], {}
+    for measure, labels in measured.items():
+        for label, numbers in labels.items():
+            difference, verdict = compare(results, measured, measure, label, baseline)
+            mean, low, high, pairs = difference or ("", "", "", 0)
+            row = {"setting": label, **dict.fromkeys(varied, ""), **values[label], "measure": measure}
+            row |= {"n": len(numbers), "mean": statistics.mean(numbers.values())}
+            row |= {"sd": statistics.stdev(numbers.values()) if len(numbers) > 1 else ""}
+            rows.append(row | {"difference": mean, "low": low, "high": high, "pairs": pairs, "verdict": verdict})
+            cells[measure, label] = f"{difference.text(digits_of(measure))}: {verdict}" if difference else verdict
+    return rows, cells
+
+
+def digits_of(measure):
+    return 4 if measure in LOSSES else 2
+
+
+def notes_of(results, values, measured, left_out, cells):
+    """What a reader must know beside the numbers, a line each."""
+    lines = [f"Not compared: {run}: {reason}." for run, reason in left_out.items()]
+    for measure, labels in measured.items():
+        fewer = {label: len(numbers) for label, numbers in labels.items() if len(numbers) < len(results[label])}
+        lines += [f"{label}: {measure} of {n} of {len(results[label])} seeds." for label, n in fewer.items()]
+    if "other images" in cells.values():
+        lines.append(
+            "No difference is given between results on different images; name a baseline among the others to compare "
+            "them (--baseline)."
+        )
+    if TASK & {name.rpartition("/")[2] for setting in values.values() for name in setting}:
+        lines.append(
+            "The MAE training loss is no ranking where masks, patches, images or norm_pix_loss differ: other tasks."
+        )
+    return lines
+
+
+# --- tables ---
+
+
+def mean_table(results, measured):
+    """Header and rows: mean ± standard deviation over n seeds of each measure."""
+    header = ["", *(name if name in LOSSES else f"{name}, %" for name in measured)]
+    rows = [
+        [label, *(spread([*numbers.get(label, {}).values()], digits_of(name)) for name, numbers in measured.items())]
+        for label in results
+    ]
+    return header, rows
+
+
+def cost_table(results, measured):
+    """Header and rows: what a setting costs beside its first measure, of the classifier alone from scratch."""
+    measure, rows = next(iter(measured)), []
+    for label, found in results.items():
+        mae = pretraining_of(found[0])["arguments"]
+        gflop = gflop_per_image(mae or read_config(found[0].classifier)["arguments"], bool(mae))
+        parts = [[result for result in found if getattr(result, kind)] for kind in ("mae", "classifier")]
+        times = [f"{minutes(p, kind):.1f}" if p else "" for p, kind in zip(parts, ("mae", "classifier"), strict=True)]
+        numbers = measured[measure].get(label, {})
+        rows.append([label, spread([*numbers.values()], digits_of(measure)), f"{gflop:.3f}", *times])
+    return ["", measure, "GFLOP an image and step", "minutes of pretraining", "of training a classifier"], rows
+
+
+def aligned(header, rows):
+    """A table as text."""
+    widths = [max(len(line[i]) for line in (header, *rows)) for i in range(len(header))]
+    lines = ("  ".join(map(str.ljust, line, widths)) for line in (header, *rows))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def markdown(directories, results, measured, cells, baseline, notes, captions):
+    """The content of compare.md."""
+    differences = [[label, *(cells.get((name, label), "") for name in measured)] for label in results]
+    listed = "".join(f"- {line}\n" for line in notes)
+    figures = "\n".join(f"![{caption}]({name}.png)\n\n{caption}\n" for name, caption in captions.items())
+    return f"""# {", ".join(map(str, directories))}
+
+{markdown_table(*mean_table(results, measured))}
+Mean ± standard deviation over n seeds. Linear probe and k-NN are of the frozen encoder: on train_images labels where \
+that is in the table, else on all.
+
+## Differences to {baseline}
+
+{markdown_table(["", *measured], differences)}
+Mean over n equal seeds, with its 95 % interval (Student's t). Higher and lower are decided: 0 lies outside the \
+interval. Each interval stands alone: of many true zeros one in twenty looks decided.
+
+## Cost
+
+{markdown_table(*cost_table(results, measured))}
+GFLOP are of the pretraining, from scratch of the classifier. Minutes are spent in training steps, mean over seeds.
+{f"{chr(10)}## Notes{chr(10)}{chr(10)}{listed}" if notes else ""}
+## Figures
+
+{figures}"""
+
+
+def started(directories):
+    """Results of runs that are not finished, one each."""
+    configs = {directory: read_config(directory) for directory in directories}
+    return [
+        Result(config["arguments"]["seed"], *((None, run) if config["name"].startswith("mae_") else (run, None)))
+        for run, config in configs.items()
+    ]
+
+
+@exit_in_one_line()
+@as_user_error(OSError)
+def main(argv=None):
+    args = parse_args(argv)
+    found, left_out = find_results(*args.directories, equal_labels=True)
+    if not found:
+        raise UserError(f"No finished run in {', '.join(map(str, args.directories))}.")
+    unfinished = started(run for run in left_out if not is_finished(run))
+    groups, values = label_all([*found, *unfinished])
+    running = {label: [r for r in results if r in unfinished] for label, results in groups.items()}
+    finished = {label: [r for r in results if r not in unfinished] for label, results in groups.items()}
+    results, twice = tell_seeds({label: some for label, some in finished.items() if some})
+
+    measured = measure_all(results)
+    first = next(iter(measured))
+    baseline = pick_baseline(args.baseline, results if args.baseline else measured[first])
+    rows, cells = rows_of(results, values, measured, baseline)
+    notes = notes_of(results, values, measured, left_out | twice, cells)
+    output = args.output or args.directories[0] / "compare"
+    settings = {label: values[label] for label in results}
+    captions = draw_measures(measured, settings, baseline, SCRATCH, LOSSES, output / "measures.png")
+    captions |= draw_all_curves(results, running, output)
+    (output / "compare.csv").write_text(csv_text(rows, header=True))
+    text = markdown(args.directories, results, measured, cells, baseline, notes, captions)
+    (output / "compare.md").write_text(text)
+    print(aligned(*mean_table(results, measured)), end="\n\n")
+    differences = [[label, cells[first, label]] for label in results if (first, label) in cells]
+    print(aligned(["", f"{first}: difference to {baseline}"], differences), end="\n\n")
+    print(*notes, *(output / name for name in ("compare.md", "compare.csv", "*.png")), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
