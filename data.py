@@ -658,6 +658,39 @@ def cubic(distance):
     return torch.where(distance < 1, near, far) * (distance < 2)
 
 
+def mix(images, labels, num_classes, mixup, cutmix, generator):
+    """Mix each image (B, 3, H, W) with another of the batch, and their labels (B,) by the same shares.
+
+    Mixup (Zhang et al. 2017, arXiv:1710.09412) adds up pixels; CutMix (Yun et al. 2019, arXiv:1905.04899) puts a
+    rectangle of the other image in place. One share, from Beta(alpha, alpha), and one rectangle for the whole batch.
+
+    Args:
+        mixup, cutmix: each one's alpha, 0: never; where both are above 0, one of them is drawn evenly.
+
+    Returns:
+        images, float of the same range or, cut, of the same dtype; (B, num_classes) float, rows that add up to 1.
+    """
+    draw = np.random.default_rng(generator.initial_seed())  # torch's Beta takes no generator
+    cut = cutmix and (not mixup or draw.random() < 0.5)
+    share = draw.beta(cutmix, cutmix) if cut else draw.beta(mixup, mixup)
+    others = torch.from_numpy(draw.permutation(len(images))).to(images.device)
+
+    def span(size):  # of the rectangle, around a uniform middle, clipped
+        length = int(size * math.sqrt(1 - share))
+        start = int(draw.integers(size)) - length // 2
+        return slice(max(start, 0), min(start + length, size))
+
+    if cut:
+        rows, columns = span(images.shape[2]), span(images.shape[3])
+        other, images = images[others], images.clone()
+        images[:, :, rows, columns] = other[:, :, rows, columns]
+        share = 1 - (rows.stop - rows.start) * (columns.stop - columns.start) / images[0, 0].numel()
+    else:
+        images = share * images + (1 - share) * images[others]
+    targets = torch.eye(num_classes, device=images.device)[labels]
+    return images, share * targets + (1 - share) * targets[others]
+
+
 # By the value of --augment in a run's arguments: earlier runs have True for the shifts
 AUGMENTATIONS = {False: lambda images, generator: images, True: flip_and_crop, "crop": random_resized_crop}
 AUGMENTED = {False: "", True: "_aug", "crop": "_augcrop"}  # in a run's name

@@ -25,8 +25,8 @@ MOST_HELD_OUT = 5000  # images
 def extract_features(encoder, images, prepare, layers, pools, batch_size):
     """Features of each image, all of its patches visible.
 
-    After the last block the tokens pass the encoder's final LayerNorm, as they do in use. After earlier blocks they
-    are taken as they are: that LayerNorm was never trained on them.
+    After the last block the tokens pass the encoder's final LayerNorm, as they do in use: in a classifier that pools
+    the mean, after pooling. After earlier blocks they are taken as they are: that LayerNorm was never trained on them.
 
     Args:
         encoder: a MAE_Encoder or what is derived from it, in eval mode.
@@ -47,9 +47,12 @@ def extract_features(encoder, images, prepare, layers, pools, batch_size):
         for layer, block in enumerate(blocks[: max(layers)], start=1):
             tokens = block(tokens)
             if layer in layers:
-                out = encoder.layer_norm(tokens) if layer == len(blocks) else tokens
+                norm = encoder.layer_norm if layer == len(blocks) else torch.nn.Identity()
+                pools_first = getattr(encoder, "pool", "cls") == "mean"
                 for pool in pools:
-                    features[layer, pool][part] = POOLS[pool](out)
+                    features[layer, pool][part] = (
+                        norm(POOLS[pool](tokens)) if pools_first else POOLS[pool](norm(tokens))
+                    )
     return features
 
 

@@ -429,44 +429,89 @@ def mae_loss(pred, images, mask, norm_pix_loss=False):
     return (error * mask).sum() / mask.sum()
 
 
-def cls_after(block, tokens):
+def drop_path_scales(batch_size, depth, rate, generator, device):
+    """Draw what drop path multiplies each block's attention and MLP by: (B, depth, 2), 0 or 1 / (1 - the block's rate).
+
+    Each is dropped for each image by itself; the rates grow evenly from 0 in the first block to `rate` in the last, as
+    in the official MAE (Huang et al. 2016, "Deep Networks with Stochastic Depth", arXiv:1603.09382).
+    """
+    keep = 1 - torch.linspace(0, rate, depth, device=device)[:, None]  # (depth, 1)
+    kept = torch.rand(batch_size, depth, 2, generator=generator, device=device) < keep
+    return kept / keep.clamp(min=1e-6)  # a block of rate 1 keeps nothing
+
+
+def scaled(branch, scales):
+    """A block's attention or MLP (B, N, D), each image's times its number in scales (B,), if there are any."""
+    return branch if scales is None else branch * scales[:, None, None]
+
+
+def with_drop_path(block, tokens, attn_scales, mlp_scales):
+    """What a block of `transformer` makes of tokens (B, N, D), its attention and MLP multiplied by (B,) each."""
+    tokens = tokens + scaled(block.attn(block.norm1(tokens)), attn_scales)
+    return tokens + scaled(block.mlp(block.norm2(tokens)), mlp_scales)
+
+
+def cls_after(block, tokens, attn_scales=None, mlp_scales=None):
     """What a block of `transformer` makes of the first of its tokens (B, N, D): (B, 1, D), the others not computed.
 
-    timm's Block, with all of that it does here: no bias of q, k and v, no layer scale, no dropout.
+    timm's Block, with all of that it does here: no bias of q, k and v, no layer scale, no dropout; `with_drop_path`
+    where there are scales.
     """
     attn, normed, dim = block.attn, block.norm1(tokens), tokens.shape[-1]
     to_q, to_kv = attn.qkv.weight.split([dim, 2 * dim])
     q = rearrange(F.linear(normed[:, :1], to_q), "b n (h d) -> b h n d", h=attn.num_heads)  # (B, heads, 1, D / heads)
     k, v = rearrange(F.linear(normed, to_kv), "b n (two h d) -> two b h n d", two=2, h=attn.num_heads)
     attended = rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
-    cls = tokens[:, :1] + attn.proj(attended)
-    return cls + block.mlp(block.norm2(cls))
+    cls = tokens[:, :1] + scaled(attn.proj(attended), attn_scales)
+    return cls + scaled(block.mlp(block.norm2(cls)), mlp_scales)
 
 
 class ViT_Classifier(MAE_Encoder):
-    """The MAE's encoder, without masking, and a linear layer on the cls token after the final LayerNorm.
+    """The MAE's encoder, without masking, and a linear layer on the final LayerNorm of one pooled token.
 
-    Its logits are self.head(features[:, 0]) for the features of MAE_Encoder.forward, computed without those tokens of
-    the last block that nobody asks for. For another head (mean of the patches, say) call super().forward(images).
+    Args:
+        pool: "cls", the cls token, whose last block is computed without the tokens that nobody asks for; or "mean", the
+            mean of the patches' tokens, the global_pool of the official MAE.
+
     Its positions are learned; a MAE's fixed ones are where they start from, as in the official fine-tuning.
     """
 
-    def __init__(self, img_size=32, patch_size=2, embed_dim=192, encoder_depth=12, num_heads=3, num_classes=10):
+    def __init__(
+        self, img_size=32, patch_size=2, embed_dim=192, encoder_depth=12, num_heads=3, num_classes=10, pool="cls"
+    ):
         super().__init__(img_size, patch_size, embed_dim, encoder_depth, num_heads)
+        self.pool = pool
         self.head = nn.Linear(embed_dim, num_classes)
 
+    def group_matcher(self, coarse=False):
+        """How timm's param_groups_layer_decay sorts parameters by depth: LayerNorm and head, in neither, come last."""
+        return {"stem": r"cls_token|pos_embedding|patchify", "blocks": r"transformer\.(\d+)"}
+
     def load_encoder(self, mae_state):
-        """Take the encoder's weights out of a MAE_ViT state dict; the head keeps its initialisation."""
+        """Take the encoder's weights out of a MAE_ViT state dict; the head keeps its initialisation.
+
+        For pool="mean" so does the LayerNorm, as in the official MAE: the encoder's was trained on single tokens.
+        """
         prefix = "encoder."
         encoder = {key.removeprefix(prefix): value for key, value in mae_state.items() if key.startswith(prefix)}
+        if self.pool == "mean":
+            encoder |= self.layer_norm.state_dict(prefix="layer_norm.")
         missing, unexpected = self.load_state_dict(encoder, strict=False)
         assert set(missing) == {"head.weight", "head.bias"}, missing
         assert not unexpected, unexpected
 
-    def forward(self, images):
-        """Classify images (B, 3, H, W) in [-1, 1]: logits (B, num_classes)."""
+    def forward(self, images, scales=None):
+        """Classify images (B, 3, H, W) in [-1, 1]: logits (B, num_classes).
+
+        Args:
+            scales: (B, depth, 2) from `drop_path_scales`, in training; None: no drop path.
+        """
         tokens = self.embed(images)  # (B, 1 + N, D)
-        *blocks, last = self.transformer
-        for block in blocks:
-            tokens = block(tokens)
-        return self.head(self.layer_norm(cls_after(last, tokens))[:, 0])
+        for i, block in enumerate(self.transformer):
+            pair = (None, None) if scales is None else scales[:, i].unbind(1)  # (B,) each
+            if self.pool == "cls" and block is self.transformer[-1]:
+                tokens = cls_after(block, tokens, *pair)  # (B, 1, D)
+            else:
+                tokens = block(tokens) if scales is None else with_drop_path(block, tokens, *pair)
+        pooled = tokens[:, 0] if self.pool == "cls" else tokens[:, 1:].mean(dim=1)  # (B, D)
+        return self.head(self.layer_norm(pooled))

@@ -396,7 +396,8 @@ class Session:
             what = "A weight is infinite or nan"
         else:
             return
-        epoch, step, lr = self.progress["epoch"] + 1, self.progress["step"], self.optimizer.param_groups[0]["lr"]
+        epoch, step = self.progress["epoch"] + 1, self.progress["step"]
+        lr = max(group["lr"] for group in self.optimizer.param_groups)
         sys.exit(
             f"{what} at epoch {epoch}, by step {step} (lr {lr:.2e}). {self._last_save()} A lower --base_learning_rate "
             f"or --precision float32 may help; the directory is {self.run.directory}"

@@ -3,14 +3,16 @@
     python train_classifier.py --pretrained_model_path logs/pretrain/<run>
     python train_classifier.py
 
-End-to-end fine-tuning on the cls token (He et al. 2021, arXiv:2111.06377, section 4), at CIFAR size.
+End-to-end fine-tuning (He et al. 2021, arXiv:2111.06377, section 4), at CIFAR size.
 """
 
+import argparse
 import functools
 import math
 
 import torch
 import torch.nn.functional as F
+from timm.optim import param_groups_layer_decay
 
 import data
 import processes
@@ -18,7 +20,7 @@ import training
 import utils
 from checkpoints import digest, load_model
 from errors import UserError, exit_in_one_line
-from model import MAE_ViT, ViT_Classifier
+from model import MAE_ViT, ViT_Classifier, drop_path_scales
 from runs import Run, read_metrics
 
 SIZE = ("img_size", "patch_size", "embed_dim", "encoder_depth", "num_heads")
@@ -26,6 +28,44 @@ WARMUP = 0.05  # of all epochs
 DEVICE_BATCH_SIZE = {"cuda": 256, "cpu": 128, "mps": 128}  # images at once on a device
 EVAL_BATCH = 500  # images whose losses are summed at once
 REPORT_BATCH = 128  # the source report averages the accuracies of batches of so many
+# Recipes for --preset: values of flags by name. What a row leaves out is as in the first.
+PRESETS = {
+    "reference": {
+        "total_epoch": 100,
+        "batch_size": 128,
+        "base_learning_rate": 1e-3,
+        "augment": False,
+        "pool": "cls",
+        "decay_matrices_only": False,
+        "layer_decay": 1.0,
+        "clip_grad": 0.0,
+        "drop_path": 0.0,
+        "label_smoothing": 0.0,
+        "mixup": 0.0,
+        "cutmix": 0.0,
+    },
+    "strong": {  # after the official MAE's fine-tuning (He et al. 2021, table 9)
+        "augment": True,
+        "pool": "mean",
+        "decay_matrices_only": True,
+        "layer_decay": 0.75,
+        "drop_path": 0.1,
+        "label_smoothing": 0.1,
+        "mixup": 0.8,
+        "cutmix": 1.0,
+    },
+}
+IN_NAME = {  # what a run's name says of a flag, if its value is not the preset's
+    "augment": "aug",
+    "pool": "pool",
+    "decay_matrices_only": "matrices",
+    "layer_decay": "ld",
+    "clip_grad": "clip",
+    "drop_path": "dp",
+    "label_smoothing": "ls",
+    "mixup": "mixup",
+    "cutmix": "cutmix",
+}
 NOT_TESTED = dict.fromkeys(("test/loss", "test/acc", "test/acc_mean_of_batches", "chosen_epoch"), math.nan)
 
 
@@ -40,23 +80,43 @@ def parse_args(argv=None):
     group = parser.add_argument_group("model")
     group.add_argument("--pretrained_model_path", help="model.pt or run directory of a MAE; default: from scratch")
     utils.add_size_arguments(group, SIZE, from_scratch=utils.defaults(ViT_Classifier))
-    utils.add_optimisation_arguments(
-        parser,
-        total_epoch=100,
-        warmup=WARMUP,
-        batch_size=128,
-        device_batch_size=DEVICE_BATCH_SIZE,
-        base_learning_rate=1e-3,
+    group.add_argument("--pool", choices=("cls", "mean"), help="what the head sees: the cls token or the patches' mean")
+    group = utils.add_optimisation_arguments(parser, WARMUP, DEVICE_BATCH_SIZE)
+    group.add_argument(
+        "--decay_matrices_only",
+        action=argparse.BooleanOptionalAction,
+        help="no weight decay on biases, LayerNorms, the cls token and positions",
+    )
+    group.add_argument(
+        "--layer_decay",
+        type=utils.fraction,
+        help="a block's learning rate is this times the next one's; the embedding comes first, the head last; 1: off",
+    )
+    group.add_argument(
+        "--clip_grad", type=utils.non_negative_float, help="largest norm of all gradients together; 0: any"
+    )
+    group = parser.add_argument_group("regularisation")
+    group.add_argument(
+        "--drop_path",
+        type=utils.fraction,
+        help="probability that an image skips the last block's attention or its MLP; smaller in earlier blocks",
+    )
+    group.add_argument("--label_smoothing", type=utils.fraction, help="share of a label that all classes divide evenly")
+    alpha = "alpha of the Beta distribution of an image's share; 0: off"
+    group.add_argument("--mixup", type=utils.non_negative_float, help=f"mix each image with another; {alpha}")
+    group.add_argument(
+        "--cutmix", type=utils.non_negative_float, help=f"the same with a rectangle; {alpha}; both: one of them a step"
     )
     utils.add_run_arguments(parser, log_dir="logs/classifier")
     parser.add_argument_group("output").add_argument(
         "--output_model_path", type=utils.file_path, help="copy the finished model.pt to this file"
     )
+    utils.add_presets(parser, PRESETS, argv)
     return parser.parse_args(argv)
 
 
 def run_name(args, encoder_name):
-    """For example cls_cifar10_ep100_b128_s42_from_mae_..., or cls_cifar10_val5000_ep100_..._scratch_i32_p2_w192_e12_h3.
+    """For example cls_cifar10_ep100_b128_s42_from_mae_..., or cls_cifar10_..._poolmean_scratch_i32_p2_w192_e12_h3.
 
     Args:
         encoder_name: the run the encoder comes from; None: from scratch.
@@ -64,25 +124,50 @@ def run_name(args, encoder_name):
     size = "scratch_i{img_size}_p{patch_size}_w{embed_dim}_e{encoder_depth}_h{num_heads}".format(**vars(args))
     val = f"_val{args.val_images}" if args.val_images else ""
     name = f"cls_{data.name_of(args)}{val}_ep{args.total_epoch}_b{args.batch_size}_s{args.seed}"
-    return f"{name}{data.AUGMENTED[args.augment]}_{f'from_{encoder_name}' if encoder_name else size}"
+    name += "" if args.preset == "reference" else f"_{args.preset}"
+    for flag, value in {**PRESETS["reference"], **PRESETS[args.preset]}.items():
+        if flag in IN_NAME and (given := getattr(args, flag)) != value:
+            text = "" if given is True else str(given).removesuffix(".0")
+            name += f"_no{IN_NAME[flag]}" if given is False else f"_{IN_NAME[flag]}{text}"
+    return f"{name}_{f'from_{encoder_name}' if encoder_name else size}"
 
 
-def build_optimizer(model, lr, weight_decay):
-    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=weight_decay, fused=True)
+def build_optimizer(model, lr, weight_decay, layer_decay=1.0, decay_matrices_only=False):
+    parameters = model.parameters()
+    if layer_decay < 1 or decay_matrices_only:
+        tokens = ("cls_token", "pos_embedding") if decay_matrices_only else ()
+        parameters = param_groups_layer_decay(
+            model, weight_decay, tokens, weight_decay_exclude_1d=decay_matrices_only, layer_decay=layer_decay
+        )
+    return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.999), weight_decay=weight_decay, fused=True)
 
 
 def draw_batch(train, args, ids, epoch, step):
-    """The images ids (B,) of an ImageSet, (B, 3, H, W) uint8, augmented where asked, and their labels (B,)."""
-    batch = train.images[ids]
-    batch = data.AUGMENTATIONS[args.augment](batch, utils.generator(batch.device, args.seed, epoch, step, "augment"))
-    return batch, train.labels[ids]
+    """The images ids (B,) of an ImageSet as (B, 3, H, W) pixels, augmented where asked, and their labels (B,).
+
+    Mixed images have labels (B, classes). With drop path also what it multiplies the blocks by, (B, depth, 2).
+    """
+    batch, labels = train.images[ids], train.labels[ids]
+    device = batch.device
+    batch = data.AUGMENTATIONS[args.augment](batch, utils.generator(device, args.seed, epoch, step, "augment"))
+    if args.mixup or args.cutmix:
+        draw = utils.generator("cpu", args.seed, epoch, step, "mixup")
+        batch, labels = data.mix(batch, labels, len(train.classes), args.mixup, args.cutmix, draw)
+    if not args.drop_path:
+        return batch, labels
+    draw = utils.generator(device, args.seed, epoch, step, "drop path")
+    return batch, labels, drop_path_scales(len(batch), args.encoder_depth, args.drop_path, draw, device)
 
 
-def loss_of(forward, precision, images, labels):
-    """Mean loss of images (b, 3, H, W) uint8 with labels (b,); forward: the model, compiled or not."""
+def loss_of(forward, precision, images, labels, scales=None, label_smoothing=0.0):
+    """Mean loss of images (b, 3, H, W) from 0 to 255 with labels (b,), or (b, classes) of mixed ones.
+
+    Args:
+        forward: the model, compiled or not; scales: (b, depth, 2), its drop path.
+    """
     with utils.autocast(precision, images.device):
-        logits = forward(data.normalize(images))
-    return F.cross_entropy(logits.float(), labels)
+        logits = forward(data.normalize(images), scales)
+    return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
 
 
 @torch.no_grad()
@@ -177,7 +262,7 @@ def train_classifier(args):
         pretrained, args = load_pretrained(args)
         name = run_name(args, pretrained and pretrained["run_name"])
         run = Run(args.log_dir, name, vars(args), args.overwrite, writer=rank == 0)
-        model_args = {name: getattr(args, name) for name in SIZE}
+        model_args = {name: getattr(args, name) for name in (*SIZE, "pool")}
         ViT_Classifier(**model_args)  # bad sizes end here, before the data is read
         train, val, test, digests = load_images(args, device)
         finished = run.is_finished(digests)
@@ -194,10 +279,11 @@ def train_classifier(args):
     model = model.to(device)
     precision = utils.pick_precision(args.precision, device, args.embed_dim)
     utils.tune(model, device, precision, (args.img_size // args.patch_size) ** 2)
-    optimizer = build_optimizer(model, plan.peak_lr, args.weight_decay)
+    optimizer = build_optimizer(model, plan.peak_lr, args.weight_decay, args.layer_decay, args.decay_matrices_only)
     draw = functools.partial(draw_batch, train, args)
     forward = utils.compiled(model, args.compile, device, plan.num_images)
-    loss, scaler = functools.partial(loss_of, forward, precision), utils.loss_scaler(precision, device)
+    loss = functools.partial(loss_of, forward, precision, label_smoothing=args.label_smoothing)
+    scaler = utils.loss_scaler(precision, device)
 
     facts = {"parameters": utils.count_parameters(model), "precision": precision, **digests, **plan.facts()}
     if pretrained:
@@ -206,7 +292,9 @@ def train_classifier(args):
     with run.open(model, optimizer, plan, facts, start) as session:
         for epoch in range(session.progress["epoch"], args.total_epoch):
             order = utils.epoch_order(len(train.images), args.seed, epoch, train.images.device)
-            metrics = training.train_one_epoch(model, optimizer, plan, order, draw, loss, session, scaler)
+            metrics = training.train_one_epoch(
+                model, optimizer, plan, order, draw, loss, session, scaler, args.clip_grad
+            )
             session.check_finite(metrics["train/loss"])
             metrics["memory/peak_mb"] = utils.peak_memory_mb(device)
             last = epoch + 1 == args.total_epoch

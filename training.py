@@ -102,7 +102,7 @@ def plan_training(args, num_images, warmup, at_once, rank, world_size):
 # --- steps ---
 
 
-def update(model, optimizer, slices, lr, loss_of, batch, scaler=UNSCALED):
+def update(model, optimizer, slices, lr, loss_of, batch, scaler=UNSCALED, clip_grad=0.0):
     """One step of the optimizer on the global batch: gradients of micro-batches added up, of processes averaged.
 
     Where scaled gradients are infinite or nan, weights and optimizer stay as they are, and the scale is halved.
@@ -110,26 +110,31 @@ def update(model, optimizer, slices, lr, loss_of, batch, scaler=UNSCALED):
     Args:
         slices: this process's micro-batches; batch: tensors (B, ...); loss_of: takes a part of each of these tensors,
             (b, ...), and returns the mean loss over its b images.
+        lr: the learning rate; a group of the optimizer's parameters may have an lr_scale, by which it is multiplied.
         scaler: a torch.amp.GradScaler; the same on all processes.
+        clip_grad: a larger norm of all gradients together is scaled down to this; 0: never.
 
     Returns:
         The mean loss over the global batch.
     """
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1)
     loss_sum, count = 0, slices[-1].stop - slices[0].start
     for part in slices:
         loss = loss_of(*(tensor[part] for tensor in batch)) * ((part.stop - part.start) / count)
         scaler.scale(loss).backward()
         loss_sum += loss.detach()
     loss = processes.average_over_ranks(model, loss_sum)  # an infinite gradient becomes everyone's
+    if clip_grad:
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return loss
 
 
-def train_one_epoch(model, optimizer, plan, order, draw_batch, loss_of, session, scaler=UNSCALED):
+def train_one_epoch(model, optimizer, plan, order, draw_batch, loss_of, session, scaler=UNSCALED, clip_grad=0.0):
     """Take the remaining steps of the current epoch; its metrics.
 
     Args:
@@ -140,7 +145,7 @@ def train_one_epoch(model, optimizer, plan, order, draw_batch, loss_of, session,
         loss_of: as `update` takes it.
         session: with progress, a dictionary of the epoch and step to go on from, and loss_sum and seconds of the steps
             before, which is kept up to date, with the scaler's state; and tick(), called after each step.
-        scaler: as `update` takes it.
+        scaler, clip_grad: as `update` takes them.
     """
     progress, started = session.progress, time.monotonic()
     if "scaler" in progress:
@@ -149,7 +154,7 @@ def train_one_epoch(model, optimizer, plan, order, draw_batch, loss_of, session,
     for step in range(progress["step"], plan.steps_per_epoch):
         batch = draw_batch(order[step * plan.batch_size : (step + 1) * plan.batch_size], epoch, step)
         lr = plan.lr(epoch * plan.steps_per_epoch + step)
-        loss = update(model, optimizer, plan.slices, lr, loss_of, batch, scaler)
+        loss = update(model, optimizer, plan.slices, lr, loss_of, batch, scaler, clip_grad)
         progress["loss_sum"] = progress["loss_sum"] + loss
         progress["step"] = step + 1
         if scaler.is_enabled():
@@ -165,7 +170,7 @@ def train_one_epoch(model, optimizer, plan, order, draw_batch, loss_of, session,
     seconds = progress["seconds"] + time.monotonic() - started
     return {
         "train/loss": loss,
-        "lr": optimizer.param_groups[0]["lr"],
+        "lr": plan.lr((epoch + 1) * plan.steps_per_epoch - 1),
         "speed/images_per_sec": plan.steps_per_epoch * plan.batch_size / seconds,
         "seconds": seconds,
     }

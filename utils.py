@@ -30,7 +30,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults, but for those that a flag's text tells or that mean "no"."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        left_out = action.default is None or action.default is False  # 0.0 is a default to show
+        return action.help if left_out else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -93,6 +94,14 @@ def non_negative_float(text):
         value = math.nan
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not 0 or a positive number")
+    return value
+
+
+def fraction(text):
+    """An argparse type: a number from 0 to 1."""
+    value = non_negative_float(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
     return value
 
 
@@ -159,6 +168,9 @@ def add_data_arguments(parser, datasets, pretrained=False):
         help="mirroring, and random shifts by up to 4 pixels (shift, or no value) or random resized crops (crop; MAE "
         "paper, table 1e)",
     )
+    group.add_argument(
+        "--no-augment", dest="augment", action="store_false", default=False, help="neither, in any preset"
+    )
     return group
 
 
@@ -203,6 +215,31 @@ def add_optimisation_arguments(parser, warmup, device_batch_size, **defaults):
         help="weight decay (AdamW), applied to every parameter",
     )
     parser.set_defaults(**defaults)
+    return group
+
+
+def add_presets(parser, presets, argv):
+    """Add --preset, whose row gives the other flags' defaults, so that a flag given by hand wins.
+
+    Args:
+        presets: {name: {flag: value}}; what a row leaves out is as in the first.
+        argv: the command line, to see now which row; None: sys.argv's.
+    """
+    first = next(iter(presets))
+    rows = ", ".join(f"{name}: {as_flags(presets[name])}" for name in presets if name != first)
+    early = Parser(add_help=False)
+    for each in (parser, early):
+        each.add_argument("--preset", choices=presets, default=first, help=f"defaults of the other flags; {rows}")
+    chosen = early.parse_known_args(argv)[0].preset
+    parser.set_defaults(**{**presets[first], **presets[chosen], "preset": chosen})
+
+
+def as_flags(values):
+    """Values by name as one would type them: --augment --layer_decay 0.75."""
+    switch = {True: "--", False: "--no-"}
+    return " ".join(
+        f"{switch[value]}{name}" if isinstance(value, bool) else f"--{name} {value}" for name, value in values.items()
+    )
 
 
 def fill_in(args, values):

@@ -47,6 +47,11 @@ def parse_args(argv=None):
 # --- timm ---
 
 
+def timm_names(pool):
+    """TIMM for a classifier of this pool; timm has another name for a LayerNorm after the mean."""
+    return TIMM | ({"layer_norm": "fc_norm"} if pool == "mean" else {})
+
+
 def to_timm(model):
     """The encoder of a MAE_ViT or a ViT_Classifier for timm's VisionTransformer.
 
@@ -55,10 +60,10 @@ def to_timm(model):
         norm_layer=torch.nn.LayerNorm; state: what its load_state_dict takes.
     """
     encoder = model.encoder if isinstance(model, MAE_ViT) else model
-    state = {}
+    names, state = timm_names(getattr(encoder, "pool", "cls")), {}
     for name, tensor in encoder.state_dict().items():
         first, _, rest = name.partition(".")
-        state[".".join(filter(None, (TIMM.get(first, first), rest)))] = tensor
+        state[".".join(filter(None, (names.get(first, first), rest)))] = tensor
     position = state["pos_embed"].transpose(0, 1)  # (1, N, D)
     state["pos_embed"] = torch.cat([torch.zeros_like(position[:, :1]), position], dim=1)  # cls has none: (1, 1 + N, D)
     model_args = {
@@ -69,6 +74,8 @@ def to_timm(model):
         "depth": len(encoder.transformer),
         "num_heads": encoder.transformer[0].attn.num_heads,
     }
+    if "fc_norm.weight" in state:
+        model_args["global_pool"] = "avg"
     return model_args, state
 
 
@@ -82,7 +89,8 @@ def from_timm(model_args, state):
     """
     if not model_args["num_classes"]:
         raise UserError("It has no head (num_classes=0), and only a classifier can come back.")
-    ours = {theirs: name for name, theirs in TIMM.items()}
+    pool = "mean" if model_args.get("global_pool") == "avg" else "cls"
+    ours = {theirs: name for name, theirs in timm_names(pool).items()}
     position, renamed = state["pos_embed"], {}
     for name, tensor in state.items():
         theirs = next((theirs for theirs in ours if name.startswith(f"{theirs}.")), "")
@@ -91,7 +99,7 @@ def from_timm(model_args, state):
     renamed["pos_embedding"] = position[:, 1:].transpose(0, 1)  # (N, 1, D)
     renamed["cls_token"] = state["cls_token"] + position[:, :1]
     sizes = {name: model_args[name] for name in ("img_size", "patch_size", "embed_dim", "num_heads", "num_classes")}
-    sizes["encoder_depth"] = model_args["depth"]
+    sizes |= {"encoder_depth": model_args["depth"], "pool": pool}
     try:
         ViT_Classifier(**sizes).load_state_dict(renamed)
     except RuntimeError as error:
@@ -110,8 +118,13 @@ def to_hf(model, classes):
 
     Returns:
         config: of config.json; state: of model.safetensors, under the names that files on the Hub have.
+
+    Raises:
+        UserError: a classifier of pool="mean", which ViTForImageClassification cannot be.
     """
     model_args, timm_state = to_timm(model)
+    if "global_pool" in model_args:
+        raise UserError("ViTForImageClassification of transformers cannot pool the mean of the patches; use --to timm.")
     prefix = "vit." if classes else ""
     state = {}
     for name, tensor in timm_state.items():
@@ -174,7 +187,7 @@ def main(argv=None):
             output = args.output or place / "timm.pt"
             model_args, state = to_timm(model)
             save_file(output, {**content, "kind": "timm", "model_args": model_args, "model": state})
-            arguments = ", ".join(f"{name}={value}" for name, value in model_args.items())
+            arguments = ", ".join(f"{name}={value!r}" for name, value in model_args.items())
             print(f"VisionTransformer({arguments}, qkv_bias=False, norm_layer=torch.nn.LayerNorm)")
         print(output)
 

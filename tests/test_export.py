@@ -20,7 +20,7 @@ close = partial(torch.testing.assert_close, rtol=0, atol=1e-5)
 
 @pytest.fixture(autouse=True)
 def models(monkeypatch, tmp_path):
-    """A MAE and a classifier whose weights are all their own, in mae.pt and classifier.pt."""
+    """A MAE, a classifier and one that pools the mean, all weights drawn: mae.pt, classifier.pt and mean.pt."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     sincos = {"decoder_depth": 1, "positions": "sincos"}
@@ -28,11 +28,12 @@ def models(monkeypatch, tmp_path):
         ("mae", MAE_ViT(**SIZES, decoder_depth=1), {"decoder_depth": 1}),
         ("sincos", MAE_ViT(**SIZES, **sincos), sincos),
         ("classifier", ViT_Classifier(**SIZES, num_classes=3), {"num_classes": 3}),
+        ("mean", ViT_Classifier(**SIZES, num_classes=3, pool="mean"), {"num_classes": 3, "pool": "mean"}),
     ):
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
         content = {"kind": type(model).__name__, "model_args": SIZES | more, "model": model.state_dict()}
-        if name == "classifier":
+        if name != "mae":
             content["classes"] = NAMES
         save_file(f"{name}.pt", {**content, "run_name": name, "dataset": "shapes", "data_dir": "data"})
 
@@ -62,8 +63,17 @@ def test_a_mae_and_a_classifier_compute_the_same_in_timm(capsys):
 
 
 @torch.no_grad()
-def test_a_classifier_comes_back_from_timm_with_what_it_learned_there():
-    export.main(["classifier.pt", "--to", "timm"])
+def test_a_classifier_that_pools_the_mean_computes_the_same_in_timm(capsys):
+    export.main(["mean.pt", "--to", "timm"])
+    close(in_timm("timm.pt")(images()), load_model("mean.pt", ViT_Classifier)[0](images()))
+    (call,) = re.findall(r"VisionTransformer\(.*\)", capsys.readouterr().out)
+    assert eval(call).global_pool == "avg"
+
+
+@pytest.mark.parametrize("name", ["classifier", "mean"])
+@torch.no_grad()
+def test_a_classifier_comes_back_from_timm_with_what_it_learned_there(name):
+    export.main([f"{name}.pt", "--to", "timm", "--output", "timm.pt"])
     model, content = in_timm("timm.pt"), load_file("timm.pt")
     model.pos_embed[:, 0] += 0.5  # which has no place of its own here
     model.head.bias += 1
@@ -99,6 +109,7 @@ def test_transformers_loads_what_is_written_for_it_and_computes_the_same():
         ("timm.pt --from timm", r"no head \(num_classes=0\), and only a classifier"),
         ("nowhere.pt --to hf", "No file nowhere.pt"),
         ("classifier.pt --to hf --output mae.pt", "File exists: 'mae.pt'"),
+        ("mean.pt --to hf", "ViTForImageClassification of transformers cannot pool the mean .*; use --to timm"),
     ],
 )
 def test_what_cannot_be_exported_gets_one_line(command, message, capsys):

@@ -51,6 +51,15 @@ def test_features_are_the_encoders_tokens_of_each_block_and_the_last_ones_are_no
     torch.testing.assert_close(found, expected)
 
 
+def test_features_of_a_classifier_that_pools_the_mean_are_what_its_head_takes():
+    model = ViT_Classifier(**SIZE, pool="mean")
+    torch.nn.init.normal_(model.layer_norm.weight)
+    images = torch.randint(0, 256, (7, 3, 8, 8), dtype=torch.uint8, generator=seeded())
+    found = extract_features(model, images, data.normalize, [3], ["mean", "cls"], batch_size=3)
+    with torch.no_grad():
+        torch.testing.assert_close(model.head(found[3, "mean"]), model(data.normalize(images)))
+
+
 def test_blocks_after_the_last_one_wanted_are_not_computed():
     encoder = MAE_ViT(**SIZE).encoder
     encoder.transformer[2].register_forward_hook(lambda *_: pytest.fail("computed"))

@@ -25,6 +25,7 @@ import evaluate_features
 import mae_pretrain
 import train_classifier
 import training
+import utils
 import visualize_predictions
 from checkpoints import digest, load_file, load_model
 from errors import exit_in_one_line
@@ -113,6 +114,57 @@ def test_names_tell_what_sets_runs_apart():
     assert "s42_augcrop_scratch_" in classifier(None, "--augment crop")
     name = classifier(None, "--train_images 500 --val_images 100 --augment")
     assert name == "cls_cifar10-500_val100_ep100_b128_s42_aug_scratch_i32_p2_w192_e12_h3"
+    assert classifier("mae", "--preset strong") == "cls_cifar10_ep100_b128_s42_strong_from_mae"
+    changed = "--preset strong --no-augment --mixup 0 --layer_decay 0.65"
+    assert classifier("mae", changed) == "cls_cifar10_ep100_b128_s42_strong_noaug_ld0.65_mixup0_from_mae"
+    switches = "--pool mean --decay_matrices_only --layer_decay 0.75 --clip_grad 1 --drop_path 0.1 --mixup 0.8"
+    assert (
+        classifier("mae", switches)
+        == "cls_cifar10_ep100_b128_s42_poolmean_matrices_ld0.75_clip1_dp0.1_mixup0.8_from_mae"
+    )
+
+
+def test_a_preset_is_its_flags_given_by_hand_and_a_flag_of_ones_own_wins():
+    def parsed(flags):
+        return vars(train_classifier.parse_args(shlex.split(flags)))
+
+    strong = train_classifier.PRESETS["strong"]
+    by_hand = parsed(utils.as_flags(strong))
+    assert parsed("--preset strong") == {**by_hand, "preset": "strong"}
+    assert {name: by_hand[name] for name in strong} == strong
+    assert parsed("") == parsed("--preset reference")
+    own = parsed("--mixup 0 --preset=strong --no-augment --no-decay_matrices_only --pool cls")
+    assert own == {
+        **by_hand,
+        "mixup": 0,
+        "augment": False,
+        "decay_matrices_only": False,
+        "pool": "cls",
+        "preset": "strong",
+    }
+
+
+def test_the_help_of_a_preset_shows_its_values(capsys):
+    for flags, share in (["--help"], "1.0"), (["--preset", "strong", "--help"], "0.75"):
+        with pytest.raises(SystemExit):
+            train_classifier.parse_args(flags)
+        text = " ".join(capsys.readouterr().out.split())
+        assert re.search(rf"--layer_decay LAYER_DECAY [^-]*\(default: {share}\)", text)
+        assert utils.as_flags(train_classifier.PRESETS["strong"]) in text
+
+
+def test_a_strong_classifier_is_a_run_like_any_other():
+    """Its settings are stored; it is drawn, measured and taken to timm."""
+    mae = pretrain()
+    run = classify("--pretrained_model_path", str(mae), "--preset", "strong")
+    assert read_config(run)["arguments"].items() >= {"preset": "strong", **train_classifier.PRESETS["strong"]}.items()
+    assert (
+        len(read_config(run)["arguments"]) == len(vars(train_classifier.parse_args([]))) + 1
+    )  # and the encoder's digest
+    visualize_predictions.main(["--model_path", str(run), "--num_images", "3"])
+    evaluate_features.main(["--model_path", str(run), "--train_images", "40"])
+    export.main([str(run), "--to", "timm"])
+    assert {"predictions.png", "features_40.csv", "timm.pt"} <= {path.name for path in run.iterdir()}
 
 
 def test_pretraining_leaves_a_complete_run_behind():
@@ -369,7 +421,14 @@ def test_a_stopped_run_does_not_forget_its_best_epoch(monkeypatch):
 # --- equal results ---
 
 
-@pytest.mark.parametrize("start", [pretrain, pretrain_with_switches, classify, classify_and_choose])
+def classify_strongly(*more):
+    return classify("--preset", "strong", "--encoder_depth", "2", "--clip_grad", "1", *more)
+
+
+STARTS = [pretrain, pretrain_with_switches, classify, classify_and_choose, classify_strongly]
+
+
+@pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("augment", [[], ["--augment"], ["--augment", "crop"]])
 def test_a_run_stopped_anywhere_ends_with_the_bits_of_one_that_was_not(start, augment, monkeypatch):
     whole = start("--log_dir", "whole", *augment)
@@ -394,7 +453,7 @@ def test_a_run_stopped_anywhere_ends_with_the_bits_of_one_that_was_not(start, au
     assert untimed_metrics(whole) == untimed_metrics(parts)
 
 
-@pytest.mark.parametrize("start", [pretrain, classify])
+@pytest.mark.parametrize("start", [pretrain, classify, classify_strongly])
 def test_accumulated_micro_batches_step_like_one_batch(start):
     whole, parts = start("--log_dir", "whole", "--max_device_batch_size", "16"), start("--log_dir", "parts")
     uneven = start("--log_dir", "uneven", "--max_device_batch_size", "6")  # 5, 5 and 6 images
@@ -510,6 +569,12 @@ BAD = [
     (CLS, "--val_images 50", "--val_images 50 is not 10 classes times 1 to 4 images; try 40"),
     (CLS, "--val_images 20", "With --val_images 20, --train_images 40 is not 10 classes times 1 to 3 .* try 30"),
     (CLS, "--patch_size 5", "patch_size 5 does not divide img_size 32"),
+    (CLS, "--preset weak", "--preset: invalid choice: 'weak' .choose from .*reference.*strong"),
+    (CLS, "--preset", "--preset: expected one argument"),
+    (CLS, "--pool max", "--pool: invalid choice: 'max'"),
+    (CLS, "--drop_path 1.5", "--drop_path: '1.5' is not a number from 0 to 1"),
+    (CLS, "--layer_decay nan", "--layer_decay: 'nan' is not 0 or a positive number"),
+    (CLS, "--mixup -1", "--mixup: '-1' is not 0 or a positive number"),
     (VIS, "", "one of the arguments --model_path --masks is required"),
     (VIS, "--model_path nowhere.pt", "No file nowhere.pt"),
     (VIS, "--model_path text.pt", "Cannot read text.pt"),

@@ -14,6 +14,7 @@ import signal
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -104,17 +105,27 @@ def rate(step):
     return PEAK * (1 + math.cos(math.pi * (step - WARMUP + 1) / (EPOCHS * STEPS - WARMUP + 1))) / 2
 
 
-def plain_loop(model, betas, loss_of, evaluate=lambda model: {}):
-    """Train the model; a row of metrics an epoch."""
-    optimizer, rows = torch.optim.AdamW(model.parameters(), betas=betas, weight_decay=0.05), []
+def plain_loop(model, betas, loss_of, evaluate=lambda model: {}, groups=None, rate=rate, clip=0):
+    """Train the model; a row of metrics an epoch.
+
+    Args:
+        groups: of parameters; lr_scale: by what a group's rate is multiplied; clip: the largest norm of the gradients.
+    """
+    optimizer = torch.optim.AdamW(groups or model.parameters(), betas=betas, weight_decay=0.05)
+    rows = []
     for epoch in range(EPOCHS):
         losses = []
         for step in range(STEPS):
             lr = rate(epoch * STEPS + step)
-            optimizer.param_groups[0]["lr"] = lr
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group.get("lr_scale", 1)
             optimizer.zero_grad()
             loss = loss_of(model, epoch, step)
             loss.backward()
+            if clip:
+                norm = math.sqrt(sum(float((parameter.grad**2).sum()) for parameter in model.parameters()))
+                for parameter in model.parameters():
+                    parameter.grad *= min(1, clip / norm)
             optimizer.step()
             losses.append(loss.item())
         rows.append({"train/loss": sum(losses) / STEPS, "lr": lr, **evaluate(model)})
@@ -199,6 +210,83 @@ def test_no_more_images_pass_the_model_at_once_than_in_training(script, few_shap
     pretrain(f"{flags} --decoder_depth 1") if script == "mae_pretrain" else classify(flags)
     assert {*sizes} - {16} == {4, 5}  # 16 are shown in TensorBoard
     assert sum(sizes) > EPOCHS * STEPS * BATCH + 140
+
+
+def mixed_slowly(x, targets, epoch, step, mixup, cutmix):
+    """Mixup or CutMix, image by image and pixel by pixel."""
+    draw = np.random.default_rng(drawn_from(SEED, epoch, step, "mixup").initial_seed())
+    use_cutmix = draw.random() < 0.5 if mixup and cutmix else bool(cutmix)
+    share = draw.beta(*[cutmix if use_cutmix else mixup] * 2)
+    pairs = list(enumerate(draw.permutation(len(x)).tolist()))
+    if use_cutmix:
+        side = int(16 * (1 - share) ** 0.5)  # of 16 x 16 pixels
+        top, left = (middle - side // 2 for middle in (draw.integers(16), draw.integers(16)))
+        inside = torch.tensor(
+            [[top <= i < top + side and left <= j < left + side for j in range(16)] for i in range(16)]
+        )
+        share = 1 - inside.sum().item() / 256
+        x = torch.stack([torch.where(inside, x[other], x[one]) for one, other in pairs])
+    else:
+        x = torch.stack([share * x[one] + (1 - share) * x[other] for one, other in pairs])
+    return x, torch.stack([share * targets[one] + (1 - share) * targets[other] for one, other in pairs])
+
+
+SWITCHES = ["--pool mean", "--decay_matrices_only", "--layer_decay 0.5", "--clip_grad 0.3", "--drop_path 0.6"]
+SWITCHES += ["--label_smoothing 0.2", "--mixup 0.8", "--cutmix 1", "--mixup 0.8 --cutmix 1"]
+
+
+@pytest.mark.parametrize("switches", [*SWITCHES, " ".join(SWITCHES)])
+def test_a_classifier_with_switches_ends_with_the_weights_of_a_plain_loop(switches, few_shapes):
+    wanted = train_classifier.parse_args(shlex.split(switches))
+    mae = pretrain(
+        f"{RUN} {SIZE_FLAGS} --decoder_depth 1 --seed 1 --base_learning_rate 0.1"
+    )  # also a LayerNorm of its own
+    flags = f"{RUN} --base_learning_rate 2e-2 --weight_decay 0.5 --max_device_batch_size 5 {switches}"
+    run = classify(f"{flags} --pretrained_model_path {mae}")
+    train = data.shapes(50, 16, seed=0)
+
+    def loss_of(model, epoch, step):
+        ids, x = batch_of(train.images, epoch, step, augment=False)
+        targets = torch.eye(10)[train.labels[ids]]
+        if wanted.mixup or wanted.cutmix:
+            x, targets = mixed_slowly(x, targets, epoch, step, wanted.mixup, wanted.cutmix)
+        targets = targets * (1 - wanted.label_smoothing) + wanted.label_smoothing / 10
+        tokens = model.embed(x)  # (B, 1 + N, D)
+        drawn = torch.rand(BATCH, 2, 2, generator=drawn_from(SEED, epoch, step, "drop path"))
+        for block, rate, numbers in zip(model.transformer, (0, wanted.drop_path), drawn.unbind(1), strict=True):
+            for branch, number in (
+                (lambda x, block=block: block.attn(block.norm1(x)), numbers[:, 0]),
+                (lambda x, block=block: block.mlp(block.norm2(x)), numbers[:, 1]),
+            ):
+                images = zip(tokens, branch(tokens), number.tolist(), strict=True)
+                tokens = torch.stack([x if n >= 1 - rate else x + change / (1 - rate) for x, change, n in images])
+        pooled = tokens[:, 1:].mean(1) if wanted.pool == "mean" else tokens[:, 0]
+        return -(targets * model.head(model.layer_norm(pooled)).log_softmax(1)).sum(1).mean()
+
+    torch.manual_seed(SEED)
+    model = ViT_Classifier(**SIZE, num_classes=10)
+    encoder = load_model(mae, MAE_ViT)[0].encoder.state_dict()
+    fresh = {name: value for name, value in model.state_dict().items() if name.startswith("head")}
+    if wanted.pool == "mean":
+        fresh |= model.layer_norm.state_dict(prefix="layer_norm.")
+    model.load_state_dict({**encoder, **fresh})
+    groups = []
+    for name, parameter in model.named_parameters():
+        matrix = name.endswith("weight") and "norm" not in name
+        block = name.startswith("transformer.") and int(name.split(".")[1])
+        last = name.startswith(("head.", "layer_norm."))
+        depth = SIZE["encoder_depth"] + 1 if last else block + 1 if block is not False else 0
+        groups.append(
+            {
+                "params": [parameter],
+                "weight_decay": 0.5 if matrix or not wanted.decay_matrices_only else 0,
+                "lr_scale": wanted.layer_decay ** (SIZE["encoder_depth"] + 1 - depth),
+            }
+        )
+    rows = plain_loop(
+        model, (0.9, 0.999), loss_of, groups=groups, rate=lambda step: 20 * rate(step), clip=wanted.clip_grad
+    )
+    check_same(run, ViT_Classifier, model, rows, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("script", ["mae_pretrain", "train_classifier"])
@@ -316,15 +404,16 @@ def product(model):
 
 
 @pytest.mark.parametrize("slices", [[slice(0, 4)], [slice(0, 1), slice(1, 4)]])
-def test_a_scaled_loss_steps_like_a_plain_one(slices):
+@pytest.mark.parametrize(("clip_grad", "gradient"), [(0.0, 2.0), (3.0, 2.0), (0.5, 0.5)])
+def test_a_scaled_loss_steps_like_a_plain_one(slices, clip_grad, gradient):
     weights, values = [], torch.tensor([0.5, 1.5, 2.0, 4.0])
     for scaler in (training.UNSCALED, torch.amp.GradScaler("cpu", init_scale=3.0)):
         model = Weight()
         optimizer = torch.optim.SGD(model.parameters())
         for _ in range(3):
-            training.update(model, optimizer, slices, 0.1, product(model), [values], scaler)
+            training.update(model, optimizer, slices, 0.1, product(model), [values], scaler, clip_grad)
             weights.append(model.weight.item())
-    assert weights == pytest.approx([-0.2, -0.4, -0.6] * 2)
+    assert weights == pytest.approx([-0.1 * gradient * step for step in (1, 2, 3)] * 2)
 
 
 def bursting(rank, meeting, answers):
