@@ -7,6 +7,7 @@
 Recipe: He et al. 2021 (arXiv:2111.06377), appendix A.1, at CIFAR size.
 """
 
+import argparse
 import functools
 import math
 
@@ -30,6 +31,17 @@ DEVICE_BATCH_SIZE = {"cuda": 512, "cpu": 128, "mps": 128}
 IMAGE_LOGS = 50  # reconstructions shown in TensorBoard over a run
 PROBES, PROBE_SHARE = 20, 0.03  # over a run: at most so many, and looking at so many images for each one trained on
 PROBED = ("test/loss", "knn/acc")  # the second with labels only
+# Recipes for --preset: values of flags by name. What a row leaves out is as in the first.
+PRESETS = {
+    "reference": {
+        "total_epoch": 2000,
+        "batch_size": 4096,
+        "base_learning_rate": 1.5e-4,
+        "augment": False,
+        **utils.defaults(MAE_ViT),
+    },
+    "strong": {"norm_pix_loss": True},
+}
 
 
 def parse_args(argv=None):
@@ -47,21 +59,14 @@ def parse_args(argv=None):
     )
     group.add_argument(
         "--norm_pix_loss",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
         help="predict each patch's pixels normalised by their mean and variance (MAE paper, table 1d)",
     )
     group = parser.add_argument_group("masking")
     group.add_argument("--mask_ratio", type=float, help="fraction of patches hidden, in (0, 1)")
     group.add_argument("--mask_strategy", choices=MASK_STRATEGIES, help="which patches are hidden")
     utils.add_mask_args(group)
-    utils.add_optimisation_arguments(
-        parser,
-        total_epoch=2000,
-        warmup=WARMUP,
-        batch_size=4096,
-        device_batch_size=DEVICE_BATCH_SIZE,
-        base_learning_rate=1.5e-4,
-    )
+    utils.add_optimisation_arguments(parser, WARMUP, DEVICE_BATCH_SIZE)
     utils.add_run_arguments(parser, log_dir="logs/pretrain").add_argument(
         "--probe_every",
         type=utils.non_negative_int,
@@ -71,7 +76,7 @@ def parse_args(argv=None):
     parser.add_argument_group("output").add_argument(
         "--model_path", type=utils.file_path, help="copy the finished model.pt to this file"
     )
-    parser.set_defaults(**utils.defaults(MAE_ViT))
+    utils.add_presets(parser, PRESETS, argv)
     return parser.parse_args(argv)
 
 

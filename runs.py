@@ -27,6 +27,7 @@ from files import locked, replacing
 # comes to is compared all the same, as one of the facts given to Run.open.
 FREE_ARGUMENTS = {"compile", "data_dir", "device", "log_dir", "max_device_batch_size", "overwrite", "precision"}
 FREE_ARGUMENTS |= {"model_path", "output_model_path", "pretrained_model_path", "probe_every"}
+FREE_ARGUMENTS |= {"preset"}  # it only sets other arguments
 # What else must be as it was, as digests: of a finished run, too
 DIGESTS = {"images": "training images", "test_set": "test images", "masks": "masks from the strategy of this name"}
 DIGESTS |= {"encoder_digest": "weights of the pretrained encoder"}

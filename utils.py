@@ -191,7 +191,7 @@ def add_size_arguments(group, names, from_scratch=None):
         group.add_argument(f"--{name}", type=positive_int, help=SIZE_HELP[name] + note)
 
 
-def add_optimisation_arguments(parser, warmup, device_batch_size, **defaults):
+def add_optimisation_arguments(parser, warmup, device_batch_size):
     """Args: warmup: its default as a fraction of all epochs; device_batch_size: its default by type of device."""
     group = parser.add_argument_group("optimisation")
     group.add_argument("--total_epoch", type=positive_int, help="epochs")
@@ -209,12 +209,8 @@ def add_optimisation_arguments(parser, warmup, device_batch_size, **defaults):
         "--base_learning_rate", type=non_negative_float, help="peak rate for a batch of 256; scaled with it"
     )
     group.add_argument(
-        "--weight_decay",
-        type=non_negative_float,
-        default=0.05,
-        help="weight decay (AdamW), applied to every parameter",
+        "--weight_decay", type=non_negative_float, default=0.05, help="weight decay (AdamW) of every parameter"
     )
-    parser.set_defaults(**defaults)
     return group
 
 
@@ -231,7 +227,7 @@ def add_presets(parser, presets, argv):
     for each in (parser, early):
         each.add_argument("--preset", choices=presets, default=first, help=f"defaults of the other flags; {rows}")
     chosen = early.parse_known_args(argv)[0].preset
-    parser.set_defaults(**{**presets[first], **presets[chosen], "preset": chosen})
+    parser.set_defaults(**{**presets[first], **presets[chosen]})
 
 
 def as_flags(values):

@@ -2,7 +2,7 @@
 # A sweep: for every combination of what varies, and every seed, pretrain a MAE, measure its features, fine-tune it.
 #   RATIOS="0.5 0.75 0.9" SEEDS="1 2 3" scripts/sweep.sh
 #   STRATEGIES="random block" DEPTHS="2 4" scripts/sweep.sh                 # 4 settings
-#   VARY="embed_dim=96,192 base_learning_rate=1e-4,3e-4" scripts/sweep.sh   # any flags with values: 4 settings
+#   VARY="embed_dim=96,192 norm_pix_loss=off,on" scripts/sweep.sh           # any flags: 4 settings
 #   LABELS="100 1000" FINETUNE_FLAGS="--batch_size 50" scripts/sweep.sh     # accuracy by number of labels
 #   DRY=1 RATIOS="0.5 0.75 0.9" scripts/sweep.sh >jobs.txt                  # only list the jobs, for a cluster
 # The same command again passes over what is finished and continues what was stopped. Settings, all environment

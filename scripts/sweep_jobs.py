@@ -1,6 +1,6 @@
 """List the jobs of scripts/sweep.sh, a line a job: its commands, joined by &&. All flags are checked first.
 
-Each argument names flags of mae_pretrain.py and their values, as in "mask_ratio=0.5,0.9 decoder_depth=2,4"; all
+Each argument names flags of mae_pretrain.py and their values, as in "mask_ratio=0.5,0.9 norm_pix_loss=off,on"; all
 combinations are tried. The other settings are the environment variables of sweep.sh, and START, which begins a command.
 """
 
@@ -19,8 +19,7 @@ from model import MAE_ViT
 from training import plan_training
 
 SET_BY = {"dataset": "DATASET", "data_dir": "DATA_DIR", "seed": "SEEDS", "log_dir": "LOGS"}
-IN_NAME = {*mae_pretrain.SIZE, "mask_strategy", "mask_args", "mask_ratio", "decoder_embed_dim", "positions", "augment"}
-IN_NAME |= {"total_epoch", "batch_size", "train_images"}
+IN_NAME = {*utils.defaults(MAE_ViT), "augment", "total_epoch", "batch_size", "train_images"}
 
 
 def combinations(grid):
@@ -41,7 +40,10 @@ def combinations(grid):
 
 
 def as_flags(setting):
-    return [word for flag, value in setting.items() for word in (f"--{flag}", value)]
+    flags = []
+    for flag, value in setting.items():
+        flags += {"on": [f"--{flag}"], "off": [f"--no-{flag}"]}.get(value, [f"--{flag}", value])
+    return flags
 
 
 def variable(name):

@@ -124,33 +124,37 @@ def test_names_tell_what_sets_runs_apart():
     )
 
 
-def test_a_preset_is_its_flags_given_by_hand_and_a_flag_of_ones_own_wins():
+@pytest.mark.parametrize("script", [mae_pretrain, train_classifier])
+def test_a_preset_is_its_flags_given_by_hand_and_a_flag_of_ones_own_wins(script):
     def parsed(flags):
-        return vars(train_classifier.parse_args(shlex.split(flags)))
+        return vars(script.parse_args(shlex.split(flags)))
 
-    strong = train_classifier.PRESETS["strong"]
+    strong = script.PRESETS["strong"]
     by_hand = parsed(utils.as_flags(strong))
     assert parsed("--preset strong") == {**by_hand, "preset": "strong"}
-    assert {name: by_hand[name] for name in strong} == strong
+    assert {name: by_hand[name] for name in strong} == strong != {}
     assert parsed("") == parsed("--preset reference")
-    own = parsed("--mixup 0 --preset=strong --no-augment --no-decay_matrices_only --pool cls")
-    assert own == {
-        **by_hand,
-        "mixup": 0,
-        "augment": False,
-        "decay_matrices_only": False,
-        "pool": "cls",
-        "preset": "strong",
-    }
+    own = {name: value for name, value in script.PRESETS["reference"].items() if name in strong}
+    assert parsed(f"--preset=strong {utils.as_flags(own)}") == {**by_hand, **own, "preset": "strong"}
+    assert parsed(f"{utils.as_flags(own)} --preset strong") == {**by_hand, **own, "preset": "strong"}
 
 
-def test_the_help_of_a_preset_shows_its_values(capsys):
-    for flags, share in (["--help"], "1.0"), (["--preset", "strong", "--help"], "0.75"):
+@pytest.mark.parametrize("script", [mae_pretrain, train_classifier])
+def test_the_help_of_a_preset_shows_its_values(script, capsys):
+    for preset in script.PRESETS:
         with pytest.raises(SystemExit):
-            train_classifier.parse_args(flags)
+            script.parse_args(["--preset", preset, "--help"])
         text = " ".join(capsys.readouterr().out.split())
-        assert re.search(rf"--layer_decay LAYER_DECAY [^-]*\(default: {share}\)", text)
-        assert utils.as_flags(train_classifier.PRESETS["strong"]) in text
+        assert utils.as_flags(script.PRESETS["strong"]) in text
+        for name, value in {**script.PRESETS["reference"], **script.PRESETS[preset]}.items():
+            if value not in (None, False):
+                assert re.search(rf"--{name}\b[^:]*?[^-]* \(default: {value}\)", text), name
+
+
+def test_a_mae_of_a_preset_is_the_run_of_its_flags():
+    preset = pretrain("--preset", "strong")
+    assert pretrain(*utils.as_flags(mae_pretrain.PRESETS["strong"]).split()) == preset
+    assert read_config(preset)["arguments"]["preset"] == "strong"
 
 
 def test_a_strong_classifier_is_a_run_like_any_other():
@@ -1020,10 +1024,23 @@ def test_runs_that_their_names_do_not_tell_apart_have_directories_of_their_own(l
     places = [f"here/base_learning_rate_{lr}_weight_decay_0.1" for lr in ("1e-3", "2e-3") for _ in range(2)]
     assert [parsed(job[0]).log_dir for job in jobs] == [f"{place}/pretrain" for place in places]
     assert [parsed(job[-1]).log_dir for job in jobs] == [f"{place}/classifier" for place in places]
-    for flag in sweep_jobs.IN_NAME:
+    assert mae_pretrain.PRESETS["strong"].keys() <= sweep_jobs.IN_NAME
+    for flag in sweep_jobs.IN_NAME - {"norm_pix_loss"}:
         values = WORDS.get(flag, ("4", "8"))
         names = [mae_pretrain.run_name(mae_pretrain.parse_args([f"--{flag}", value])) for value in values]
         assert names[0] != names[1], flag
+
+
+def test_a_sweep_turns_switches_on_and_off(listed):
+    jobs = listed("norm_pix_loss=on,off augment=off,crop", PRETRAIN_FLAGS="--preset strong")
+    maes = [parsed(job[0]) for job in jobs]
+    assert [(mae.norm_pix_loss, mae.augment) for mae in maes] == [
+        (True, False),
+        (True, "crop"),
+        (False, False),
+        (False, "crop"),
+    ]
+    assert {mae.log_dir for mae in maes} == {"here/pretrain"}
 
 
 def test_what_two_grids_share_runs_once(listed):
