@@ -7,6 +7,7 @@ Runs of one setting differ in their seed alone; settings are compared by the dif
 compare.md, compare.csv and pictures. Runs that are not finished are drawn by epoch and not compared.
 """
 
+import collections
 import functools
 import statistics
 from pathlib import Path
@@ -59,6 +60,8 @@ TASK = {
     "dataset",
 }  # of the MAE's loss
 SCRATCH = "from scratch"
+MANY = 3  # where more arguments vary, a label has only those that differ from most settings
+AS_MOST = "as most"  # a setting without any
 NONE = {"train_images": "all", "warmup_epoch": "default"}  # what None stands for; elsewhere "none"
 
 
@@ -138,18 +141,32 @@ def label_all(results):
     """What sets results apart, in the order of its values, from scratch last.
 
     Returns:
-        {label: [Result, ...]}; {label: {name: value} of the arguments that vary}.
+        {label: [Result, ...]}; {label: {name: value} of the arguments that vary}; the values that labels leave out.
     """
     settings = without_twins([arguments_of(result) for result in results])
     varied, pretrained = what_varies(settings), [is_pretrained(result) for result in results]
+    settings = [{name: setting[name] for name in varied if name in setting} for setting in settings]
+    usual = most_common(settings) if len(varied) > MANY else {}
+    told = [{name: v for name, v in setting.items() if not usual or v != usual[name]} for setting in settings]
+    order = [(not pretrained[i], bool(usual) and len(told[i]), in_order(told[i], varied)) for i in range(len(results))]
     both, groups, values = len(set(pretrained)) > 1, {}, {}
-    for i in sorted(range(len(results)), key=lambda i: (not pretrained[i], in_order(settings[i], varied))):
-        setting = {name: settings[i][name] for name in varied if name in settings[i]}
-        words = [SCRATCH if both and not pretrained[i] else "", written(setting)]
-        label = " ".join(filter(None, words)) or ("pretrained" if both else "all runs")
+    for i in sorted(range(len(results)), key=order.__getitem__):
+        words = [SCRATCH if both and not pretrained[i] else "", written(told[i])]
+        unnamed = AS_MOST if usual else "pretrained" if both else "all runs"
+        label = " ".join(filter(None, words)) or unnamed
         groups.setdefault(label, []).append(results[i])
-        values[label] = setting
-    return groups, values
+        values[label] = settings[i]
+    return groups, values, usual
+
+
+def most_common(settings):
+    """{name: value} that most of the settings have that have the name, each setting counted once."""
+    different = {written(setting): setting for setting in settings}.values()
+    counts = {}
+    for setting in different:
+        for name, value in setting.items():
+            counts.setdefault(name, collections.Counter())[value] += 1
+    return {name: values.most_common(1)[0][0] for name, values in counts.items()}
 
 
 def tell_seeds(groups):
@@ -252,9 +269,10 @@ def digits_of(measure):
     return 4 if measure in LOSSES else 2
 
 
-def notes_of(results, values, measured, left_out, cells):
+def notes_of(results, values, usual, measured, left_out, cells):
     """What a reader must know beside the numbers, a line each."""
-    lines = [f"Not compared: {run}: {reason}." for run, reason in left_out.items()]
+    lines = [f"Where a setting does not say otherwise: {written(usual)}."] if usual else []
+    lines += [f"Not compared: {run}: {reason}." for run, reason in left_out.items()]
     for measure, labels in measured.items():
         fewer = {label: len(numbers) for label, numbers in labels.items() if len(numbers) < len(results[label])}
         lines += [f"{label}: {measure} of {n} of {len(results[label])} seeds." for label, n in fewer.items()]
@@ -347,7 +365,7 @@ def main(argv=None):
     if not found:
         raise UserError(f"No finished run in {', '.join(map(str, args.directories))}.")
     unfinished = started(run for run in left_out if not is_finished(run))
-    groups, values = label_all([*found, *unfinished])
+    groups, values, usual = label_all([*found, *unfinished])
     running = {label: [r for r in results if r in unfinished] for label, results in groups.items()}
     finished = {label: [r for r in results if r not in unfinished] for label, results in groups.items()}
     results, twice = tell_seeds({label: some for label, some in finished.items() if some})
@@ -356,7 +374,7 @@ def main(argv=None):
     first = next(iter(measured))
     baseline = pick_baseline(args.baseline, results if args.baseline else measured[first])
     rows, cells = rows_of(results, values, measured, baseline)
-    notes = notes_of(results, values, measured, left_out | twice, cells)
+    notes = notes_of(results, values, usual, measured, left_out | twice, cells)
     output = args.output or args.directories[0] / "compare"
     settings = {label: values[label] for label in results}
     captions = draw_measures(measured, settings, baseline, SCRATCH, LOSSES, output / "measures.png")

@@ -97,6 +97,26 @@ def test_a_setting_is_named_by_the_arguments_that_differ_and_by_nothing_that_fol
     assert "mask_ratio=0.5 masks=drawn otherwise" in {setting for setting, _ in compared()}
 
 
+def test_of_one_change_at_a_time_only_the_change_is_named():
+    usual = {"norm_pix_loss": False, "positions": "learned", "decoder_embed_dim": None, "mask_ratio": 0.75}
+    changes = ({"norm_pix_loss": True}, {}, {"positions": "sincos", "mask_ratio": 0.5}, {"decoder_embed_dim": 8})
+    for depth, change_ in enumerate(changes):
+        for seed in (1, 2):
+            mae = keep_mae(seed, 2, f"m{depth}")
+            change(mae, "arguments", mask_strategy="random", **{**usual, **change_})
+            keep_classifier(seed, mae, 0.5 + depth / 100)
+    rows = compared()
+    assert [(setting, row["difference"]) for (setting, measure), row in rows.items() if measure == "fine-tuned"] == [
+        ("as most", None),
+        ("norm_pix_loss=True", pytest.approx(-1)),
+        ("decoder_embed_dim=8", pytest.approx(2)),
+        ("positions=sincos mask_ratio=0.5", pytest.approx(1)),
+    ]
+    assert rows["norm_pix_loss=True", "fine-tuned"]["positions"] == "learned"
+    told = "norm_pix_loss=False positions=learned decoder_embed_dim=none mask_ratio=0.75"
+    assert f"\n- Where a setting does not say otherwise: {told}.\n" in Path("out/compare.md").read_text()
+
+
 def test_own_parameters_of_a_strategy_are_arguments_like_others():
     for depth, smallest in ((2, None), (4, 0.2), (6, 0.3)):
         keep(1, depth, 0.5)
