@@ -20,11 +20,13 @@ run() {
 say "1. Pretrain: hide 75 % of each image, predict it from the rest"
 run mae_pretrain.py --dataset shapes $size --decoder_depth 1 --total_epoch 30 --batch_size 32 \
   --base_learning_rate 8e-3 --seed "$SEED" --log_dir $out/pretrain --model_path $out/mae.pt
-say "2. Train a classifier from the pretrained encoder"
+say "2. What it learned without labels: classify by the frozen features, of this encoder and of an untrained one"
+run evaluate_features.py --model_path $out/mae.pt --untrained --pool mean --train_images 2000
+say "3. Train a classifier from the pretrained encoder"
 run train_classifier.py $finetune --pretrained_model_path $out/mae.pt --output_model_path $out/pretrained.pt
-say "3. The same from scratch"
+say "4. The same from scratch"
 run train_classifier.py $finetune $size --output_model_path $out/scratch.pt
-say "4. Look"
+say "5. Look"
 run visualize_predictions.py --masks --output $out/masks.png
 run visualize_predictions.py --model_path $out/mae.pt
 run visualize_predictions.py --model_path $out/pretrained.pt
