@@ -1321,11 +1321,12 @@ def test_the_quickstart_asks_for_flags_that_exist(tmp_path):
     done = subprocess.run([tmp_path / "scripts" / "quickstart.sh"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     calls = [shlex.split(line) for line in (tmp_path / "calls").read_text().splitlines()]
+    scripts = (mae_pretrain, evaluate_features, train_classifier, visualize_predictions)
+    modules = {f"{module.__name__}.py": module for module in scripts}
     for call in calls[:-1]:
-        module = {f"{module.__name__}.py": module for module in (mae_pretrain, train_classifier, visualize_predictions)}
-        module[call[0]].parse_args(call[1:])
+        modules[call[0]].parse_args(call[1:])
     plot_curves.parse_args(calls[-1][2:])
-    assert len(calls) == 7
+    assert len(calls) == 8
 
 
 def test_the_defaults_are_the_references_recipe():
