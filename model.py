@@ -180,7 +180,7 @@ class PatchShuffle(nn.Module):
             )
         self.grid_size, self.mask_ratio, self.mask_strategy = grid_size, mask_ratio, mask_strategy
         self.mask_args = mask_args or {}
-        defaults = self.parameters()
+        defaults = self.own_parameters()
         for name, value in self.mask_args.items():
             if name not in defaults:
                 self.refuse(f"has no parameter {name!r}")
@@ -190,13 +190,13 @@ class PatchShuffle(nn.Module):
             if isinstance(value, float) and isinstance(default, int):
                 self.refuse(f"takes a whole number as {name}, not {value}")
 
-    def parameters(self):
+    def own_parameters(self):
         """The strategy's own parameters, those after the five of every strategy: {name: default}."""
         parameters = list(inspect.signature(MASK_STRATEGIES[self.mask_strategy]).parameters.values())[5:]
         return {parameter.name: parameter.default for parameter in parameters}
 
     def refuse(self, reason):
-        defaults = ", ".join(f"{name}={default}" for name, default in self.parameters().items())
+        defaults = ", ".join(f"{name}={default}" for name, default in self.own_parameters().items())
         raise UserError(f"mask_strategy {self.mask_strategy!r} {reason}. Its parameters: {defaults or 'none'}.")
 
     def forward(self, batch_size, generator=None, device=None):

@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import data
+import utils
 from checkpoints import digest, load_file
 from errors import UserError
+from model import MAE_ViT
 from runs import FREE_ARGUMENTS, read_config, read_metrics
+from train_classifier import PRESETS
 
 # 97.5 % points of Student's t for 1, 2, ... degrees of freedom; beyond, the last one, which is a little wide
 STUDENT_T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
@@ -156,6 +159,7 @@ def features_of(mae, features, labels=None, classifier=None):
         wanted = digest_of(mae) if features else None  # kept MAEs have no weights
     features = {path: stored for path, stored in features.items() if wanted in (None, stored["model_digest"])}
     features = {path: stored for path, stored in features.items() if stored["arguments"]["train_images"] == labels}
+    features = {path: stored for path, stored in features.items() if path.parent == mae} or features
     return max(features, key=lambda path: len(features[path]["rows"]), default=None)
 
 
@@ -208,7 +212,10 @@ def facts_of(config):
 
     Not of the seed, nor of where and how it is computed.
     """
-    facts = {name: value for name, value in config["arguments"].items() if name not in NO_SETTING}
+    arguments = config["arguments"]
+    if arguments:  # a run made before a switch was there had it off
+        arguments = (utils.defaults(MAE_ViT) if "decoder_depth" in arguments else PRESETS["reference"]) | arguments
+    facts = {name: value for name, value in arguments.items() if name not in NO_SETTING}
     if "data_dir" in config["arguments"]:
         facts["dataset"] = name_of_data(config["arguments"])
     if facts.get("mask_args"):

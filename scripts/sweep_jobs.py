@@ -91,7 +91,7 @@ def checked(script, *flags):
     args = module.parse_args(flags)
     plan_training(args, args.train_images or args.batch_size, module.WARMUP, args.batch_size, rank=0, world_size=1)
     if module is mae_pretrain:
-        MAE_ViT(**{name: getattr(args, name) for name in utils.defaults(MAE_ViT)})
+        MAE_ViT(**{name: getattr(args, name) for name in utils.defaults(MAE_ViT)}).shuffle(1)
         return f"{args.log_dir}/{mae_pretrain.run_name(args)}"
     if args.pretrained_model_path:
         return None

@@ -97,6 +97,16 @@ def test_a_setting_is_named_by_the_arguments_that_differ_and_by_nothing_that_fol
     assert "mask_ratio=0.5 masks=drawn otherwise" in {setting for setting, _ in compared()}
 
 
+def test_a_run_from_before_a_switch_was_there_had_it_off():
+    for seed in (1, 2):
+        keep_classifier(seed, keep_mae(seed, 2), 0.5)
+        later = keep_mae(seed, 2, "later", norm_pix_loss=True)
+        change(later, "arguments", mask_strategy="random")
+        keep_classifier(seed, later, 0.6)
+    settings = [(setting, row["n"]) for (setting, measure), row in compared().items() if measure == "fine-tuned"]
+    assert settings == [("norm_pix_loss=False", 2), ("norm_pix_loss=True", 2)]
+
+
 def test_of_one_change_at_a_time_only_the_change_is_named():
     usual = {"norm_pix_loss": False, "positions": "learned", "decoder_embed_dim": None, "mask_ratio": 0.75}
     changes = ({"norm_pix_loss": True}, {}, {"positions": "sincos", "mask_ratio": 0.5}, {"decoder_embed_dim": 8})
@@ -110,10 +120,10 @@ def test_of_one_change_at_a_time_only_the_change_is_named():
         ("as most", None),
         ("norm_pix_loss=True", pytest.approx(-1)),
         ("decoder_embed_dim=8", pytest.approx(2)),
-        ("positions=sincos mask_ratio=0.5", pytest.approx(1)),
+        ("mask_ratio=0.5 positions=sincos", pytest.approx(1)),
     ]
     assert rows["norm_pix_loss=True", "fine-tuned"]["positions"] == "learned"
-    told = "norm_pix_loss=False positions=learned decoder_embed_dim=none mask_ratio=0.75"
+    told = "mask_ratio=0.75 norm_pix_loss=False decoder_embed_dim=none positions=learned"
     assert f"\n- Where a setting does not say otherwise: {told}.\n" in Path("out/compare.md").read_text()
 
 

@@ -706,3 +706,8 @@ def test_a_tiny_model_learns_one_batch_by_heart():
 def test_sizes_that_do_not_fit_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         small_mae(**changes)
+
+
+def test_each_part_of_a_mae_can_be_frozen_by_itself():
+    for part in small_mae(mask_strategy="blockwise").children():
+        part.requires_grad_(False)

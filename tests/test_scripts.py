@@ -31,7 +31,7 @@ from checkpoints import digest, load_file, load_model
 from errors import exit_in_one_line
 from model import MASK_STRATEGIES, MAE_ViT, ViT_Classifier, mae_loss
 from runs import Session, read_config, read_metrics
-from scripts import benchmark, export, make_report, plot_curves, sweep_jobs
+from scripts import benchmark, compare, export, make_report, plot_curves, sweep_jobs
 from scripts.ablations import BASE
 from scripts.report_figures import mask_matrix
 
@@ -1252,7 +1252,7 @@ def test_dry_run_goes_through_every_line_and_leaves_nothing(script, more, capsys
 
 
 PARSERS = [mae_pretrain, train_classifier, evaluate_features, visualize_predictions, plot_curves, benchmark]
-PARSERS += [export, make_report]
+PARSERS += [export, make_report, compare]
 
 
 @pytest.mark.parametrize("script", PARSERS)
@@ -1280,6 +1280,7 @@ def test_commands_in_the_readme_its_pages_and_the_scripts_have_flags_that_exist(
     commands = []
     modules = (mae_pretrain, train_classifier, evaluate_features, visualize_predictions)
     parsers = {f"{module.__name__}.py": module for module in modules}
+    parsers |= {module.__name__: module for module in (benchmark, compare, export, make_report, plot_curves)}
     for path in [ROOT / "README.md", *ROOT.glob("logs/report/*.md"), *ROOT.glob("*.py")]:
         for line in path.read_text().replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True) if re.match(r" *(python|torchrun) ", line) else []
