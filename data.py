@@ -280,7 +280,7 @@ def folder(data_dir, img_size, labelled=True):
     """
     root = Path(data_dir)
     places = {part: root / part for part in ("train", "test")}
-    by_class = labelled or all(any(glob.iglob("*/*", root_dir=place)) for place in places.values())
+    by_class = labelled or are_classes(*map(folders_of_images, places.values()))
     if not by_class:
         places = {part: place for part, place in places.items() if place.is_dir()}
         if "train" not in places:
@@ -310,6 +310,17 @@ def folder(data_dir, img_size, labelled=True):
     classes = classes if by_class else []
     sets = {part: ImageSet(torch.from_numpy(arrays[part]), labels[part], classes) for part in parts}
     return sets["train"], sets.get("test")
+
+
+def folders_of_images(directory):
+    """The folders that hold a directory's images, relative to it; "" is the directory itself."""
+    paths = glob.iglob("**/*", root_dir=directory, recursive=True)
+    return {os.path.dirname(path) for path in paths if Path(path).suffix.lower() in IMAGE_SUFFIXES}
+
+
+def are_classes(train, test):
+    """Whether two sets of folders are the same classes, none with a folder of images inside and no image outside."""
+    return train == test != set() and all(folder and os.sep not in folder for folder in train)
 
 
 def list_images(directory, by_class=True):

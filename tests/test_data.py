@@ -583,9 +583,37 @@ def without_classes(root):
         path.rename(path.parent.parent / f"{path.parent.name}{path.name}")
 
 
+def deeper(root):
+    for path in list(root.glob("*/*/*")):
+        (path.parent / "deeper").mkdir(exist_ok=True)
+        path.rename(path.parent / "deeper" / path.name)
+
+
+def other_classes_in_test(root):
+    (root / "test" / "cat").rename(root / "test" / "unknown")
+
+
+def one_outside_a_class(root):
+    path = next(root.glob("train/cat/*"))
+    path.rename(root / "train" / path.name)
+
+
+def one_class_deeper(root):
+    for path in list(root.glob("train/dog/*")):
+        (path.parent / "deeper").mkdir(exist_ok=True)
+        path.rename(path.parent / "deeper" / path.name)
+
+
 @pytest.mark.parametrize(
     ("change", "counts", "said"),
-    [(flat, (9, 1), "1 of its 10 images"), (without_test, (5, 1), "1 of its 6 images"), (without_classes, (6, 4), "")],
+    [
+        (flat, (9, 1), "1 of its 10 images"),
+        (without_test, (5, 1), "1 of its 6 images"),
+        *(
+            (change, (6, 4), "")
+            for change in (without_classes, deeper, other_classes_in_test, one_outside_a_class, one_class_deeper)
+        ),
+    ],
 )
 def test_pretraining_takes_folders_without_classes_or_without_a_test_part(image_folder, capsys, change, counts, said):
     change(image_folder)
@@ -598,8 +626,9 @@ def test_pretraining_takes_folders_without_classes_or_without_a_test_part(image_
     assert train.classes == test.classes == []
     assert train.labels.tolist() == [0] * counts[0]
     assert [part.digest() for part in load(labelled=False)] == [train.digest(), test.digest()]  # from the cache
-    with pytest.raises(UserError, match="A folder without classes or test/ serves pretraining only"):
-        load()
+    if change in (flat, without_test, without_classes, deeper):
+        with pytest.raises(UserError, match="A folder without classes or test/ serves pretraining only"):
+            load()
 
 
 def test_held_out_images_are_a_tenth_at_most_1000_and_spread_over_all():
