@@ -176,10 +176,6 @@ def measure(batch_sizes, device, model_args, seconds):
     Raises:
         UserError: no path could start, or one has ended.
     """
-    # the arithmetic of this machine, before anything else runs on it
-    gflops = {precision: matmul_gflops(device, precision) for precision in utils.PRECISIONS}
-    gflop = {task: gflop_per_image(model_args, task == "pretraining") for task in ("pretraining", "fine-tuning")}
-    give_memory_back(device)
     processes, paths = [], {}
     try:
         with tempfile.TemporaryDirectory() as meeting:
@@ -199,6 +195,9 @@ def measure(batch_sizes, device, model_args, seconds):
             process.terminate()
     if not paths:
         raise UserError("Nothing to time: none of the --paths can run here.")
+    gflop = {task: gflop_per_image(model_args, task == "pretraining") for task in ("pretraining", "fine-tuning")}
+    # the arithmetic of this machine, while nothing else runs on it; an unused precision may be 1000 times slower
+    gflops = {precision: matmul_gflops(device, precision) for precision in {part[0][0] for part in ends.values()}}
     return [
         row_of(name, batch_sizes[name], first[name], times[name], answers, gflop, gflops)
         for name, answers in ends.items()
