@@ -704,4 +704,3 @@ def mix(images, labels, num_classes, mixup, cutmix, generator):
 
 # By the value of --augment in a run's arguments: earlier runs have True for the shifts
 AUGMENTATIONS = {False: lambda images, generator: images, True: flip_and_crop, "crop": random_resized_crop}
-AUGMENTED = {False: "", True: "_aug", "crop": "_augcrop"}  # in a run's name

@@ -85,9 +85,10 @@ def run_name(args):
     size = "i{img_size}_p{patch_size}_w{embed_dim}_e{encoder_depth}_h{num_heads}_d{decoder_depth}".format(**vars(args))
     size += f"_dw{args.decoder_embed_dim}" if args.decoder_embed_dim else ""
     size += f"_{args.positions}" if args.positions != "learned" else ""
+    augmented = {False: "", True: "_aug", "crop": "_augcrop"}[args.augment]
     masks = f"{args.mask_strategy}{utils.named(args.mask_args)}_r{args.mask_ratio}"
     masks += "_normpix" if args.norm_pix_loss else ""
-    rest = f"ep{args.total_epoch}_b{args.batch_size}_s{args.seed}{data.AUGMENTED[args.augment]}"
+    rest = f"ep{args.total_epoch}_b{args.batch_size}_s{args.seed}{augmented}"
     return f"mae_{data.name_of(args)}_{size}_{masks}_{rest}"
 
 
@@ -191,9 +192,10 @@ def pretrain(args):
         run = Run(args.log_dir, run_name(args), vars(args), args.overwrite, writer=rank == 0)
         torch.manual_seed(args.seed)
         model_args = {name: getattr(args, name) for name in utils.defaults(MAE_ViT)}
-        model = MAE_ViT(**model_args).to(device)  # bad sizes end here, before the data is read
+        model = MAE_ViT(**model_args).to(device)  # bad sizes and masks end here, before the data is read
+        masks = mask_digest(model.shuffle)
         images, banks, shown, digests = load_images(args, device)
-        digests["masks"] = mask_digest(model.shuffle)
+        digests["masks"] = masks
         finished = run.is_finished(digests)
     if processes.what_first_has([int(finished)])[0]:
         return run.pass_over(args.model_path)

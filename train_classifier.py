@@ -85,7 +85,7 @@ def parse_args(argv=None):
     group.add_argument(
         "--decay_matrices_only",
         action=argparse.BooleanOptionalAction,
-        help="no weight decay on biases, LayerNorms, the cls token and positions",
+        help="no weight decay on biases, LayerNorms, the cls token and positions; else on every parameter",
     )
     group.add_argument(
         "--layer_decay",

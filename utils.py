@@ -169,7 +169,7 @@ def add_data_arguments(parser, datasets, pretrained=False):
         "paper, table 1e)",
     )
     group.add_argument(
-        "--no-augment", dest="augment", action="store_false", default=False, help="neither, in any preset"
+        "--no-augment", dest="augment", action="store_false", default=False, help="neither (default: as the preset)"
     )
     return group
 
@@ -208,9 +208,7 @@ def add_optimisation_arguments(parser, warmup, device_batch_size):
     group.add_argument(
         "--base_learning_rate", type=non_negative_float, help="peak rate for a batch of 256; scaled with it"
     )
-    group.add_argument(
-        "--weight_decay", type=non_negative_float, default=0.05, help="weight decay (AdamW) of every parameter"
-    )
+    group.add_argument("--weight_decay", type=non_negative_float, default=0.05, help="weight decay (AdamW)")
     return group
 
 

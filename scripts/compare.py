@@ -48,7 +48,7 @@ FOLLOWS = {  # a digest says something new only where all of these are the same
     "test_set": ("dataset", "img_size"),
     "masks": ("mask_strategy", "mask_args", "mask_ratio", "img_size", "patch_size"),
 }
-OF_MODEL = {*utils.defaults(MAE_ViT), "masks"}  # no argument of a classifier is another one of that name
+OF_MODEL = {*utils.defaults(MAE_ViT), "masks"}  # a classifier has the same values of these as its MAE
 TASK = {
     "mask_ratio",
     "mask_strategy",
