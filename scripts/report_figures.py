@@ -237,13 +237,22 @@ def draw_answers(results, test, chosen, output, device):
     return captions
 
 
+def with_weights(results):
+    """The results of the seeds of which all runs have their weights; and a run without, or None.
+
+    Kept runs have none. So a seed that was trained elsewhere leaves the pictures to the others.
+    """
+    runs = {result.seed: [] for found in results.values() for result in found}
+    for result in (result for found in results.values() for result in found):
+        runs[result.seed] += filter(None, (result.classifier, result.mae))
+    missing = {seed: [run for run in found if not (run / "model.pt").exists()] for seed, found in runs.items()}
+    whole = {label: [result for result in found if not missing[result.seed]] for label, found in results.items()}
+    first = next((run for found in missing.values() for run in found), None)
+    return {label: found for label, found in whole.items() if found}, first
+
+
 def images_for_pictures(results):
-    """The test images, if they and all models are there; else None and the reason."""
-    settings = [setting for setting in (*DEPTHS.values(), *MASKS.values()) if setting in results]
-    models = [result.mae for setting in settings for result in results[setting]]
-    models += [results[setting][0].classifier for setting in PRETRAINING.values() if setting in results]
-    if missing := [run for run in models if not (run / "model.pt").exists()]:
-        return None, f"{missing[0]} has no model.pt"
+    """The test images, if they are there; else None and the reason."""
     config = read_config(results[BASE][0].classifier)["arguments"]
     try:
         return data.load_dataset(config["dataset"], config["data_dir"], config["img_size"])[1], None
@@ -259,12 +268,18 @@ def draw_all(results, output, bank, device, kept):
             drawn.
     """
     captions = draw_all_curves(results, output) | draw_all_probes(results, output)
-    test, reason = images_for_pictures(results)
+    drawable, without = with_weights(results)
+    whole = drawable.keys() == results.keys()
+    test, reason = images_for_pictures(drawable) if whole else (None, f"{without} has no model.pt")
     if test:
         chosen = torch.randperm(len(test.images), generator=utils.generator("cpu", "report"))
         images = data.normalize(test.images[chosen[:bank]])
-        captions |= draw_all_reconstructions(results, images, output, device)
-        captions |= draw_answers(results, test, chosen, output, device)
+        captions |= draw_all_reconstructions(drawable, images, output, device)
+        captions |= draw_answers(drawable, test, chosen, output, device)
+        if without:
+            seeds = ", ".join(map(str, sorted({result.seed for found in drawable.values() for result in found})))
+            only = f"Of seed {seeds}, which has its weights."
+            captions |= {name: f"{captions[name]} {only}" for name in PICTURES if name in captions}
     else:
         kept = {name: caption for name, caption in kept.items() if name in PICTURES}
         missing = ", ".join(name for name in PICTURES if name not in kept)

@@ -50,6 +50,12 @@ def test_the_report_of_a_small_sweep():
     assert re.search(r"random > blockwise, as in the paper: \*\*one seed\*\* .* n 1\)", report)
     kept = list(Path("out/runs").glob("*/*/metrics.csv"))
     assert len(kept) == 2 * len(plan) + len(scratch)
+    (runs[1].mae / "model.pt").unlink()
+    make_report.main(["--runs", "runs", "--output", "other", "--bank", "2"])
+    drawn = re.findall(
+        r"!\[[^]]* Of seed 1, which has its weights\.\]\((\w+)\.png\)", Path("other/REPORT.md").read_text()
+    )
+    assert set(drawn) == set(report_figures.PICTURES)
     change(scratch[1], "arguments", weight_decay=0.3)
     with pytest.raises(ValueError, match=r"has weight_decay 0\.3, others have 0\.05"):
         collect(Path("runs"))
