@@ -14,6 +14,7 @@ import math
 import torch
 from torchvision.utils import make_grid
 
+import augmentation
 import data
 import processes
 import training
@@ -100,7 +101,7 @@ def draw_batch(images, shuffle, args, ids, epoch, step):
     """The images ids (B,) of (N, 3, H, W) uint8, augmented where asked, and their masks as ids_shuffle (B, N)."""
     batch = images[ids]
     device = batch.device
-    batch = data.AUGMENTATIONS[args.augment](batch, utils.generator(device, args.seed, epoch, step, "augment"))
+    batch = augmentation.AUGMENTATIONS[args.augment](batch, utils.generator(device, args.seed, epoch, step, "augment"))
     return batch, shuffle(len(batch), utils.generator(device, args.seed, epoch, step, "masks"), device)
 
 

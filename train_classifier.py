@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from timm.optim import param_groups_layer_decay
 
+import augmentation
 import data
 import processes
 import training
@@ -149,10 +150,10 @@ def draw_batch(train, args, ids, epoch, step):
     """
     batch, labels = train.images[ids], train.labels[ids]
     device = batch.device
-    batch = data.AUGMENTATIONS[args.augment](batch, utils.generator(device, args.seed, epoch, step, "augment"))
+    batch = augmentation.AUGMENTATIONS[args.augment](batch, utils.generator(device, args.seed, epoch, step, "augment"))
     if args.mixup or args.cutmix:
         draw = utils.generator("cpu", args.seed, epoch, step, "mixup")
-        batch, labels = data.mix(batch, labels, len(train.classes), args.mixup, args.cutmix, draw)
+        batch, labels = augmentation.mix(batch, labels, len(train.classes), args.mixup, args.cutmix, draw)
     if not args.drop_path:
         return batch, labels
     draw = utils.generator(device, args.seed, epoch, step, "drop path")

@@ -72,7 +72,7 @@ def file_path(text):
     return text
 
 
-def augmentation(text):
+def shift_or_crop(text):
     """An argparse type: what data.py has in AUGMENTATIONS for "shift" or "crop"."""
     if text not in ("shift", "crop"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither shift nor crop")
@@ -163,7 +163,7 @@ def add_data_arguments(parser, datasets, pretrained=False):
         nargs="?",
         const=True,
         default=False,
-        type=augmentation,
+        type=shift_or_crop,
         metavar="{shift,crop}",
         help="mirroring, and random shifts by up to 4 pixels (shift, or no value) or random resized crops (crop; MAE "
         "paper, table 1e)",

@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from test_data import cropped_one_by_one
+from test_augmentation import cropped_one_by_one
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import data

@@ -1,0 +1,108 @@
+"""Random changes of a whole batch of images (B, 3, H, W), on its device, drawn from a generator that is passed in."""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+
+def flip_and_crop(images, generator, padding=4):
+    """Mirror half of the images (B, 3, H, W) and shift each by up to `padding` pixels, on their device, any dtype.
+
+    What a shift uncovers repeats the edge. The usual CIFAR augmentation (He et al. 2015, arXiv:1512.03385, 4.2).
+    """
+    batch_size, _, height, width = images.shape
+
+    def steps(size):  # (B, size) source index of each row or column
+        shift = torch.randint(-padding, padding + 1, (batch_size, 1), generator=generator, device=images.device)
+        return (torch.arange(size, device=images.device) + shift).clamp(0, size - 1)
+
+    rows, columns = steps(height), steps(width)
+    mirror = torch.rand(batch_size, 1, generator=generator, device=images.device) < 0.5
+    columns = torch.where(mirror, columns.flip(1), columns)
+    images = images.gather(2, rows[:, None, :, None].expand_as(images))
+    return images.gather(3, columns[:, None, None, :].expand_as(images))
+
+
+def random_resized_crop(images, generator, scale=(0.2, 1), ratio=(3 / 4, 4 / 3), tries=10):
+    """Cut a random part out of each image (B, 3, H, W) uint8, enlarge it to H x W (bicubic), mirror half of them.
+
+    What the official MAE does to an image (He et al. 2021, table 1e), torchvision's RandomResizedCrop and a flip, for
+    the whole batch on its device: rows and columns are resampled by two matrix products an image.
+
+    Args:
+        scale: of the part's area to the image's; ratio: of its width to its height; both from, to.
+        tries: draws of a part; the first that fits into the image is taken, the whole image where none does.
+    """
+    batch_size, _, height, width = images.shape
+
+    def uniform(low, high, count=1):  # (B, count)
+        return low + (high - low) * torch.rand(batch_size, count, generator=generator, device=images.device)
+
+    area, aspect = height * width * uniform(*scale, tries), uniform(*map(math.log, ratio), tries).exp()
+    rows, columns = ((area * stretch).sqrt().round().clamp(min=1) for stretch in (1 / aspect, aspect))  # (B, tries)
+    rows, columns = F.pad(rows, (0, 1), value=height), F.pad(columns, (0, 1), value=width)  # the last always fits
+    chosen = ((rows <= height) & (columns <= width)).int().argmax(dim=1, keepdim=True)  # (B, 1)
+
+    def resampling(length, size, mirror):  # (B, 1) each, int -> (B, size, size): a new pixel's weights of the old ones
+        start = (uniform(0, 1) * (size - length + 1)).floor()
+        middles = torch.arange(size, device=images.device) + 0.5  # of the new pixels
+        places = start + middles * length / size - 0.5  # (B, size), of the new pixels among the old ones
+        places = torch.where(mirror, places.flip(1), places)[..., None]
+        around = places.floor() + torch.arange(-1, 3, device=images.device)  # (B, size, 4), old pixels
+        inside = (around >= start[..., None]) & (around < (start + length)[..., None])
+        weights = cubic((places - around).abs()) * inside
+        weights /= weights.sum(dim=2, keepdim=True)
+        matrix = torch.zeros(batch_size, size, size, device=images.device)
+        return matrix.scatter_add_(2, around.long().clamp(0, size - 1), weights)  # what is clamped weighs 0
+
+    mirror = uniform(0, 1) < 0.5
+    down = resampling(rows.gather(1, chosen), height, torch.zeros_like(mirror))
+    across = resampling(columns.gather(1, chosen), width, mirror)
+    images = down[:, None] @ images.float() @ across.mT[:, None]
+    return images.round_().clamp_(0, 255).byte()
+
+
+def cubic(distance):
+    """The kernel of PIL's bicubic filter (Keys 1981 with a = -0.5), for distances from 0 on in pixels."""
+    near = (1.5 * distance - 2.5) * distance**2 + 1
+    far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
+    return torch.where(distance < 1, near, far) * (distance < 2)
+
+
+def mix(images, labels, num_classes, mixup, cutmix, generator):
+    """Mix each image (B, 3, H, W) with another of the batch, and their labels (B,) by the same shares.
+
+    Mixup (Zhang et al. 2017, arXiv:1710.09412) adds up pixels; CutMix (Yun et al. 2019, arXiv:1905.04899) puts a
+    rectangle of the other image in place. One share, from Beta(alpha, alpha), and one rectangle for the whole batch.
+
+    Args:
+        mixup, cutmix: each one's alpha, 0: never; where both are above 0, one of them is drawn evenly.
+
+    Returns:
+        images, float of the same range or, cut, of the same dtype; (B, num_classes) float, rows that add up to 1.
+    """
+    draw = np.random.default_rng(generator.initial_seed())  # torch's Beta takes no generator
+    cut = cutmix and (not mixup or draw.random() < 0.5)
+    share = draw.beta(cutmix, cutmix) if cut else draw.beta(mixup, mixup)
+    others = torch.from_numpy(draw.permutation(len(images))).to(images.device)
+
+    def span(size):  # of the rectangle, around a uniform middle, clipped
+        length = int(size * math.sqrt(1 - share))
+        start = int(draw.integers(size)) - length // 2
+        return slice(max(start, 0), min(start + length, size))
+
+    if cut:
+        rows, columns = span(images.shape[2]), span(images.shape[3])
+        other, images = images[others], images.clone()
+        images[:, :, rows, columns] = other[:, :, rows, columns]
+        share = 1 - (rows.stop - rows.start) * (columns.stop - columns.start) / images[0, 0].numel()
+    else:
+        images = share * images + (1 - share) * images[others]
+    targets = torch.eye(num_classes, device=images.device)[labels]
+    return images, share * targets + (1 - share) * targets[others]
+
+
+# By the value of --augment in a run's arguments: earlier runs have True for the shifts
+AUGMENTATIONS = {False: lambda images, generator: images, True: flip_and_crop, "crop": random_resized_crop}
