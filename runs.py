@@ -342,8 +342,6 @@ class Session:
         self._print(f"{self.run.directory}: {self.epochs} epochs of {self.plan.steps_per_epoch} steps, {what}")
         if self.steps_before:
             self._print("Continued: {epoch} epochs and {step} steps are done".format(**self.progress))
-        if start["device"] == "cpu" and start["processes"] == 1 and start["threads"] > 1:
-            self._print(f"One process a core is usually faster: torchrun --nproc_per_node={start['threads']} ...")
 
     def _print_epoch(self, epoch, metrics):
         shown = [f"{name} {metrics[name]:.4f}" for name in SHOWN if not math.isnan(metrics.get(name, math.nan))]
