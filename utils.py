@@ -73,7 +73,7 @@ def file_path(text):
 
 
 def shift_or_crop(text):
-    """An argparse type: what data.py has in AUGMENTATIONS for "shift" or "crop"."""
+    """An argparse type: what augmentation.py has in AUGMENTATIONS for "shift" or "crop"."""
     if text not in ("shift", "crop"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither shift nor crop")
     return text == "shift" or text
