@@ -4,7 +4,10 @@
 #   STRATEGIES="random block" DEPTHS="2 4" scripts/sweep.sh                 # 4 settings
 #   VARY="embed_dim=96,192 norm_pix_loss=off,on" scripts/sweep.sh           # any flags: 4 settings
 #   LABELS="100 1000" FINETUNE_FLAGS="--batch_size 50" scripts/sweep.sh     # accuracy by number of labels
-#   DRY=1 RATIOS="0.5 0.75 0.9" scripts/sweep.sh >jobs.txt                  # only list the jobs, for a cluster
+#   DRY=1 RATIOS="0.5 0.75 0.9" scripts/sweep.sh >jobs.txt                  # only list the jobs, a line each
+# These run such a list on a cluster, or two jobs at a time on this machine:
+#   sbatch --array=1-$(wc -l <jobs.txt) --gres=gpu:1 --wrap 'eval "$(sed -n "${SLURM_ARRAY_TASK_ID}p" jobs.txt)"'
+#   tr '\n' '\0' <jobs.txt | xargs -0 -n 1 -P 2 bash -c
 # The same command again passes over what is finished and continues what was stopped. Settings, all environment
 # variables:
 STRATEGIES=${STRATEGIES:-}               # mask strategies to try
