@@ -70,7 +70,8 @@ def serve(name, device, batch_size, model_args, rank, processes, meeting, pipe):
     warnings.simplefilter("ignore")  # of other libraries
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes; the first ends the others
     before = utils.peak_memory_mb(torch.device("cpu"))
-    _, builder, precision, compiled, _ = PATHS[name]
+    way = PATHS[name]
+    precision, model_args = way.precision, way.sizes(model_args)
     if processes > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // processes))
         dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=processes)
@@ -79,7 +80,7 @@ def serve(name, device, batch_size, model_args, rank, processes, meeting, pipe):
     size = model_args["img_size"]
     images = torch.randint(256, (NUM_IMAGES, 3, size, size), dtype=torch.uint8, device=device)
     try:
-        step = builder(images, model_args, batch_size // processes, precision, compiled)
+        step = way.builder(images, model_args, batch_size // processes, precision, way.compiled)
     except ImportError as error:
         pipe.send(error)
         return
@@ -195,31 +196,31 @@ def measure(batch_sizes, device, model_args, seconds):
             process.terminate()
     if not paths:
         raise UserError("Nothing to time: none of the --paths can run here.")
-    gflop = {task: gflop_per_image(model_args, task == "pretraining") for task in ("pretraining", "fine-tuning")}
     # the arithmetic of this machine, while nothing else runs on it; an unused precision may be 1000 times slower
     gflops = {precision: matmul_gflops(device, precision) for precision in {part[0][0] for part in ends.values()}}
     return [
-        row_of(name, batch_sizes[name], first[name], times[name], answers, gflop, gflops)
+        row_of(name, batch_sizes[name], first[name], times[name], answers, model_args, gflops)
         for name, answers in ends.items()
     ]
 
 
-def row_of(name, batch_size, first, times, answers, gflop, gflops):
-    """What the table tells of a path: gflop an image by task, gflops of the machine by precision."""
-    task, precision = PATHS[name].task, answers[0][0]
+def row_of(name, batch_size, first, times, answers, model_args, gflops):
+    """What the table tells of a path; gflops of the machine by precision."""
+    way, precision = PATHS[name], answers[0][0]
+    gflop = gflop_per_image(way.sizes(model_args), way.task == "pretraining")
     images_per_sec = batch_size / statistics.median(times)
     return {
         "path": name,
-        "task": task,
+        "task": way.task,
         "precision": precision,
         "batch_size": batch_size,
         "steps": len(times),
         "first_step_s": first,
         "median_step_s": statistics.median(times),
         "images_per_sec": images_per_sec,
-        "gflop_per_image": gflop[task],
+        "gflop_per_image": gflop,
         "floor_gflops": gflops[precision],
-        "share_of_floor": images_per_sec * gflop[task] / gflops[precision],
+        "share_of_floor": images_per_sec * gflop / gflops[precision],
         "memory_mb": sum(memory for _, memory in answers),
     }
 

@@ -192,12 +192,17 @@ class Way(NamedTuple):
     precision: str = "best"  # what --precision auto picks
     compiled: bool = False
     a_process_a_core: bool = False  # each with its share of the batch; on a CPU only
+    half_width: bool = False  # of the decoder
+
+    def sizes(self, model_args):
+        return model_args | ({"decoder_embed_dim": model_args["embed_dim"] // 2} if self.half_width else {})
 
 
 PATHS = {
     "ours": Way("pretraining", ours_pretraining),
     "ours compiled": Way("pretraining", ours_pretraining, compiled=True),
     "ours, a process a core": Way("pretraining", ours_pretraining, a_process_a_core=True),
+    "ours, decoder of half the width": Way("pretraining", ours_pretraining, half_width=True),
     "ours float32": Way("pretraining", ours_pretraining, "float32"),
     "ours float32, a process a core": Way("pretraining", ours_pretraining, "float32", a_process_a_core=True),
     "naive": Way("pretraining", naive_pretraining, "float32"),

@@ -24,7 +24,7 @@ def test_the_benchmark_times_paths_in_turn_and_several_processes_of_one(capsys, 
     asked = []  # fp16 takes minutes on a CPU without such arithmetic
     matmul_gflops = benchmark.matmul_gflops
     monkeypatch.setattr(benchmark, "matmul_gflops", lambda *args: asked.append(args[1]) or matmul_gflops(*args))
-    paths = ["ours", "ours float32, a process a core", "fine-tuning"]
+    paths = ["ours", "ours, decoder of half the width", "ours float32, a process a core", "fine-tuning"]
     torch.set_num_threads(2)  # a core each
     benchmark.main([*shlex.split("--batch_size 8 --seconds 0 --embed_dim 12 --device cpu --output b --paths"), *paths])
     with open("b/steps.csv", newline="") as file:
@@ -34,7 +34,8 @@ def test_the_benchmark_times_paths_in_turn_and_several_processes_of_one(capsys, 
     assert {row["precision"] for row in rows.values()} == {"float32"}  # at this width
     assert all(float(row["images_per_sec"]) == pytest.approx(8 / float(row["median_step_s"])) for row in rows.values())
     assert all(0 < float(row["share_of_floor"]) < 1 for row in rows.values())
-    assert float(rows[paths[1]]["memory_mb"]) > 0
+    assert float(rows[paths[2]]["memory_mb"]) > 0
+    assert float(rows[paths[1]]["gflop_per_image"]) < 0.8 * float(rows["ours"]["gflop_per_image"])
     assert json.loads(Path("b/steps.json").read_text())["torch"] == torch.__version__
     assert "share_of_floor" in capsys.readouterr().out
 
