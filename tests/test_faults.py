@@ -36,14 +36,14 @@ MAE, CLS, VIS = "mae_pretrain", "train_classifier", "visualize_predictions"
 SIZE = "--patch_size 8 --embed_dim 12 --encoder_depth 1 --num_heads 2 --device cpu"
 SET = "--dataset shapes --train_images 80 --batch_size 8 --base_learning_rate 0.05"
 COMMAND = {MAE: f"{SIZE} --decoder_depth 1 {SET} --total_epoch 5", CLS: f"{SIZE} {SET} --total_epoch 5"}
-STRONG = "--preset strong --encoder_depth 2 --drop_path 0.5 --clip_grad 1"  # a first block is never dropped
+OFFICIAL = "--preset official --encoder_depth 2 --drop_path 0.5 --clip_grad 1"  # a first block is never dropped
 RUNS = [
     (MAE, "--precision float32"),
     (MAE, "--precision bf16 --max_device_batch_size 4"),
     (MAE, "--precision fp16 --max_device_batch_size 4"),
     (MAE, "--mask_strategy blockwise --max_device_batch_size 3 --augment"),
     (CLS, "--precision float32 --max_device_batch_size 4 --augment"),
-    (CLS, f"--precision bf16 --max_device_batch_size 4 {STRONG}"),
+    (CLS, f"--precision bf16 --max_device_batch_size 4 {OFFICIAL}"),
     (CLS, "--train_images 60 --val_images 20 --total_epoch 8"),
 ]
 TIMING = {"seconds", "speed/images_per_sec", "memory/peak_mb"}
@@ -365,7 +365,7 @@ VAL = "--train_images 60 --val_images 20"
         (MAE, "--augment crop --norm_pix_loss --decoder_embed_dim 24 --positions sincos"),
         (CLS, "--augment"),
         (CLS, VAL),
-        (CLS, STRONG),
+        (CLS, OFFICIAL),
     ],
 )
 def test_one_two_and_four_processes_train_like_a_plain_one(script, options, start, tmp_path):

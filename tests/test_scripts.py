@@ -115,8 +115,8 @@ def test_names_tell_what_sets_runs_apart():
     name = classifier(None, "--train_images 500 --val_images 100 --augment")
     assert name == "cls_cifar10-500_val100_ep100_b128_s42_aug_scratch_i32_p2_w192_e12_h3"
     assert classifier("mae", "--preset strong") == "cls_cifar10_ep100_b128_s42_strong_from_mae"
-    changed = "--preset strong --no-augment --mixup 0 --layer_decay 0.65"
-    assert classifier("mae", changed) == "cls_cifar10_ep100_b128_s42_strong_noaug_ld0.65_mixup0_from_mae"
+    changed = "--preset official --no-augment --mixup 0 --layer_decay 0.65"
+    assert classifier("mae", changed) == "cls_cifar10_ep100_b128_s42_official_noaug_ld0.65_mixup0_from_mae"
     switches = "--pool mean --decay_matrices_only --layer_decay 0.75 --clip_grad 1 --drop_path 0.1 --mixup 0.8"
     assert (
         classifier("mae", switches)
@@ -124,19 +124,21 @@ def test_names_tell_what_sets_runs_apart():
     )
 
 
-@pytest.mark.parametrize("script", [mae_pretrain, train_classifier])
-def test_a_preset_is_its_flags_given_by_hand_and_a_flag_of_ones_own_wins(script):
+@pytest.mark.parametrize(
+    ("script", "preset"), [(mae_pretrain, "strong"), (train_classifier, "strong"), (train_classifier, "official")]
+)
+def test_a_preset_is_its_flags_given_by_hand_and_a_flag_of_ones_own_wins(script, preset):
     def parsed(flags):
         return vars(script.parse_args(shlex.split(flags)))
 
-    strong = script.PRESETS["strong"]
-    by_hand = parsed(utils.as_flags(strong))
-    assert parsed("--preset strong") == {**by_hand, "preset": "strong"}
-    assert {name: by_hand[name] for name in strong} == strong != {}
+    values = script.PRESETS[preset]
+    by_hand = parsed(utils.as_flags(values))
+    assert parsed(f"--preset {preset}") == {**by_hand, "preset": preset}
+    assert {name: by_hand[name] for name in values} == values != {}
     assert parsed("") == parsed("--preset reference")
-    own = {name: value for name, value in script.PRESETS["reference"].items() if name in strong}
-    assert parsed(f"--preset=strong {utils.as_flags(own)}") == {**by_hand, **own, "preset": "strong"}
-    assert parsed(f"{utils.as_flags(own)} --preset strong") == {**by_hand, **own, "preset": "strong"}
+    own = {name: value for name, value in script.PRESETS["reference"].items() if name in values}
+    assert parsed(f"--preset={preset} {utils.as_flags(own)}") == {**by_hand, **own, "preset": preset}
+    assert parsed(f"{utils.as_flags(own)} --preset {preset}") == {**by_hand, **own, "preset": preset}
 
 
 @pytest.mark.parametrize("script", [mae_pretrain, train_classifier])
@@ -157,14 +159,13 @@ def test_a_mae_of_a_preset_is_the_run_of_its_flags():
     assert read_config(preset)["arguments"]["preset"] == "strong"
 
 
-def test_a_strong_classifier_is_a_run_like_any_other():
+def test_a_classifier_of_the_official_preset_is_a_run_like_any_other():
     """Its settings are stored; it is drawn, measured and taken to timm."""
     mae = pretrain()
-    run = classify("--pretrained_model_path", str(mae), "--preset", "strong")
-    assert read_config(run)["arguments"].items() >= {"preset": "strong", **train_classifier.PRESETS["strong"]}.items()
-    assert (
-        len(read_config(run)["arguments"]) == len(vars(train_classifier.parse_args([]))) + 1
-    )  # and the encoder's digest
+    run = classify("--pretrained_model_path", str(mae), "--preset", "official")
+    arguments = read_config(run)["arguments"]
+    assert arguments.items() >= {"preset": "official", **train_classifier.PRESETS["official"]}.items()
+    assert len(arguments) == len(vars(train_classifier.parse_args([]))) + 1  # and the encoder's digest
     visualize_predictions.main(["--model_path", str(run), "--num_images", "3"])
     evaluate_features.main(["--model_path", str(run), "--train_images", "40"])
     export.main([str(run), "--to", "timm"])
@@ -425,11 +426,11 @@ def test_a_stopped_run_does_not_forget_its_best_epoch(monkeypatch):
 # --- equal results ---
 
 
-def classify_strongly(*more):
-    return classify("--preset", "strong", "--encoder_depth", "2", "--clip_grad", "1", *more)
+def classify_officially(*more):
+    return classify("--preset", "official", "--encoder_depth", "2", "--clip_grad", "1", *more)
 
 
-STARTS = [pretrain, pretrain_with_switches, classify, classify_and_choose, classify_strongly]
+STARTS = [pretrain, pretrain_with_switches, classify, classify_and_choose, classify_officially]
 
 
 @pytest.mark.parametrize("start", STARTS)
@@ -457,7 +458,7 @@ def test_a_run_stopped_anywhere_ends_with_the_bits_of_one_that_was_not(start, au
     assert untimed_metrics(whole) == untimed_metrics(parts)
 
 
-@pytest.mark.parametrize("start", [pretrain, classify, classify_strongly])
+@pytest.mark.parametrize("start", [pretrain, classify, classify_officially])
 def test_accumulated_micro_batches_step_like_one_batch(start):
     whole, parts = start("--log_dir", "whole", "--max_device_batch_size", "16"), start("--log_dir", "parts")
     uneven = start("--log_dir", "uneven", "--max_device_batch_size", "6")  # 5, 5 and 6 images
