@@ -283,6 +283,8 @@ def folder(data_dir, img_size, labelled=True):
     by_class = labelled or are_classes(*map(folders_of_images, places.values()))
     if not by_class:
         places = {part: place for part, place in places.items() if place.is_dir()}
+        if len(places) == 2 and processes.is_first():
+            print(f"{root}: no classes are read, as not all images of train/ and test/ are in the same ones.")
         if "train" not in places:
             places = {"train": root}
     parts, not_read, names = {}, {}, {}
