@@ -252,7 +252,8 @@ def write_report(results, left_out, output, captions):
 ## What it costs
 
 {cost_table(results)}
-Parameters, GFLOP, images/s and memory are the pretraining's, from scratch the classifier's.
+Parameters, GFLOP, images/s and memory are the pretraining's, from scratch the classifier's. Minutes and images/s hold
+for the machines and whatever else they did; GFLOP compare settings.
 
 ## Figures
 

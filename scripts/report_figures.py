@@ -1,5 +1,6 @@
 """The figures of the report: curves from CSV and JSON alone, pictures from finished models and the test images."""
 
+import itertools
 import math
 
 import torch
@@ -116,13 +117,13 @@ def draw_disagreements(test, one, other, path, columns=8):
 
 
 def draw_confusion(labels, predicted, classes):
-    """How often each class is taken for which: a figure and its caption."""
+    """How often each class is taken for which: a figure and its caption, without a full stop."""
     count = len(classes)
     confusion = torch.bincount(labels * count + predicted, minlength=count**2).view(count, count)
     share = 100 * confusion / confusion.sum(1, keepdim=True).clamp(min=1)  # % of each class
     if count <= MOST_CLASSES:
         names = [f"{name} ({share[i, i]:.0f} %)" for i, name in enumerate(classes)]
-        caption = "Predictions in % of each class (per-class accuracy at the left), pretrained, first seed."
+        caption = "Predictions in % of each class (per-class accuracy at the left), pretrained"
         return draw_matrix(share, names, classes, "prediction", "class", "{:.0f}"), caption
     wrong = share.fill_diagonal_(0).flatten()
     pairs = [i for i in wrong.argsort(descending=True, stable=True)[:MOST_CLASSES].tolist() if wrong[i] > 0]
@@ -132,7 +133,7 @@ def draw_confusion(labels, predicted, classes):
     axes.invert_yaxis()
     axes.set(xlabel="% of the images of the class", ylabel="class: prediction")
     axes.grid(alpha=0.3, axis="x")
-    return figure, f"The {len(pairs)} most frequent mistakes, in % of the class, pretrained, first seed."
+    return figure, f"The {len(pairs)} most frequent mistakes, in % of the class, pretrained"
 
 
 # --- all figures ---
@@ -197,7 +198,7 @@ def draw_all_probes(results, output):
 
 
 def draw_all_reconstructions(results, images, output, device):
-    """Of the first seeds, on the same images and masks, and the error of every strategy under every other."""
+    """Of the first of the seeds, on the same images and masks, and the error of every strategy under every other."""
     trained = [strategy for strategy, setting in MASKS.items() if setting in results]
     pictures = {"figure03": {"reconstruction": BASE}, "figure11": MASKS, "reconstructions_by_depth": DEPTHS}
     for name, settings in pictures.items():
@@ -207,33 +208,36 @@ def draw_all_reconstructions(results, images, output, device):
     matrix = mask_matrix(results, trained, list(MASK_STRATEGIES), images, device)
     figure = draw_matrix(matrix, trained, list(MASK_STRATEGIES), "tested under", "trained under")
     save(figure, output / "masks_crossed.png")
+    whose = f"seed {results[BASE][0].seed}"
+    seeds = ", ".join(map(str, sorted({result.seed for name in trained for result in results[MASKS[name]]})))
     borrowed, of_pixels = "", "hidden pixels"
     if any(model.norm_pix_loss for model in models.values()):
         borrowed = " Hidden patches are shown with their true mean and variance."
         of_pixels = "hidden pixels, normalised by each patch's mean and variance,"
     return {
-        "figure03": f"Masked input, reconstruction, original.{borrowed}",
-        "figure11": f"Reconstructions of the same images by the MAE of each mask strategy, first seed.{borrowed}",
-        "reconstructions_by_depth": "Reconstructions of the same images under the same masks by decoder depth, first "
-        f"seed.{borrowed}",
+        "figure03": f"Masked input, reconstruction, original, {whose}.{borrowed}",
+        "figure11": f"Reconstructions of the same images by the MAE of each mask strategy, {whose}.{borrowed}",
+        "reconstructions_by_depth": "Reconstructions of the same images under the same masks by decoder depth, "
+        f"{whose}.{borrowed}",
         "masks_crossed": f"Mean squared error of {of_pixels} on {len(images)} test images, the same masks for all: "
-        "trained under one strategy, tested under another, mean over seeds.",
+        f"trained under one strategy, tested under another, mean over seeds: {seeds}.",
     }
 
 
 def draw_answers(results, test, chosen, output, device):
     """What the first seed's classifier says of some images and of each class, and where one from scratch differs."""
     confidence, predicted = answers(results[BASE][0], test, device)
+    whose = f"seed {results[BASE][0].seed}"
     shown = chosen[:32]
     figure = draw_predictions(test.images[shown], test.classes, test.labels[shown], predicted[shown], confidence[shown])
     save(figure, output / "figure06.png")
     figure, caption = draw_confusion(test.labels, predicted, test.classes)
     save(figure, output / "confusion.png")
-    captions = {"figure06": "Predictions on random test images.", "confusion": caption}
+    captions = {"figure06": f"Predictions on random test images, {whose}.", "confusion": f"{caption}, {whose}."}
     if SCRATCH in results:
         _, other = answers(results[SCRATCH][0], test, device)
         draw_disagreements(test, predicted, other, output / "disagreements.png")
-        captions["disagreements"] = "Images that only one of the two classifiers gets right, first seed."
+        captions["disagreements"] = f"Images that only one of the two classifiers gets right, {whose}."
     return captions
 
 
@@ -242,13 +246,11 @@ def with_weights(results):
 
     Kept runs have none. So a seed that was trained elsewhere leaves the pictures to the others.
     """
-    runs = {result.seed: [] for found in results.values() for result in found}
-    for result in (result for found in results.values() for result in found):
-        runs[result.seed] += filter(None, (result.classifier, result.mae))
-    missing = {seed: [run for run in found if not (run / "model.pt").exists()] for seed, found in runs.items()}
-    whole = {label: [result for result in found if not missing[result.seed]] for label, found in results.items()}
-    first = next((run for found in missing.values() for run in found), None)
-    return {label: found for label, found in whole.items() if found}, first
+    every = itertools.chain(*results.values())
+    runs = [(result.seed, run) for result in every for run in (result.classifier, result.mae) if run]
+    without = {seed: run for seed, run in runs if not (run / "model.pt").exists()}
+    left = {label: [result for result in found if result.seed not in without] for label, found in results.items()}
+    return {label: found for label, found in left.items() if found}, next(iter(without.values()), None)
 
 
 def images_for_pictures(results):
@@ -276,10 +278,6 @@ def draw_all(results, output, bank, device, kept):
         images = data.normalize(test.images[chosen[:bank]])
         captions |= draw_all_reconstructions(drawable, images, output, device)
         captions |= draw_answers(drawable, test, chosen, output, device)
-        if without:
-            seeds = ", ".join(map(str, sorted({result.seed for found in drawable.values() for result in found})))
-            only = f"Of seed {seeds}, which has its weights."
-            captions |= {name: f"{captions[name]} {only}" for name in PICTURES if name in captions}
     else:
         kept = {name: caption for name, caption in kept.items() if name in PICTURES}
         missing = ", ".join(name for name in PICTURES if name not in kept)
