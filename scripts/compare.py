@@ -72,7 +72,7 @@ def parse_args(argv=None):
         "--baseline",
         nargs="+",
         help="the setting that the others are compared with, as printed, or a part that only one setting has, such as "
-        "decoder_depth=4; default: the first setting",
+        "decoder_depth=4, or as most settings are; default: the first setting",
     )
     parser.add_argument("--output", type=Path, help="where to write; default: compare/ in the first directory")
     return parser.parse_args(argv)
@@ -198,15 +198,18 @@ def run_of(result):
     return result.classifier or result.mae
 
 
-def pick_baseline(asked, labels):
-    """The label that is asked for, or the only one with all of its words; nothing asked: the first.
+def pick_baseline(asked, labels, values):
+    """The label that is asked for, or the only setting with all of these words; nothing asked: the first.
+
+    Args:
+        values: {label: {name: value}} of what varies, also of what labels leave out.
 
     Raises:
         UserError: there is none, or there are several.
     """
     words = set(" ".join(asked or []).split())
-    fitting = [label for label in labels if words <= set(label.split())]
-    exact = [label for label in fitting if words == set(label.split())]
+    fitting = [label for label in labels if words <= {*label.split(), *written(values[label]).split()}]
+    exact = [label for label in fitting if label == AS_MOST or words >= set(label.split())]
     if asked and len(exact or fitting) != 1:
         found = f"{len(fitting)} settings" if fitting else "no setting"
         raise UserError(f"--baseline {' '.join(asked)} fits {found}; there are: {', '.join(labels)}.")
@@ -372,7 +375,7 @@ def main(argv=None):
 
     measured = measure_all(results)
     first = next(iter(measured))
-    baseline = pick_baseline(args.baseline, results if args.baseline else measured[first])
+    baseline = pick_baseline(args.baseline, results if args.baseline else measured[first], values)
     rows, cells = rows_of(results, values, measured, baseline)
     notes = notes_of(results, values, usual, measured, left_out | twice, cells)
     output = args.output or args.directories[0] / "compare"

@@ -107,6 +107,15 @@ def test_a_run_from_before_a_switch_was_there_had_it_off():
     assert settings == [("norm_pix_loss=False", 2), ("norm_pix_loss=True", 2)]
 
 
+def test_a_run_from_before_images_were_held_out_is_not_one_that_held_some_out():
+    for seed in (1, 2):
+        keep_classifier(seed, keep_mae(seed, 2), 0.5)
+    for seed in (3, 4):
+        change(keep_classifier(seed, keep_mae(seed, 2), 0.6), "arguments", val_images=10)
+    settings = [(setting, row["n"]) for (setting, measure), row in compared().items() if measure == "fine-tuned"]
+    assert settings == [("val_images=10", 2), ("val_images=none", 2)]
+
+
 def test_of_one_change_at_a_time_only_the_change_is_named():
     usual = {"norm_pix_loss": False, "positions": "learned", "decoder_embed_dim": None, "mask_ratio": 0.75}
     changes = ({"norm_pix_loss": True}, {}, {"positions": "sincos", "mask_ratio": 0.5}, {"decoder_embed_dim": 8})
@@ -164,14 +173,34 @@ def test_the_same_setting_and_seed_twice_counts_once(capsys):
     assert f"Not compared: {run}: same setting and seed as {Path('one', *first.parts[1:])}." in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("asked", "label"),
+    [
+        ("a=1", "as most"),
+        ("as most", "as most"),
+        ("b=2 a=1", "as most"),
+        ("a=3 b=2", "a=3"),
+        ("a=3", "a=3"),
+        ("b=4", "a=3 b=4"),
+        ("", "as most"),
+    ],
+)
+def test_a_baseline_may_be_named_by_what_its_label_leaves_out(asked, label):
+    values = {"as most": {"a": 1, "b": 2}, "a=3": {"a": 3, "b": 2}, "a=3 b=4": {"a": 3, "b": 4}}
+    assert compare.pick_baseline(asked.split(), list(values), values) == label
+    with pytest.raises(ValueError, match="fits no setting"):
+        compare.pick_baseline(["a=1", "b=4"], list(values), values)
+
+
 @pytest.mark.parametrize(("asked", "count"), [(["decoder_depth=3"], "no setting"), (["decoder_depth=2"], "2 settings")])
 def test_a_baseline_that_fits_no_single_setting_is_refused_with_the_list(capsys, asked, count):
     labels = ["decoder_depth=2 a=1", "decoder_depth=2 a=2", "from scratch"]
+    values = {label: {} for label in labels}
     with pytest.raises(ValueError, match=f"--baseline {asked[0]} fits {count}; there are: {', '.join(labels)}"):
-        compare.pick_baseline(asked, labels)
-    assert compare.pick_baseline(["a=2", "decoder_depth=2"], labels) == labels[1]
-    assert compare.pick_baseline(["from scratch"], labels) == labels[2]
-    assert compare.pick_baseline(["a"], ["a b", "a"]) == "a"
+        compare.pick_baseline(asked, labels, values)
+    assert compare.pick_baseline(["a=2", "decoder_depth=2"], labels, values) == labels[1]
+    assert compare.pick_baseline(["from scratch"], labels, values) == labels[2]
+    assert compare.pick_baseline(["a"], ["a b", "a"], {"a b": {}, "a": {}}) == "a"
     keep(1, 2, 0.5)
     with pytest.raises(SystemExit) as exit_info:
         compare.main(["runs", "--baseline", *asked])
