@@ -162,15 +162,12 @@ def add_data_arguments(parser, datasets, pretrained=False):
         "--augment",
         nargs="?",
         const=True,
-        default=False,
         type=shift_or_crop,
         metavar="{shift,crop}",
         help="mirroring, and random shifts by up to 4 pixels (shift, or no value) or random resized crops (crop; MAE "
         "paper, table 1e)",
     )
-    group.add_argument(
-        "--no-augment", dest="augment", action="store_false", default=False, help="neither (default: as the preset)"
-    )
+    group.add_argument("--no-augment", dest="augment", action="store_false", help="neither (default: as the preset)")
     return group
 
 

@@ -198,6 +198,7 @@ def measure(batch_sizes, device, model_args, seconds):
         raise UserError("Nothing to time: none of the --paths can run here.")
     # the arithmetic of this machine, while nothing else runs on it; an unused precision may be 1000 times slower
     gflops = {precision: matmul_gflops(device, precision) for precision in {part[0][0] for part in ends.values()}}
+    give_memory_back(device)
     return [
         row_of(name, batch_sizes[name], first[name], times[name], answers, model_args, gflops)
         for name, answers in ends.items()

@@ -39,7 +39,8 @@ def combinations(grid):
     return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
 
 
-def as_flags(setting):
+def words_of(setting):
+    """The command line of a setting: "on" and "off" turn a switch."""
     flags = []
     for flag, value in setting.items():
         flags += {"on": [f"--{flag}"], "off": [f"--no-{flag}"]}.get(value, [f"--{flag}", value])
@@ -58,7 +59,7 @@ def mae_job(setting, seed):
     data_dir, epochs = os.environ["DATA_DIR"], os.environ["EPOCHS"]
     pretrain = ["mae_pretrain.py", "--dataset", os.environ["DATASET"], "--data_dir", data_dir, *variable("SIZE")]
     pretrain += ["--total_epoch", epochs, "--seed", seed, "--log_dir", f"{logs}/pretrain"]
-    pretrain += [*variable("PRETRAIN_FLAGS"), *as_flags(setting)]
+    pretrain += [*variable("PRETRAIN_FLAGS"), *words_of(setting)]
     mae = checked(*pretrain)
     measure = ["evaluate_features.py", "--model_path", mae, "--data_dir", data_dir]
     measures = [[*measure, "--layers", "all"], *([*measure, "--train_images", count] for count in variable("LABELS"))]
@@ -68,7 +69,7 @@ def mae_job(setting, seed):
 def scratch_job(setting, seed):
     """Commands that train classifiers from scratch; the run directory of the first."""
     size = {flag: value for flag, value in setting.items() if flag in train_classifier.SIZE}
-    commands = classifiers([*variable("SIZE"), *as_flags(size)], seed, os.environ["LOGS"])
+    commands = classifiers([*variable("SIZE"), *words_of(size)], seed, os.environ["LOGS"])
     return commands, commands and checked(*commands[0])
 
 
