@@ -2,12 +2,14 @@
 
 import argparse
 import csv
+import hashlib
 import itertools
 import json
 import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,6 +36,7 @@ from runs import Session, read_config, read_metrics
 from scripts import benchmark, compare, export, make_report, plot_curves, sweep_jobs
 from scripts.ablations import BASE
 from scripts.report_figures import mask_matrix
+from scripts.results import read_features
 
 ROOT = Path(__file__).parents[1]
 SIZE = shlex.split("--patch_size 8 --embed_dim 12 --encoder_depth 1 --num_heads 2 --device cpu")
@@ -1277,14 +1280,32 @@ def test_help_shows_every_flag_with_a_text(script, capsys, monkeypatch):
     assert ":\n\noptions:" not in shown  # the description before them is a whole sentence
 
 
+COMMAND = re.compile(r" *(scripts/setup.sh && )?(\.venv/bin/python|python|torchrun) ")
+PAGES = [ROOT / "README.md", *ROOT.glob("logs/report/*.md"), ROOT / "pretrained" / "README.md"]
+
+
+def test_the_shipped_model_is_what_its_page_tells_of_and_fills_in_a_photo(tmp_path):
+    shipped = tmp_path / "pretrained"
+    shutil.copytree(ROOT / "pretrained", shipped)
+    file = (shipped / "model.pt").read_bytes()
+    assert hashlib.sha256(file).hexdigest() in (shipped / "README.md").read_text()
+    _, content = load_model(shipped, MAE_ViT)
+    assert content["arguments"].items() <= read_config(shipped)["arguments"].items()
+    assert read_features(shipped / "features.json")["model_digest"] == digest(content["model"])
+    photo = data.shapes(1, 32, 0).images[0]
+    Image.fromarray(photo.permute(1, 2, 0).numpy()).resize((300, 200)).save("photo.png")
+    visualize_predictions.main(["--model_path", str(shipped), "--images", "photo.png"])
+    assert picture_size(shipped / "reconstructions_images.png")[0] > 200
+
+
 def test_commands_in_the_readme_its_pages_and_the_scripts_have_flags_that_exist():
     commands = []
     modules = (mae_pretrain, train_classifier, evaluate_features, visualize_predictions)
     parsers = {f"{module.__name__}.py": module for module in modules}
     parsers |= {module.__name__: module for module in (benchmark, compare, export, make_report, plot_curves)}
-    for path in [ROOT / "README.md", *ROOT.glob("logs/report/*.md"), *ROOT.glob("*.py")]:
+    for path in [*PAGES, *ROOT.glob("*.py")]:
         for line in path.read_text().replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True) if re.match(r" *(python|torchrun) ", line) else []
+            words = shlex.split(line, comments=True) if COMMAND.match(line) else []
             for script in parsers.keys() & set(words):
                 parsers[script].parse_args(words[words.index(script) + 1 :])
                 commands.append(words)
@@ -1292,7 +1313,7 @@ def test_commands_in_the_readme_its_pages_and_the_scripts_have_flags_that_exist(
 
 
 def test_links_in_the_readme_and_its_pages_lead_to_files():
-    for page in [ROOT / "README.md", *ROOT.glob("logs/report/*.md")]:
+    for page in PAGES:
         links = re.findall(r"\]\(((?!http)[^)]+)\)", page.read_text())
         assert links
         for link in links:
@@ -1301,11 +1322,11 @@ def test_links_in_the_readme_and_its_pages_lead_to_files():
 
 def test_the_readmes_python_runs():
     (code,) = re.findall(r"```python\n(import torch.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    mae = pretrain("--model_path", "logs/quickstart/seed42/mae.pt")
-    classify("--pretrained_model_path", str(mae), "--output_model_path", "logs/quickstart/seed42/pretrained.pt")
+    shutil.copytree(ROOT / "pretrained", "pretrained")
+    classify("--pretrained_model_path", str(pretrain()), "--output_model_path", "logs/quickstart/seed42/pretrained.pt")
     names = {}
     exec(code, names)
-    assert names["features"].shape == (1, 17, 12)
+    assert names["features"].shape == (1, 65, 96)
     assert names["pixels"].dtype == torch.uint8
     assert names["name"] in data.SHAPES
 
