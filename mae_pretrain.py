@@ -105,12 +105,12 @@ def draw_batch(images, shuffle, args, ids, epoch, step):
     return batch, shuffle(len(batch), utils.generator(device, args.seed, epoch, step, "masks"), device)
 
 
-def loss_of(model, precision, images, ids_shuffle):
-    """Mean loss of images (b, 3, H, W) uint8 under masks; model: compiled or not."""
+def loss_of(forward, precision, images, ids_shuffle, norm_pix_loss=False):
+    """Mean loss of images (b, 3, H, W) uint8 under masks; forward: the model, compiled or not."""
     images = data.normalize(images)
     with utils.autocast(precision, images.device):
-        pred, mask = model(images, ids_shuffle)
-    return mae_loss(pred, images, mask, model.norm_pix_loss)  # each image has equally many hidden patches
+        pred, mask = forward(images, ids_shuffle)
+    return mae_loss(pred, images, mask, norm_pix_loss)  # each image has equally many hidden patches
 
 
 def mask_digest(shuffle, count=100):
@@ -208,7 +208,8 @@ def pretrain(args):
     optimizer = build_optimizer(model, plan.peak_lr, args.weight_decay)
     draw = functools.partial(draw_batch, images, model.shuffle, args)
     forward = utils.compiled(model, args.compile, device, plan.num_images)
-    loss, scaler = functools.partial(loss_of, forward, precision), utils.loss_scaler(precision, device)
+    loss = functools.partial(loss_of, forward, precision, norm_pix_loss=args.norm_pix_loss)
+    scaler = utils.loss_scaler(precision, device)
     every = probe_interval(args, plan, sum(len(bank.images) for bank in banks))
     look = functools.partial(probe, model, *banks, precision, at_once)
     not_probed = dict.fromkeys(PROBED if banks[0].classes else PROBED[:1], math.nan)

@@ -1246,9 +1246,16 @@ def test_gallery_of_masks_needs_no_model():
 
 
 @pytest.mark.parametrize(
-    ("script", "more"), [(mae_pretrain, []), (train_classifier, []), (train_classifier, ["--val_images", "5000"])]
+    ("script", "more"),
+    [
+        (mae_pretrain, []),
+        (mae_pretrain, ["--compile", "--norm_pix_loss"]),
+        (train_classifier, []),
+        (train_classifier, ["--compile", "--val_images", "5000"]),
+    ],
 )
-def test_dry_run_goes_through_every_line_and_leaves_nothing(script, more, capsys):
+def test_dry_run_goes_through_every_line_and_leaves_nothing(script, more, capsys, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model, **how: model)  # slow; tests/test_model.py really compiles
     output = "--model_path" if script is mae_pretrain else "--output_model_path"
     script.main(["--dry_run", *SIZE, output, "mine.pt", *more])
     assert "saved and reloaded" in capsys.readouterr().out
