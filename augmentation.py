@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 
 
-def flip_and_crop(images, generator, padding=4):
+def flip_and_shift(images, generator, padding=4):
     """Mirror half of the images (B, 3, H, W) and shift each by up to `padding` pixels, on their device, any dtype.
 
-    What a shift uncovers repeats the edge. The usual CIFAR augmentation (He et al. 2015, arXiv:1512.03385, 4.2).
+    The usual CIFAR augmentation (He et al. 2015, arXiv:1512.03385, 4.2), but the edge is repeated, not zeros.
     """
     batch_size, _, height, width = images.shape
 
@@ -104,5 +104,5 @@ def mix(images, labels, num_classes, mixup, cutmix, generator):
     return images, share * targets + (1 - share) * targets[others]
 
 
-# By the value of --augment in a run's arguments: earlier runs have True for the shifts
-AUGMENTATIONS = {False: lambda images, generator: images, True: flip_and_crop, "crop": random_resized_crop}
+# By args.augment: `--augment shift`, or without a value, is stored as True
+AUGMENTATIONS = {False: lambda images, generator: images, True: flip_and_shift, "crop": random_resized_crop}

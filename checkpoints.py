@@ -56,7 +56,7 @@ def load_file(path, *kinds):
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damage shows in many ways, and all of them mean the same
         reason = "it holds pickled objects" if isinstance(error, pickle.UnpicklingError) else error
-        raise UserError(f"Cannot read {path}: {reason}. Copy the file anew, or make it again (--overwrite).") from error
+        raise UserError(f"Cannot read {path}: {reason}. Copy it again, or make it again (--overwrite).") from error
     found = content.get("kind") if isinstance(content, dict) else None
     if found is None or (kinds and found not in kinds):
         needed = " or ".join(kinds) or "a model"

@@ -184,7 +184,7 @@ def rank_in_class(labels):
 
 
 def count_per_class(images, count, flag, spared=0):
-    """count / classes; a UserError that calls count by its flag unless each class has that many and `spared` more."""
+    """count / classes; raises UserError, naming the flag, unless each class has that many images and `spared` more."""
     classes = len(images.classes)
     per_class, rest = divmod(count, classes)
     most = int(images.labels.bincount(minlength=classes).min()) - spared
@@ -284,7 +284,7 @@ def folder(data_dir, img_size, labelled=True):
     if not by_class:
         places = {part: place for part, place in places.items() if place.is_dir()}
         if len(places) == 2 and processes.is_first():
-            print(f"{root}: no classes are read, as not all images of train/ and test/ are in the same ones.")
+            print(f"{root}: no classes are read, as train/ and test/ do not have the same class folders.")
         if "train" not in places:
             places = {"train": root}
     parts, not_read, names = {}, {}, {}
@@ -321,7 +321,7 @@ def folders_of_images(directory):
 
 
 def are_classes(train, test):
-    """Whether two sets of folders are the same classes, none with a folder of images inside and no image outside."""
+    """Whether train and test have the same class folders, and no images outside them or in folders inside them."""
     return train == test != set() and all(folder and os.sep not in folder for folder in train)
 
 
@@ -361,7 +361,7 @@ def folder_key(places, parts, not_read):
 
 
 def decode(directory, paths, img_size):
-    """Images as one uint8 array (N, 3, H, W), each read as by `read_image`; how many had other sizes is said."""
+    """Images as one uint8 array (N, 3, H, W), each read as by `read_image`; prints how many were resized."""
     pixels = np.empty((len(paths), 3, img_size, img_size), np.uint8)
 
     def decode_one(i):
@@ -393,7 +393,7 @@ def open_image(path, img_size):
     """An upright RGB image from a file.
 
     A JPEG whose shorter side has at least 4 x img_size is decoded at 1/2, 1/4 or 1/8 of its size, with 2 x img_size
-    left: twice as fast, for pixels that differ by little. A square one is decoded whole and keeps the pixels it had.
+    left: twice as fast, for pixels that differ by little. A square one is always decoded at full size.
     """
     try:
         with Image.open(path) as image:

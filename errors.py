@@ -1,4 +1,4 @@
-"""What a user can mend is told in one line; everything else keeps its traceback."""
+"""Errors that a user can fix end in one line; all others keep their traceback."""
 
 import contextlib
 import re

@@ -5,7 +5,7 @@ python evaluate_features.py --model_path logs/pretrain/<run> --layers all --untr
 python evaluate_features.py --model_path logs/pretrain/<run> logs/classifier/<run> --pool mean --train_images 1000
 
 The table is also written beside each model: features.csv, features.json (with all settings) and, for --layers all,
-features.png. The same command again finds it measured already. The test images are used once a row, to measure; the
+features.png. The same command again skips what is measured. The test images are used once a row, to measure; the
 probe's weight decay is chosen on training images.
 """
 
@@ -56,7 +56,7 @@ def parse_args(argv=None):
     group.add_argument("--untrained", action="store_true", help="measure the same encoder with fresh weights, too")
     group = parser.add_argument_group("images")
     group.add_argument("--dataset", choices=data.DATASETS, help="default: the one the model was trained on")
-    group.add_argument("--data_dir", help="default: where that was")
+    group.add_argument("--data_dir", help="default: as in its training")
     group.add_argument(
         "--train_images",
         type=utils.positive_int,
@@ -174,7 +174,7 @@ def place_of(path, args):
 
 
 def measured_already(place, facts, args):
-    """Whether the table of this place is of these facts, the model's digest among them, and of this command.
+    """Whether the stored table has these facts, the model's digest among them, and this command's arguments.
 
     Raises:
         UserError: the stored file cannot be read.
@@ -185,7 +185,7 @@ def measured_already(place, facts, args):
     try:
         stored = json.loads(path.read_text())
     except ValueError as error:
-        raise UserError(f"Cannot read {path}: {error}. Delete it, or measure anew (--overwrite).") from error
+        raise UserError(f"Cannot read {path}: {error}. Delete it, or measure again (--overwrite).") from error
     asked = {name: getattr(args, name) for name in ASKED}
     return facts.items() <= stored.items() and asked.items() <= stored.get("arguments", {}).items()
 

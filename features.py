@@ -138,7 +138,7 @@ def fit_linear(features, labels, num_classes, weight_decays):
 
 
 def gradient(x, targets, w):
-    """Of the mean cross-entropy of inputs (N, D), with one-hot targets (N, C), by w (D, K, C)."""
+    """Gradient of the mean cross-entropy by w (D, K, C); x (N, D), one-hot targets (N, C)."""
     total = torch.zeros_like(w)
     for inputs, wanted in zip(x.split(ROWS), targets.split(ROWS), strict=True):
         error = (inputs @ w.flatten(1)).view(len(inputs), *w.shape[1:]).softmax(dim=-1) - wanted[:, None]  # (B, K, C)

@@ -35,7 +35,7 @@ def replacing(path):
 def locked(directory, wait=True):
     """Let no other process into the same block for this directory; the kernel drops the lock when the process ends.
 
-    A file system without locks goes on without one, and says so.
+    On a file system without locks, this warns and goes on without one.
 
     Raises:
         BlockingIOError: another process is in the block and `wait` is False.
@@ -47,5 +47,5 @@ def locked(directory, wait=True):
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-            print(f"No locks in {directory} ({error.strerror}): start nothing twice there.", file=sys.stderr)
+            print(f"No locks in {directory} ({error.strerror}): do not start a run twice there.", file=sys.stderr)
         yield

@@ -30,7 +30,7 @@ WARMUP = 0.1  # of all epochs
 # Images at once on a device: on a GPU the reference's; on a CPU 512 are no faster and take 12 GB of memory, not 4.
 DEVICE_BATCH_SIZE = {"cuda": 512, "cpu": 128, "mps": 128}
 IMAGE_LOGS = 50  # reconstructions shown in TensorBoard over a run
-PROBES, PROBE_SHARE = 20, 0.03  # over a run: at most so many, and looking at so many images for each one trained on
+PROBES, PROBE_SHARE = 20, 0.03  # over a run: at most so many, on at most this share of the images trained on
 PROBED = ("test/loss", "knn/acc")  # the second with labels only
 # Recipes for --preset: values of flags by name. What a row leaves out is as in the first.
 PRESETS = {
@@ -71,8 +71,8 @@ def parse_args(argv=None):
     utils.add_run_arguments(parser, log_dir="logs/pretrain").add_argument(
         "--probe_every",
         type=utils.non_negative_int,
-        help=f"epochs between looks at test images (k-NN accuracy, reconstruction error); 0: never; default: about "
-        f"{PROBES} looks in a run, fewer where they would take more than {100 * PROBE_SHARE:.0f} %% of its time",
+        help=f"epochs between probes (k-NN accuracy, reconstruction error of test images); 0: never; default: about "
+        f"{PROBES} probes in a run, fewer where they would take more than {100 * PROBE_SHARE:.0f} %% of its time",
     )
     parser.add_argument_group("output").add_argument(
         "--model_path", type=utils.file_path, help="copy the finished model.pt to this file"
@@ -198,7 +198,7 @@ def pretrain(args):
         images, banks, shown, digests = load_images(args, device)
         digests["masks"] = masks
         finished = run.is_finished(digests)
-    if processes.what_first_has([int(finished)])[0]:
+    if processes.broadcast([int(finished)])[0]:
         return run.pass_over(args.model_path)
 
     at_once = args.max_device_batch_size or DEVICE_BATCH_SIZE[device.type]

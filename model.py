@@ -33,7 +33,7 @@ def unpatchify(patches, patch_size):
 
 
 def mean_and_std(patches):
-    """Of each patch's numbers (B, N, P): two (B, N, 1), as the official MAE normalises a patch for the loss."""
+    """Mean and deviation of each patch (B, N, P), (B, N, 1) each, as the official MAE normalises it for the loss."""
     return patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
 
 
@@ -72,7 +72,7 @@ def block_scores(batch_size, grid_size, num_visible, generator, device):
 
 
 def bayer_matrix(min_size, device):
-    """Ranks of an ordered dither (Bayer 1973), (S, S) for S the power of two from min_size on.
+    """Ranks of an ordered dither (Bayer 1973), (S, S), S the first power of two >= min_size.
 
     Its k lowest ranks are spread evenly for every k: a quarter of them is one of each 2 x 2, half a checkerboard.
     """
@@ -127,7 +127,7 @@ def blockwise_scores(batch_size, grid_size, num_visible, generator, device, num_
     for k in reversed(range(num_blocks)):
         scores.masked_fill_(rows[:, k, :, None] & columns[:, k, None, :], num_blocks - k)
     down, right = uniform(-0.5, 0.5, 1, 1), uniform(-0.5, 0.5, 1, 1)
-    ramp = (down * grid[:, None] + right * grid) / grid_size  # (B, g, g) within (-1, 1) / 2 of its middle
+    ramp = (down * grid[:, None] + right * grid) / grid_size  # (B, g, g) within 0.5 of its middle value
     return (scores + 0.9 * ramp).flatten(1)
 
 
@@ -289,7 +289,7 @@ class MAE_Encoder(nn.Module):
         position = self.pos_embedding.transpose(0, 1).expand(len(images), -1, -1)  # (B, N, D)
         if ids_keep is not None:  # before the embedding, so that hidden patches cost nothing
             patches, position = take(patches, ids_keep), take(position, ids_keep)  # (B, V, ...)
-        tokens = F.linear(patches, self.patchify.weight.flatten(1), self.patchify.bias) + position  # the convolution
+        tokens = F.linear(patches, self.patchify.weight.flatten(1), self.patchify.bias) + position  # as the convolution
         return torch.cat([self.cls_token.expand(len(images), -1, -1), tokens], dim=1)  # (B, 1 + V, D)
 
     def forward(self, images, ids_keep=None):
@@ -441,21 +441,21 @@ def drop_path_scales(batch_size, depth, rate, generator, device):
 
 
 def scaled(branch, scales):
-    """A block's attention or MLP (B, N, D), each image's times its number in scales (B,), if there are any."""
+    """The output of attention or MLP (B, N, D), multiplied by scales (B,) image by image; None: unchanged."""
     return branch if scales is None else branch * scales[:, None, None]
 
 
 def with_drop_path(block, tokens, attn_scales, mlp_scales):
-    """What a block of `transformer` makes of tokens (B, N, D), its attention and MLP multiplied by (B,) each."""
+    """Output of a block of `transformer` for tokens (B, N, D), attention and MLP multiplied by (B,) each."""
     tokens = tokens + scaled(block.attn(block.norm1(tokens)), attn_scales)
     return tokens + scaled(block.mlp(block.norm2(tokens)), mlp_scales)
 
 
 def cls_after(block, tokens, attn_scales=None, mlp_scales=None):
-    """What a block of `transformer` makes of the first of its tokens (B, N, D): (B, 1, D), the others not computed.
+    """Output of a block of `transformer` for the first of tokens (B, N, D) only: (B, 1, D).
 
-    timm's Block, with all of that it does here: no bias of q, k and v, no layer scale, no dropout; `with_drop_path`
-    where there are scales.
+    The same numbers as timm's Block, set as here (no bias for q, k and v, no layer scale, no dropout), or with scales
+    as `with_drop_path`.
     """
     attn, normed, dim = block.attn, block.norm1(tokens), tokens.shape[-1]
     to_q, to_kv = attn.qkv.weight.split([dim, 2 * dim])
@@ -470,10 +470,10 @@ class ViT_Classifier(MAE_Encoder):
     """The MAE's encoder, without masking, and a linear layer on the final LayerNorm of one pooled token.
 
     Args:
-        pool: "cls", the cls token, whose last block is computed without the tokens that nobody asks for; or "mean", the
-            mean of the patches' tokens, the global_pool of the official MAE.
+        pool: "cls", the cls token (the last block then computes no other token); or "mean", the mean of the patches'
+            tokens, the global_pool of the official MAE.
 
-    Its positions are learned; a MAE's fixed ones are where they start from, as in the official fine-tuning.
+    Its positions are learned; they start from the MAE's, even fixed ones, as in the official fine-tuning.
     """
 
     def __init__(

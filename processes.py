@@ -38,16 +38,16 @@ def leave():
 
 @contextlib.contextmanager
 def together():
-    """A block that all processes pass, or none: what the user can mend on one of them ends the others, silently.
+    """A block that all processes pass, or none: a UserError in one process ends the others without a message.
 
-    In the block none waits for another, but in what all reach before any can fail.
+    Inside, no process may wait for another, except before the first line that can fail.
     """
     try:
         yield
     except UserError:
-        largest_over_ranks(1)
+        max_over_ranks(1)
         raise
-    if largest_over_ranks(0)[0]:
+    if max_over_ranks(0)[0]:
         sys.exit(2)
 
 
@@ -88,8 +88,8 @@ def group_device():
     return "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
 
 
-def largest_over_ranks(*numbers):
-    """Of each number the largest that any process has."""
+def max_over_ranks(*numbers):
+    """The maximum of each number over all processes."""
     if not dist.is_initialized():
         return numbers
     largest = torch.tensor(numbers, device=group_device())
@@ -97,7 +97,7 @@ def largest_over_ranks(*numbers):
     return largest.tolist()
 
 
-def what_first_has(numbers):
+def broadcast(numbers):
     """The whole numbers that the first process has."""
     if not dist.is_initialized():
         return numbers

@@ -46,7 +46,7 @@ def read_config(directory):
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"Cannot read {path}: {error}. Copy the file anew, or start anew (--overwrite).") from error
+        raise UserError(f"Cannot read {path}: {error}. Copy the file again, or start again (--overwrite).") from error
 
 
 def read_metrics(directory):
@@ -63,7 +63,7 @@ def read_metrics(directory):
     try:
         return [{key: int(v) if key == "epoch" else float(v) for key, v in row.items()} for row in rows]
     except (TypeError, ValueError) as error:
-        raise UserError(f"Cannot read {path}: {error}. Copy the file anew, or start anew (--overwrite).") from error
+        raise UserError(f"Cannot read {path}: {error}. Copy the file again, or start again (--overwrite).") from error
 
 
 # --- the run itself ---
@@ -75,7 +75,7 @@ class Run:
     Args:
         log_dir, name: the run lives in log_dir/name.
         arguments: the run's settings, plain values by name.
-        overwrite: start anew, dropping what an earlier run of this name left.
+        overwrite: start again, dropping what an earlier run of this name left.
         writer: False on all processes but one; they read what it wrote and write nothing.
 
     Raises:
@@ -118,16 +118,16 @@ class Run:
             if key in DIGESTS:
                 raise UserError(
                     f"{self.directory} is a run with other {DIGESTS[key]} (digest {stored[key]}, now {now[key]}). "
-                    f"--overwrite starts it anew; another --log_dir keeps both."
+                    f"--overwrite starts it again; another --log_dir keeps both."
                 )
             raise UserError(
                 f"{self.directory} is a run with {key} {stored[key]}, and now {key} is {now[key]}. Give the stored "
-                f"value to continue it, --overwrite to start it anew, or another --log_dir."
+                f"value to continue it, --overwrite to start it again, or another --log_dir."
             )
 
     @contextlib.contextmanager
     def open(self, model, optimizer, plan, facts, start):
-        """Take the directory, restore what was saved last, and note signals; all given back after the block.
+        """Lock the directory, restore the last checkpoint and note signals, until the block ends.
 
         Args:
             model, optimizer: filled with what was saved last; from now on what is saved.
@@ -268,7 +268,7 @@ class Session:
                 self.optimizer.load_state_dict(state["optimizer"])
                 progress = state["progress"]
             except (KeyError, RuntimeError, ValueError) as error:
-                raise UserError(f"{path} is of another run; start anew with --overwrite. {error}") from error
+                raise UserError(f"{path} is of another run; start again with --overwrite. {error}") from error
             self.saved = {name: progress[name] for name in ("epoch", "step")}
         if self.run.writer and (self.run.directory / "metrics.csv").exists():
             rows = [row for row in read_metrics(self.run.directory) if row["epoch"] <= progress["epoch"]]
@@ -287,7 +287,7 @@ class Session:
     def check_same_start(self):
         """Raises UserError where this process found another checkpoint than the first, or none."""
         mine = [self.progress["epoch"], self.progress["step"]]
-        if processes.what_first_has(mine) != mine:
+        if processes.broadcast(mine) != mine:
             raise UserError(
                 f"Process {processes.rank()} does not see process 0's checkpoint in {self.run.directory}; --log_dir "
                 f"must be on a file system that all machines share."
@@ -300,18 +300,18 @@ class Session:
             return SummaryWriter(self.run.directory, purge_step=self.progress["epoch"] + 1)
 
     def close(self):
-        """Raises OSError where the last numbers for TensorBoard cannot be written."""
+        """Close the bar and TensorBoard; raises OSError where its last numbers cannot be written."""
         self.bar.close()
         if self.board:
             self.board.close()
 
     @contextlib.contextmanager
     def writing(self):
-        """Where a file cannot be written, the disk being full, say: leave with one line."""
+        """Exit with one line where a file cannot be written, for example on a full disk."""
         try:
             yield
         except OSError as error:
-            sys.exit(f"Cannot write: {error}. {self._last_save()} With that mended, {self._again()}.")
+            sys.exit(f"Cannot write: {error}. {self._last_save()} When that is fixed, {self._again()}.")
 
     def _again(self):
         without = " without --overwrite" if self.run.overwrite else ""
@@ -358,7 +358,7 @@ class Session:
         """Save at the end, where the interval has passed or a signal came; all processes decide alike."""
         interval = max(SAVE_INTERVAL * self.save_seconds, LEAST_SAVE_INTERVAL)
         due = last or (self.run.writer and time.monotonic() - self.saved_at >= interval)
-        due, stop_signal = processes.largest_over_ranks(int(due), max(self.signals, default=0))
+        due, stop_signal = processes.max_over_ranks(int(due), max(self.signals, default=0))
         if due or stop_signal:
             self.save()
         if stop_signal:

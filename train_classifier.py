@@ -28,7 +28,7 @@ SIZE = ("img_size", "patch_size", "embed_dim", "encoder_depth", "num_heads")
 WARMUP = 0.05  # of all epochs
 DEVICE_BATCH_SIZE = {"cuda": 256, "cpu": 128, "mps": 128}  # images at once on a device
 EVAL_BATCH = 500  # images whose losses are summed at once
-REPORT_BATCH = 128  # the source report averages the accuracies of batches of so many
+REPORT_BATCH = 128  # the course report averages the accuracies of batches of so many
 # Recipes for --preset: values of flags by name. What a row leaves out is as in the first.
 PRESETS = {
     "reference": {
@@ -95,7 +95,7 @@ def parse_args(argv=None):
         help="a block's learning rate is this times the next one's; the embedding comes first, the head last; 1: off",
     )
     group.add_argument(
-        "--clip_grad", type=utils.non_negative_float, help="largest norm of all gradients together; 0: any"
+        "--clip_grad", type=utils.non_negative_float, help="largest norm of all gradients together; 0: off"
     )
     group = parser.add_argument_group("regularisation")
     group.add_argument(
@@ -103,11 +103,11 @@ def parse_args(argv=None):
         type=utils.fraction,
         help="probability that an image skips the last block's attention or its MLP; smaller in earlier blocks",
     )
-    group.add_argument("--label_smoothing", type=utils.fraction, help="share of a label that all classes divide evenly")
+    group.add_argument("--label_smoothing", type=utils.fraction, help="share of a label spread evenly over all classes")
     alpha = "alpha of the Beta distribution of an image's share; 0: off"
     group.add_argument("--mixup", type=utils.non_negative_float, help=f"mix each image with another; {alpha}")
     group.add_argument(
-        "--cutmix", type=utils.non_negative_float, help=f"the same with a rectangle; {alpha}; both: one of them a step"
+        "--cutmix", type=utils.non_negative_float, help=f"the same with a rectangle; {alpha}; both: each step draws one"
     )
     utils.add_run_arguments(parser, log_dir="logs/classifier")
     parser.add_argument_group("output").add_argument(
@@ -178,7 +178,7 @@ def evaluate(model, images, precision, at_once, name="test"):
 
     At most at_once images pass the model together, as in training, so that evaluating needs no more memory.
 
-    test/acc_mean_of_batches is the source report's figure: the mean of the accuracies of batches of 128, in which a
+    test/acc_mean_of_batches is the course report's figure: the mean of the accuracies of batches of 128, in which a
     short last batch counts as much as a full one. For comparison with it only.
     """
     pixels, labels, _ = images
@@ -240,10 +240,10 @@ def load_images(args, device):
 
 
 def scores_of_epoch(model, val, test, precision, at_once, session, last):
-    """What the epoch's weights are worth: on the test images, or on the held-out ones.
+    """Loss and accuracy of this epoch's weights, on the test images or, where there are any, on the held-out ones.
 
-    With those, the test images are used once, after the last epoch, by the best epoch's weights; from then on these are
-    the model's, in the checkpoint too.
+    With held-out images, the test images are used once: after the last epoch, the model gets the best epoch's weights,
+    is tested, and is saved with them.
     """
     if val is None:
         return evaluate(model, test, precision, at_once)
@@ -268,7 +268,7 @@ def train_classifier(args):
         ViT_Classifier(**model_args)  # bad sizes end here, before the data is read
         train, val, test, digests = load_images(args, device)
         finished = run.is_finished(digests)
-    if processes.what_first_has([int(finished)])[0]:
+    if processes.broadcast([int(finished)])[0]:
         return run.pass_over(args.output_model_path)
 
     at_once = args.max_device_batch_size or DEVICE_BATCH_SIZE[device.type]

@@ -1,6 +1,6 @@
 """The training loop: the plan of a run, the schedule, one update, one epoch.
 
-What is trained, and on which loss, is the scripts' to say: mae_pretrain.py and train_classifier.py.
+mae_pretrain.py and train_classifier.py decide what is trained, and on which loss.
 """
 
 import itertools
@@ -49,7 +49,7 @@ class Plan(NamedTuple):
 
     @property
     def num_images(self):
-        """Images that this process trains on in the whole run, each epoch's counted anew."""
+        """Images that this process trains on in the whole run, each epoch counted."""
         return self.total_steps * (self.slices[-1].stop - self.slices[0].start)
 
     def lr(self, step):
@@ -143,8 +143,8 @@ def train_one_epoch(model, optimizer, plan, order, draw_batch, loss_of, session,
             follows from (seed, epoch, step) and is made for the global batch: neither a stop in between nor the number
             of processes changes which images are seen, and how.
         loss_of: as `update` takes it.
-        session: with progress, a dictionary of the epoch and step to go on from, and loss_sum and seconds of the steps
-            before, which is kept up to date, with the scaler's state; and tick(), called after each step.
+        session: has progress, a dictionary kept up to date here (epoch and step to go on from, loss_sum and seconds so
+            far, the scaler's state), and tick(), called after each step.
         scaler, clip_grad: as `update` takes them.
     """
     progress, started = session.progress, time.monotonic()

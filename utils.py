@@ -150,14 +150,14 @@ def add_data_arguments(parser, datasets, pretrained=False):
     group = parser.add_argument_group("data")
     texts = {
         "dataset": "what to train and test on",
-        "data_dir": "where the files are, or are downloaded to; of npz the file",
+        "data_dir": "directory of the files, or to download them to; for npz the file",
     }
     for name, text in texts.items():
         default, choices = DATA_DEFAULTS[name], datasets if name == "dataset" else None
         if pretrained:
             default, text = None, f"{text} (default: the pretrained model's; from scratch {default})"
         group.add_argument(f"--{name}", choices=choices, default=default, help=text)
-    group.add_argument("--train_images", type=positive_int, help="train on so many images, equally many of each class")
+    group.add_argument("--train_images", type=positive_int, help="train on this many, equally many of each class")
     group.add_argument(
         "--augment",
         nargs="?",
@@ -167,7 +167,7 @@ def add_data_arguments(parser, datasets, pretrained=False):
         help="mirroring, and random shifts by up to 4 pixels (shift, or no value) or random resized crops (crop; MAE "
         "paper, table 1e)",
     )
-    group.add_argument("--no-augment", dest="augment", action="store_false", help="neither (default: as the preset)")
+    group.add_argument("--no-augment", dest="augment", action="store_false", help="none (default: set by --preset)")
     return group
 
 
@@ -203,7 +203,7 @@ def add_optimisation_arguments(parser, warmup, device_batch_size):
         f"{device_batch_size['cpu']} on a CPU",
     )
     group.add_argument(
-        "--base_learning_rate", type=non_negative_float, help="peak rate for a batch of 256; scaled with it"
+        "--base_learning_rate", type=non_negative_float, help="peak for a batch of 256; scales with --batch_size"
     )
     group.add_argument("--weight_decay", type=non_negative_float, default=0.05, help="weight decay (AdamW)")
     return group
@@ -256,7 +256,7 @@ def add_device_arguments(group, seed_help):
         choices=("auto", *PRECISIONS),
         default="auto",
         help="auto takes the fastest on this device: on CUDA bf16 (Ampere and newer) or fp16 (Volta, Turing), on a CPU "
-        "bf16 where it has instructions for it, else float32",
+        "bf16 if it has instructions for it and embed_dim is at least 64, else float32",
     )
 
 
@@ -268,11 +268,11 @@ def add_run_arguments(parser, log_dir):
         "--compile",
         action=argparse.BooleanOptionalAction,
         help=f"torch.compile the model; default: on CUDA where a GPU has at least {COMPILE_FROM:,} images to train on, "
-        f"counted anew in each epoch, as compiling takes about a minute",
+        f"counted in each epoch, as compiling takes about a minute",
     )
-    group.add_argument("--overwrite", action="store_true", help="start anew where a run of this name exists")
+    group.add_argument("--overwrite", action="store_true", help="start again where a run of this name exists")
     group.add_argument(
-        "--dry_run", action="store_true", help="a few steps through every line, on drawn images, leaving nothing"
+        "--dry_run", action="store_true", help="a few steps on generated images to test the program; keeps no file"
     )
     return group
 
@@ -318,7 +318,7 @@ def pick_device(name):
     """torch.device for "auto" (CUDA if any), "cpu", "cuda" (of torchrun's processes one each), "cuda:1" or "mps".
 
     Raises:
-        UserError: there is no such device here, or which of several processes this one is on its machine is not known.
+        UserError: there is no such device here, or RANK is set without LOCAL_RANK, which says whose GPU is whose.
     """
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     found = ["cpu", *gpus, *(["mps"] if torch.backends.mps.is_available() else [])]
@@ -361,7 +361,7 @@ def compiled(model, choice, device, num_images=math.inf):
 
     Args:
         choice: whether to compile; None: on CUDA, from COMPILE_FROM images on.
-        num_images: that this device will train on, each epoch's counted anew.
+        num_images: that this device will train on, each epoch counted.
     """
     if not (device.type == "cuda" and num_images >= COMPILE_FROM if choice is None else choice):
         return model
@@ -389,7 +389,7 @@ def autocast(precision, device):
 
 
 def loss_scaler(precision, device):
-    """For fp16, whose smallest numbers gradients would fall below: scales the loss up. For the others: does nothing."""
+    """For fp16, scales the loss up, as small gradients would become 0; for other precisions, does nothing."""
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
 

@@ -3,7 +3,7 @@
 from errors import UserError
 from model import MASK_STRATEGIES
 from runs import read_config
-from scripts.results import by_setting, check_alike, find_results, is_pretrained, tables_of, watched
+from scripts.results import by_setting, check_alike, common_accuracy, find_results, is_pretrained, tables_of
 
 BASE, SCRATCH = "depth 4, random", "from scratch"
 PRETRAINING = {"with pretraining": BASE, "from scratch": SCRATCH}
@@ -52,4 +52,4 @@ def setting_of(result):
 
 def accuracy_by_epoch(results):
     """The column of metrics.csv in which all classifiers have an accuracy of every epoch."""
-    return watched(tables_of(results[BASE], "classifier"))
+    return common_accuracy(tables_of(results[BASE], "classifier"))

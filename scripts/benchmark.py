@@ -1,6 +1,6 @@
 """Time whole training steps, batch drawn to weights updated: ours, a naive loop's and other libraries'.
 
-python -m scripts.benchmark                  the paths in turn, against each other and against the machine's floor
+python -m scripts.benchmark                  the paths in turn, against each other and against the machine's peak
 python -m scripts.benchmark --growth         how the cost grows with batch, patch, image and decoder depth
 
 Tables go to the terminal and, as CSV with machine and versions in a JSON file beside it, to --output. What is timed is
@@ -42,8 +42,8 @@ def parse_args(argv=None):
     parser = utils.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--growth", action="store_true", help="measure how the cost grows, of our pretraining only")
     parser.add_argument("--paths", nargs="+", choices=[*PATHS], default=[*PATHS], help="what to compare")
-    parser.add_argument("--batch_size", type=utils.positive_int, help="left out: 64 on a CPU, the scripts' on CUDA")
-    parser.add_argument("--seconds", type=float, default=60, help="time for each path, about; --growth: four sizes")
+    parser.add_argument("--batch_size", type=utils.positive_int, help="default: 64 on a CPU; on CUDA up to 4096")
+    parser.add_argument("--seconds", type=float, default=60, help="seconds for each path; --growth: for four sizes")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument(
         "--embed_dim",
@@ -93,7 +93,7 @@ def serve(name, device, batch_size, model_args, rank, processes, meeting, pipe):
 
 
 def give_memory_back(device):
-    """What an allocator keeps for the next step, so that the paths need not all fit beside each other."""
+    """Free what the allocator keeps for the next step, so that the paths need not all fit beside each other."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     with contextlib.suppress(AttributeError, OSError):  # not glibc
@@ -150,16 +150,16 @@ def replies(name, pipes):
         return [*said.values()]
     except (EOFError, ConnectionError):
         raise UserError(
-            f"The process of {name!r} has ended, by want of memory if nothing stands above: try a smaller --batch_size "
-            f"or fewer --paths."
+            f"The process of {name!r} has ended, probably out of memory unless an error is shown above: use a smaller "
+            f"--batch_size or fewer --paths."
         ) from None
 
 
 def take_turn(name, pipes, seconds):
-    """Steps of one path alone, each in the seconds of its slowest process: the first one and those after it.
+    """Time one path's steps: (seconds of the first, [of those after it]), each of its slowest process.
 
-    The first gets back the memory given up for the others' turns. Whole seconds, as a naive loader's workers run ahead
-    while others step.
+    The first step allocates its memory again. A turn lasts seconds, as a naive loader's workers prepare batches while
+    others step.
     """
     first, times, end = max(ask(name, pipes, "step")), [], time.monotonic() + seconds
     while not times or time.monotonic() < end:
@@ -220,8 +220,8 @@ def row_of(name, batch_size, first, times, answers, model_args, gflops):
         "median_step_s": statistics.median(times),
         "images_per_sec": images_per_sec,
         "gflop_per_image": gflop,
-        "floor_gflops": gflops[precision],
-        "share_of_floor": images_per_sec * gflop / gflops[precision],
+        "peak_gflops": gflops[precision],
+        "share_of_peak": images_per_sec * gflop / gflops[precision],
         "memory_mb": sum(memory for _, memory in answers),
     }
 

@@ -72,7 +72,7 @@ def parse_args(argv=None):
         "--baseline",
         nargs="+",
         help="the setting that the others are compared with, as printed, or a part that only one setting has, such as "
-        "decoder_depth=4, or as most settings are; default: the first setting",
+        'decoder_depth=4, or "as most"; default: the first setting',
     )
     parser.add_argument("--output", type=Path, help="where to write; default: compare/ in the first directory")
     return parser.parse_args(argv)
@@ -274,7 +274,7 @@ def digits_of(measure):
 
 def notes_of(results, values, usual, measured, left_out, cells):
     """What a reader must know beside the numbers, a line each."""
-    lines = [f"Where a setting does not say otherwise: {written(usual)}."] if usual else []
+    lines = [f"Unless a setting says otherwise: {written(usual)}."] if usual else []
     lines += [f"Not compared: {run}: {reason}." for run, reason in left_out.items()]
     for measure, labels in measured.items():
         fewer = {label: len(numbers) for label, numbers in labels.items() if len(numbers) < len(results[label])}
@@ -285,9 +285,7 @@ def notes_of(results, values, usual, measured, left_out, cells):
             "them (--baseline)."
         )
     if TASK & {name.rpartition("/")[2] for setting in values.values() for name in setting}:
-        lines.append(
-            "The MAE training loss is no ranking where masks, patches, images or norm_pix_loss differ: other tasks."
-        )
+        lines.append("MAE training losses cannot be compared where masks, patches, images or norm_pix_loss differ.")
     return lines
 
 
@@ -314,7 +312,7 @@ def cost_table(results, measured):
         times = [f"{minutes(p, kind):.1f}" if p else "" for p, kind in zip(parts, ("mae", "classifier"), strict=True)]
         numbers = measured[measure].get(label, {})
         rows.append([label, spread([*numbers.values()], digits_of(measure)), f"{gflop:.3f}", *times])
-    return ["", measure, "GFLOP an image and step", "minutes of pretraining", "of training a classifier"], rows
+    return ["", measure, "GFLOP per image", "minutes of pretraining", "of training a classifier"], rows
 
 
 def aligned(header, rows):
@@ -339,12 +337,12 @@ that is in the table, else on all.
 
 {markdown_table(["", *measured], differences)}
 Mean over n equal seeds, with its 95 % interval (Student's t). Higher and lower are decided: 0 lies outside the \
-interval. Each interval stands alone: of many true zeros one in twenty looks decided.
+interval. With no true difference, one comparison in twenty still looks decided.
 
 ## Cost
 
 {markdown_table(*cost_table(results, measured))}
-GFLOP are of the pretraining, from scratch of the classifier. Minutes are spent in training steps, mean over seeds.
+GFLOP are of pretraining; in rows from scratch, of the classifier. Minutes are spent in training steps, mean over seeds.
 {f"{chr(10)}## Notes{chr(10)}{chr(10)}{listed}" if notes else ""}
 ## Figures
 

@@ -8,19 +8,19 @@ from matplotlib.ticker import MaxNLocator
 
 from figures import STYLES, draw_cells, draw_seeds, plt, save
 from scripts.plot_curves import NAMES
-from scripts.results import paired_difference, tables_of, watched
+from scripts.results import common_accuracy, paired_difference, tables_of
 
 WIDE = 16  # times the smallest number of an axis: from there on it is logarithmic
 INTERVALS = (
     "Large points: mean; bars: its 95 % interval over seeds (Student's t), cut off at the frame; small points: the "
-    "seeds. Whether two settings differ says the table of differences, which pairs the seeds."
+    "seeds. The table of differences, which pairs the seeds, says whether two settings differ."
 )
 
 # --- what there is to draw over ---
 
 
 def axes_of(settings):
-    """Of all names in settings those to draw over: they vary, and not together with an earlier one."""
+    """Names to use as axes of plots: those that vary, but not together with an earlier one."""
     found = {}
     for name in dict.fromkeys(name for setting in settings for name in setting):
         column = [setting.get(name, "") for setting in settings]
@@ -183,7 +183,7 @@ def draw_all_curves(results, running, output):
         tables = {label: list(filter(None, seeds)) for label, seeds in tables.items()}
         tables = {label: seeds for label, seeds in tables.items() if seeds}
         flat = [table for seeds in tables.values() for table in seeds]
-        for metric in filter(None, ("train/loss", watched(flat))) if flat else ():
+        for metric in filter(None, ("train/loss", common_accuracy(flat))) if flat else ():
             name, what = f"{kind}_{metric.replace('/', '_')}", f"{kind.replace('mae', 'MAE')}: {NAMES[metric]}"
             save(draw_seeds(tables, metric, what), output / f"{name}.png")
             captions[name] = f"{what} by epoch: mean, band: range of the seeds."

@@ -11,7 +11,7 @@ from model import MAE_ViT, ViT_Classifier
 
 
 def num_classes(config):
-    """How many classes a classifier tells apart: what its encoder leaves of the number of parameters."""
+    """Number of classes of a classifier, computed from its number of parameters."""
     arguments = config["arguments"]
     sizes = {name: arguments[name] for name in utils.defaults(ViT_Classifier) if name in arguments}
     with torch.device("meta"):  # sizes, no weights
@@ -20,7 +20,7 @@ def num_classes(config):
 
 
 def gflop_per_image(arguments, pretraining):
-    """Forward and backward pass of a MAE or a classifier: 1e9 multiplications and additions, counted one by one.
+    """Forward and backward pass of a MAE or a classifier: 1e9 multiplications and additions of matrix products.
 
     Args:
         arguments: of a run or a model, by name.

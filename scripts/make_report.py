@@ -34,7 +34,7 @@ from scripts.results import (
 )
 
 KEPT = ("config.json", "metrics.csv", "features.csv", "features.json")  # of a run, beside the report
-# The source report's accuracies in %, one seed each: means of batch means
+# The course report's accuracies in %, one seed each: means of batch means
 SOURCE = {
     "depth 2, random": 79.61,
     "depth 4, random": 79.76,
@@ -52,7 +52,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--output", type=Path, default=Path("logs/report"), help="where to write REPORT.md, figures and numbers"
     )
-    parser.add_argument("--bank", type=utils.positive_int, default=500, help="test images behind masks_crossed.png")
+    parser.add_argument("--images", type=utils.positive_int, default=500, help="test images for masks_crossed.png")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     return parser.parse_args(argv)
 
@@ -61,7 +61,7 @@ def parse_args(argv=None):
 
 
 def accuracy_table(results, settings):
-    """A row a setting: each measure; fine-tuned also as the source report counts, at the best epoch, and there."""
+    """A row a setting: each measure; fine-tuned also as the course report counts, at the best epoch, and there."""
     found = {label: results[setting] for label, setting in settings.items() if setting in results}
     columns = {
         f"{name}, %": [spread([*values_of(seeds, measure).values()]) for seeds in found.values()]
@@ -78,7 +78,7 @@ def accuracy_table(results, settings):
     dataset = dataset_of(results)
     if dataset.startswith("cifar10") and not dataset.startswith("cifar100"):
         sources = [SOURCE.get(settings[label]) for label in found]
-        columns["source report (n 1, mean of batch means), %"] = [
+        columns["course report (n 1, mean of batch means), %"] = [
             f"{number:.2f}" if number else "" for number in sources
         ]
     return markdown_table(["", *columns], zip(found, *columns.values(), strict=True))
@@ -123,29 +123,29 @@ def cost_table(results):
                     f"{max(memory):,.0f}",
                 ]
             )
-    header = ["", "fine-tuned, %", "parameters", "GFLOP an image and step", "images/s"]
+    header = ["", "fine-tuned, %", "parameters", "GFLOP per image", "images/s"]
     header += ["minutes of pretraining steps", "of fine-tuning steps", "peak memory, MB"]
     return markdown_table(header, rows)
 
 
 def commands(results):
     """What was run, where and for how long."""
-    lines, places = [], {}
+    lines, machines = [], {}
     for setting, found in results.items():
         for result in found:
             for run in filter(None, (result.mae, result.classifier)):
                 starts, seconds = read_config(run)["starts"], sum(row["seconds"] for row in read_metrics(run))
                 lines.append([setting, result.seed, f"{seconds / 60:.1f}", f"`{starts[-1]['command']}`"])
-                places.update(dict.fromkeys(map(place, starts)))
+                machines.update(dict.fromkeys(map(machine, starts)))
             if result.features:
                 stored = read_features(result.features)
                 lines.append([setting, result.seed, f"{stored['seconds'] / 60:.1f}", f"`{stored['command']}`"])
-                places[place(stored)] = None
+                machines[machine(stored)] = None
     header = ["setting", "seed", "minutes (training: of steps)", "command"]
-    return "\n".join(f"- {name}" for name in places) + "\n\n" + markdown_table(header, lines)
+    return "\n".join(f"- {name}" for name in machines) + "\n\n" + markdown_table(header, lines)
 
 
-def place(start):
+def machine(start):
     """Where and by which version a run was started."""
     versions = f"Python {start['python']}, PyTorch {start['torch']}, timm {start['timm']}"
     commit = f"commit {start['commit']}{'' if start['clean'] else ' with changes'}" if start["commit"] else "no commit"
@@ -234,7 +234,7 @@ def write_report(results, left_out, output, captions):
         f"""# What decoder depth and masking do
 
 {introduction(results)}{notes}
-## Findings of the source report
+## Findings of the course report
 
 {findings(results)}
 ## Pretraining
@@ -252,8 +252,8 @@ def write_report(results, left_out, output, captions):
 ## What it costs
 
 {cost_table(results)}
-Parameters, GFLOP, images/s and memory are the pretraining's, from scratch the classifier's. Minutes and images/s hold
-for the machines and whatever else they did; GFLOP compare settings.
+Parameters, GFLOP, images/s and memory: of pretraining; in the row from scratch, of the classifier. Minutes and
+images/s depend on the machines and their other work; GFLOP do not.
 
 ## Figures
 
@@ -317,7 +317,7 @@ def main(argv=None):
         device = utils.pick_device(args.device)
         results, left_out = collect(args.runs)
         args.output.mkdir(parents=True, exist_ok=True)
-        captions = draw_all(results, args.output, args.bank, device, kept_pictures(results, args.output))
+        captions = draw_all(results, args.output, args.images, device, kept_pictures(results, args.output))
         write_report(results, left_out, args.output, captions)
         keep_numbers(results, args.runs, args.output)
 

@@ -16,7 +16,7 @@ import utils
 from errors import UserError, as_user_error, exit_in_one_line
 from figures import draw_curves, plt, save
 from runs import read_metrics
-from scripts.results import watched
+from scripts.results import common_accuracy
 
 NAMES = {
     "train/loss": "training loss",
@@ -86,7 +86,7 @@ def main(argv=None):
         if missing := set(args.metric or ["train/loss"]) - set(table[0]):
             raise UserError(f"{run} has no {', '.join(sorted(missing))}; it has {', '.join(table[0])}.")
     some = "knn/acc" if any("knn/acc" in table[0] for table in tables) else None
-    metrics = args.metric or ["train/loss", *filter(None, [watched(tables) or some])]
+    metrics = args.metric or ["train/loss", *filter(None, [common_accuracy(tables) or some])]
     width = max(len(label) for label in labels)
     for label, table in zip(labels, tables, strict=True):
         row = table[-1]

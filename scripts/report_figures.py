@@ -140,7 +140,7 @@ def draw_confusion(labels, predicted, classes):
 
 
 def draw_all_curves(results, output):
-    """Losses and accuracies by epoch, of the settings that a figure of the source report compares."""
+    """Losses and accuracies by epoch, of the settings that a figure of the course report compares."""
     acc = accuracy_by_epoch(results)
     whose = "accuracy on held-out images" if acc == "val/acc" else "test accuracy"
     curves = {
@@ -164,8 +164,8 @@ def draw_all_curves(results, output):
     return {name: caption for name, (*_, caption) in curves.items()}
 
 
-def is_watched(table):
-    """Whether k-NN has looked at more than one epoch of a metrics.csv."""
+def has_knn(table):
+    """Whether a metrics.csv has k-NN accuracies of several epochs."""
     return sum(not math.isnan(row.get("knn/acc", math.nan)) for row in table) > 1
 
 
@@ -181,7 +181,7 @@ def draw_all_probes(results, output):
     for name, what, settings in (("depth", "decoder depth", DEPTHS), ("mask", "mask strategy", MASKS)):
         found = {label: results[setting] for label, setting in settings.items() if setting in results}
         tables = {label: tables_of(seeds, "mae") for label, seeds in found.items()}
-        tables = {label: seeds for label, seeds in tables.items() if all(map(is_watched, seeds))}
+        tables = {label: seeds for label, seeds in tables.items() if all(map(has_knn, seeds))}
         if tables:
             save(draw_seeds(tables, "knn/acc", "k-NN accuracy"), output / f"knn_by_{name}.png")
             captions[f"knn_by_{name}"] = (

@@ -55,7 +55,7 @@ def judge_all(results, pairs):
 
 
 def findings(results):
-    """The source report's three findings and its explanation, each with what these runs say of it."""
+    """The course report's three findings and its explanation, each with what these runs say of it."""
 
     def early(result, metric):  # mean of the first fifth of the epochs
         values = [row[metric] for row in read_metrics(result.classifier)]
@@ -75,8 +75,8 @@ first fifth of the epochs, in accuracy: {judge({"": ahead})}; in training loss, 
 2. A deeper decoder gives a better encoder, 8 > 4 > 2:{judge_all(results, depths)}
 3. block > grid > random:{masks(("block", "grid"), ("grid", "random"))}
 
-The MAE paper finds random masks best. The source report explains its other order by its block and grid, which are not \
-the paper's. Its grid, one of each 2 x 2, is the paper's; its block is not, blockwise is near it:
+The MAE paper finds random masks best. The course report explains its other order by its masks, which it says \
+are not the paper's. Its grid, one of each 2 x 2, is the paper's; its block is not, but blockwise is near it:
 
 - random > blockwise, as in the paper:{masks(("random", "blockwise"))}
 - block > blockwise, the report's block against the paper's:{masks(("block", "blockwise"))}
@@ -85,5 +85,5 @@ the paper's. Its grid, one of each 2 x 2, is the paper's; its block is not, bloc
 
 In brackets: difference in points of accuracy (of the loss: in its unit), 95 % interval, seeds. A difference holds \
 where the interval lies above 0, is reversed where below, and is not decided where 0 is inside. Intervals are over \
-seeds, not other test sets, and each stands alone: of many true zeros one in twenty looks decided.
+seeds, not other test sets, and with no true difference, one in twenty still looks decided.
 """

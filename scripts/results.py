@@ -120,7 +120,7 @@ def is_pretrained(result):
 
 
 def mae_of(classifier, maes):
-    """Of some MAEs' run directories that of a classifier's encoder, the one in the same sweep first; or None."""
+    """The run in `maes` that a classifier's encoder comes from, preferably in the same sweep; or None."""
     config = read_config(classifier)
     name, wanted = config["name"].partition("_from_")[2], config["arguments"].get("encoder_digest")
     for mae in (mae for mae in maes if mae == classifier.parents[1] / "pretrain" / name):
@@ -134,12 +134,15 @@ def mae_of(classifier, maes):
 
 
 def digest_of(mae):
-    """Of the weights in a run's model.pt; None where there is none."""
+    """Digest of the weights in a run's model.pt; None where there is none."""
     return digest(load_file(mae)["model"]) if (mae / "model.pt").exists() else None
 
 
 def features_of(mae, features, labels=None, classifier=None):
-    """Of all features {.json: content} the fullest of a MAE, measured on `labels` images, None: on all; or None.
+    """Path of a MAE's features on `labels` images (None: on all), those with the most rows; None if there are none.
+
+    Args:
+        features: {.json: its content}, of all MAEs.
 
     Raises:
         UserError: the MAE in model.pt, or in all its features, is another one than the classifier's encoder.
@@ -153,7 +156,7 @@ def features_of(mae, features, labels=None, classifier=None):
                 path, other = next(iter(found.items()))
                 raise UserError(
                     f"{path} is of another MAE (digest {other}) than the encoder of {classifier} (digest {wanted}). "
-                    f"Train the classifier or measure the features anew (--overwrite), or move them away."
+                    f"Train the classifier or measure the features again (--overwrite), or move them away."
                 )
     else:
         wanted = digest_of(mae) if features else None  # kept MAEs have no weights
@@ -178,7 +181,7 @@ def read_features(path):
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"Cannot read {path}: {error}. Measure the features anew (--overwrite).") from error
+        raise UserError(f"Cannot read {path}: {error}. Measure the features again (--overwrite).") from error
 
 
 def of_mae(stored, mae):
@@ -210,7 +213,7 @@ def by_setting(results, setting):
 def facts_of(config):
     """{name: value} of what a config.json says is computed, its images and masks as digests; a folder by its name.
 
-    Not of the seed, nor of where and how it is computed.
+    Without the seed, and without where and how it is computed, but for the precision.
     """
     arguments = config["arguments"]
     if arguments:  # a run made before a switch was there had it off
@@ -259,8 +262,8 @@ def tables_of(results, kind):
     return [read_metrics(getattr(result, kind)) for result in results]
 
 
-def watched(tables):
-    """The accuracy by which all these runs can be watched: on held-out images, on the test images, by k-NN, or None."""
+def common_accuracy(tables):
+    """The accuracy column that all these tables have: on held-out images, on the test images, by k-NN, or None."""
     names = ("val/acc", "test/acc", "knn/acc")
     return next((name for name in names if all(name in table[0] for table in tables if table)), None)
 

@@ -102,7 +102,7 @@ def checked(script, *flags):
 
 @exit_in_one_line()
 def main(grids):
-    """Print the jobs, seeds outside: a sweep that is stopped early has whole seeds. What two grids share comes once."""
+    """Print the jobs seed by seed, so that a sweep stopped early has whole seeds; a job of two grids comes once."""
     sys.argv[0], jobs = "sweep.sh", {}
     settings = [setting for grid in grids for setting in combinations(grid)]
     for seed in variable("SEEDS"):

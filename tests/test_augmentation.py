@@ -9,9 +9,9 @@ import utils
 
 
 @pytest.mark.parametrize("padding", [2, 3])
-def test_flip_and_crop_only_moves_and_mirrors(padding):
+def test_flip_and_shift_only_moves_and_mirrors(padding):
     image = torch.arange(64).view(1, 1, 8, 8).expand(200, 3, -1, -1)  # each pixel tells where it was
-    moved = augmentation.flip_and_crop(image, utils.generator("cpu", 0), padding)
+    moved = augmentation.flip_and_shift(image, utils.generator("cpu", 0), padding)
     mirrored = moved[:, 0, 4, 3] > moved[:, 0, 4, 4]
     assert 60 < mirrored.sum() < 140
     straight = torch.where(mirrored[:, None, None, None], moved.flip(3), moved)

@@ -33,11 +33,11 @@ def test_the_benchmark_times_paths_in_turn_and_several_processes_of_one(capsys, 
     assert asked == ["float32"]
     assert {row["precision"] for row in rows.values()} == {"float32"}  # at this width
     assert all(float(row["images_per_sec"]) == pytest.approx(8 / float(row["median_step_s"])) for row in rows.values())
-    assert all(0 < float(row["share_of_floor"]) < 1 for row in rows.values())
+    assert all(0 < float(row["share_of_peak"]) < 1 for row in rows.values())
     assert float(rows[paths[2]]["memory_mb"]) > 0
     assert float(rows[paths[1]]["gflop_per_image"]) < 0.8 * float(rows["ours"]["gflop_per_image"])
     assert json.loads(Path("b/steps.json").read_text())["torch"] == torch.__version__
-    assert "share_of_floor" in capsys.readouterr().out
+    assert "share_of_peak" in capsys.readouterr().out
 
 
 def test_a_path_of_the_benchmark_that_dies_is_named_and_ends_the_others(monkeypatch):

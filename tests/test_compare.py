@@ -133,7 +133,7 @@ def test_of_one_change_at_a_time_only_the_change_is_named():
     ]
     assert rows["norm_pix_loss=True", "fine-tuned"]["positions"] == "learned"
     told = "mask_ratio=0.75 norm_pix_loss=False decoder_embed_dim=none positions=learned"
-    assert f"\n- Where a setting does not say otherwise: {told}.\n" in Path("out/compare.md").read_text()
+    assert f"\n- Unless a setting says otherwise: {told}.\n" in Path("out/compare.md").read_text()
 
 
 def test_own_parameters_of_a_strategy_are_arguments_like_others():

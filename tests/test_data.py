@@ -567,7 +567,7 @@ def test_pretraining_takes_folders_without_classes_or_without_a_test_part(image_
     change(image_folder)
     load = functools.partial(data.load_dataset, "folder", str(image_folder), 16)
     train, test = load(labelled=False)
-    unlike = f"{image_folder}: no classes are read, as not all images of train/ and test/ are in the same ones.\n"
+    unlike = f"{image_folder}: no classes are read, as train/ and test/ do not have the same class folders.\n"
     alone = f"{image_folder} has no test set: {said}, always the same ones, are not trained on.\n"
     assert capsys.readouterr().out == (alone if said else unlike)
     assert (len(train.images), len(test.images)) == counts

@@ -606,7 +606,7 @@ def test_a_forward_pass_keeps_to_the_gpu_and_reads_no_number_back(strategy):
         with torch.device("cuda"):
             model, classifier = MAE_ViT(mask_strategy=strategy), ViT_Classifier()
         pixels = torch.zeros(4, 3, 32, 32, dtype=torch.uint8, device="cuda")
-        images = data.normalize(augmentation.random_resized_crop(augmentation.flip_and_crop(pixels, None), None))
+        images = data.normalize(augmentation.random_resized_crop(augmentation.flip_and_shift(pixels, None), None))
         ids_shuffle = model.shuffle(4, device=images.device)
         pred, mask = model(images, ids_shuffle)
         results = ids_shuffle, mae_loss(pred, images, mask), *model.reconstruct(images, ids_shuffle), classifier(images)

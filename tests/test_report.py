@@ -36,7 +36,7 @@ def test_the_report_of_a_small_sweep():
         mae = pretrain(*settings, *common, "runs/pretrain")
         classify("--pretrained_model_path", str(mae), *common, "runs/classifier")
     scratch = [classify("--total_epoch", "2", "--seed", seed, "--log_dir", "runs/classifier") for seed in "12"]
-    make_report.main(["--runs", "runs", "--output", "out", "--bank", "2"])
+    make_report.main(["--runs", "runs", "--output", "out", "--images", "2"])
     report = Path("out/REPORT.md").read_text()
     figures = re.findall(r"\((\w+\.png)\)", report)
     assert len(figures) == 16
@@ -51,7 +51,7 @@ def test_the_report_of_a_small_sweep():
     kept = list(Path("out/runs").glob("*/*/metrics.csv"))
     assert len(kept) == 2 * len(plan) + len(scratch)
     (runs[1].mae / "model.pt").unlink()
-    make_report.main(["--runs", "runs", "--output", "other", "--bank", "2"])
+    make_report.main(["--runs", "runs", "--output", "other", "--images", "2"])
     captions = r"!\[[^]]*(?:, seed|seeds:) 1\.\]\((\w+)\.png\)"  # of the seed that has its weights
     assert set(re.findall(captions, Path("other/REPORT.md").read_text())) == set(report_figures.PICTURES)
     assert "seeds: 1, 2." in report
@@ -70,7 +70,7 @@ def test_the_report_of_runs_that_held_images_out_watches_those_and_tests_once():
     mae = pretrain("--decoder_depth", "4", "--log_dir", "runs/pretrain")
     for more in (["--pretrained_model_path", str(mae)], []):
         classify("--val_images", "10", "--train_images", "20", *more, "--log_dir", "runs/classifier")
-    make_report.main(["--runs", "runs", "--output", "out", "--bank", "2"])
+    make_report.main(["--runs", "runs", "--output", "out", "--images", "2"])
     report = Path("out/REPORT.md").read_text()
     assert "at the epoch chosen on held-out images" in report
     assert "chosen on the test set" not in report

@@ -156,10 +156,10 @@ def test_runs_that_differ_in_more_than_the_sweep_are_refused(tmp_path):
 
 def test_the_accuracy_watched_is_of_held_out_images_where_all_have_it():
     val, test = [{"val/acc": 0.5, "test/acc": math.nan}], [{"test/acc": 0.5}]
-    assert results.watched([val, val]) == "val/acc"
-    assert results.watched([val, test]) == results.watched([test]) == "test/acc"
-    assert results.watched([[{"knn/acc": 0.5}]]) == "knn/acc"
-    assert results.watched([test, [{"train/loss": 0.5}]]) is None
+    assert results.common_accuracy([val, val]) == "val/acc"
+    assert results.common_accuracy([val, test]) == results.common_accuracy([test]) == "test/acc"
+    assert results.common_accuracy([[{"knn/acc": 0.5}]]) == "knn/acc"
+    assert results.common_accuracy([test, [{"train/loss": 0.5}]]) is None
 
 
 def test_paired_differences_and_what_they_decide():

@@ -227,7 +227,7 @@ def test_a_finished_run_does_not_answer_for_other_images_or_masks(tmp_path, key,
         run.finish({"kind": "toy"})
     run = Run(tmp_path, "toy", ARGUMENTS)
     assert run.is_finished({**FACTS, "test_set": "not known when it ran"})
-    with pytest.raises(ValueError, match=f"toy is a run with other {what}.*--overwrite starts it anew"):
+    with pytest.raises(ValueError, match=f"toy is a run with other {what}.*--overwrite starts it again"):
         run.is_finished({**FACTS, key: "cc"})
 
 

@@ -332,7 +332,7 @@ def test_a_classifier_of_another_encoder_under_the_same_name_is_refused(capsys):
         classify("--pretrained_model_path", str(mae))
     error = capsys.readouterr().err
     assert "other weights of the pretrained encoder" in error
-    assert "--overwrite starts it anew" in error
+    assert "--overwrite starts it again" in error
 
 
 @pytest.mark.parametrize("start", [pretrain, classify])
