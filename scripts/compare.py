@@ -20,6 +20,7 @@ from scripts.compare_figures import draw_all_curves, draw_measures
 from scripts.cost import gflop_per_image
 from scripts.results import (
     MEASURES,
+    Measure,
     Result,
     facts_of,
     find_results,
@@ -35,13 +36,15 @@ from scripts.results import (
     values_of,
 )
 
-# of a Result; accuracies in %
 K_NN, PROBE = "k-NN", "k-NN while pretraining"
-ACCURACIES = {**MEASURES, PROBE: lambda result: percent(last_value("mae", "knn/acc", result))}
-OF_CLASSIFIER = {"fine-tuned", "test loss"}  # the others are of the MAE
 LOSSES = {
-    "test loss": functools.partial(last_value, "classifier", "test/loss"),
-    "MAE training loss": functools.partial(last_value, "mae", "train/loss"),
+    "test loss": Measure("classifier", functools.partial(last_value, "classifier", "test/loss")),
+    "MAE training loss": Measure("mae", functools.partial(last_value, "mae", "train/loss")),
+}
+COMPARED = {  # accuracies in %
+    **MEASURES,
+    PROBE: Measure("mae", lambda result: percent(last_value("mae", "knn/acc", result))),
+    **LOSSES,
 }
 FOLLOWS = {  # a digest says something new only where all of these are the same
     "images": ("dataset", "img_size", "train_images", "val_images"),
@@ -172,7 +175,8 @@ def most_common(settings):
 def tell_seeds(groups):
     """One result a seed in each setting, and {run: why it is not among them}.
 
-    Seeds are the classifiers', or the MAEs' where a setting has classifiers of one seed from MAEs of several.
+    Seeds are the classifiers', or the MAEs' where a setting has classifiers of one seed from MAEs of several. Of those
+    with one seed, a classifier from a MAE of that seed comes first, so that the MAEs differ, too.
     """
 
     def seed_of_mae(result):
@@ -185,7 +189,7 @@ def tell_seeds(groups):
     left_out, told = {}, {}
     for label, found in groups.items():
         seeds = {}
-        for result in found:
+        for result in sorted(found, key=lambda result: seed_of_mae(result) != result.seed):
             seed = seed_of_mae(result) if by_mae else result.seed
             first = seeds.setdefault(seed, result._replace(seed=seed))
             if run_of(first) != run_of(result):
@@ -223,7 +227,7 @@ def measure_all(results):
     """{measure: {label: {seed: value}}} of what was measured; k-NN while pretraining only where there is no other."""
     measured = {
         name: {label: values_of(found, measure) for label, found in results.items()}
-        for name, measure in (ACCURACIES | LOSSES).items()
+        for name, measure in COMPARED.items()
     }
     measured = {name: {k: v for k, v in labels.items() if v} for name, labels in measured.items()}
     if measured[PROBE].keys() <= measured[K_NN].keys():
@@ -233,18 +237,18 @@ def measure_all(results):
 
 def tested_on(result, measure):
     """What is known of the images that a measure was taken on."""
-    facts = facts_of(read_config(result.classifier) if measure in OF_CLASSIFIER else pretraining_of(result))
+    facts = facts_of(read_config(result.classifier) if measure.kind == "classifier" else pretraining_of(result))
     return {name: facts[name] for name in ("dataset", "img_size", "test_set") if name in facts}
 
 
-def compare(results, measured, measure, label, baseline):
-    """(Difference of a setting to the baseline or None, what the data say)."""
-    numbers = measured[measure]
+def compare(results, measured, name, label, baseline):
+    """(Difference of a setting to the baseline in the measure of this name or None, what the data say)."""
+    numbers, measure = measured[name], COMPARED[name]
     if label == baseline or baseline not in numbers:
         return None, "baseline" if label == baseline else "baseline not measured"
     one, other = (
-        tested_on(next(result for result in results[name] if result.seed in numbers[name]), measure)
-        for name in (label, baseline)
+        tested_on(next(result for result in results[setting] if measure.value(result) is not None), measure)
+        for setting in (label, baseline)
     )
     if any(one[name] != other[name] for name in one.keys() & other.keys()):
         return None, "other images"

@@ -89,8 +89,8 @@ def draw_lines(axes, numbers, unit, places, lines, over):
         points = {label: some for label, some in numbers.items() if lines[label] == line}
         if not points:
             continue
-        if level := [some for label, some in points.items() if label not in places]:
-            axes.axhline(statistics.mean(level[0]), color=colour, linestyle=dashes, label=line)
+        if line in points and line not in places:  # a label
+            axes.axhline(statistics.mean(points[line]), color=colour, linestyle=dashes, label=line)
             continue
         aside = 0.012 * (i - (len(drawn) - 1) / 2)  # so that the bars of several lines can be seen
         points = {last if places[label] is None else places[label]: some for label, some in points.items()}
@@ -151,8 +151,9 @@ def draw_measures(measured, values, baseline, scratch, losses, path):
             label: [f"{name}={setting[name]}" for name in words if name in setting] for label, setting in values.items()
         }
         starts = {label: [scratch] if label.startswith(scratch) else [] for label in values}
-        lines = {label: " ".join([*starts[label], *own[label]]) or "pretrained" for label in values}
         places = {label: setting[over] for label, setting in values.items() if over in setting}
+        lines = {label: " ".join([*starts[label], *own[label]]) or "pretrained" for label in places}
+        lines |= {label: label for label in values if label not in places}
         draw = functools.partial(draw_lines, places=places, lines=lines, over=over)
         size, caption = (5, 4), INTERVALS
     else:

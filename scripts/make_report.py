@@ -191,13 +191,13 @@ def warnings(results, left_out):
 def chance_warning(results):
     """A sentence where the base setting's fine-tuned accuracy is not surely above guessing."""
     count = num_classes(read_config(results[BASE][0].classifier))
-    accuracies = values_of(results[BASE], accuracy)
+    accuracies = values_of(results[BASE], MEASURES["fine-tuned"])
     above = paired_difference(accuracies, dict.fromkeys(accuracies, 100 / count))
     if (above.low if above.n > 1 else above.mean) > 0:
         return None
     return (
         f"Fine-tuned accuracy of {BASE} is not surely above chance (1 of {count} classes): {above.mean:+.2f} points, "
-        f"95 % interval {above.interval}, n {above.n}. Differences between settings say little here."
+        f"95 % interval {above.interval()}, n {above.n}. Differences between settings say little here."
     )
 
 

@@ -4,7 +4,7 @@ import statistics
 
 from runs import read_metrics
 from scripts.ablations import BASE, DEPTHS, MASKS, SCRATCH, accuracy_by_epoch
-from scripts.results import MEASURES, difference
+from scripts.results import MEASURES, Measure, difference
 
 
 def verdict_of(claims):
@@ -25,7 +25,7 @@ def judge(claims):
     words = {"higher": "holds", "lower": "reversed"}
     parts = []
     for claim, d in claims.items():
-        numbers = f"({d.mean:+.2f}, {d.interval}, n {d.n})" if d else ""
+        numbers = f"({d.mean:+.2f}, {d.interval()}, n {d.n})" if d else ""
         said = [claim, words.get(d.verdict, d.verdict) if d else "no runs"] if len(claims) > 1 else []
         parts.append(" ".join(filter(None, [*said, numbers])))
     return f"**{verdict_of(claims)}**{':' if len(claims) > 1 else ''} {'; '.join(parts)}".rstrip()
@@ -62,8 +62,8 @@ def findings(results):
         return statistics.mean(values[: max(1, len(values) // 5)])
 
     watch = accuracy_by_epoch(results)
-    ahead = difference(results, BASE, SCRATCH, lambda result: 100 * early(result, watch))
-    loss = difference(results, SCRATCH, BASE, lambda result: early(result, "train/loss"))
+    ahead = difference(results, BASE, SCRATCH, Measure("classifier", lambda result: 100 * early(result, watch)))
+    loss = difference(results, SCRATCH, BASE, Measure("classifier", lambda result: early(result, "train/loss")))
 
     def masks(*pairs):
         return judge_all(results, {f"{one} > {other}": (MASKS[one], MASKS[other]) for one, other in pairs})

@@ -8,6 +8,7 @@ import json
 import math
 import statistics
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -125,7 +126,7 @@ def mae_of(classifier, maes):
     name, wanted = config["name"].partition("_from_")[2], config["arguments"].get("encoder_digest")
     for mae in (mae for mae in maes if mae == classifier.parents[1] / "pretrain" / name):
         return mae
-    for mae in (mae for mae in maes if mae.name == name):
+    for mae in (mae for mae in maes if read_config(mae)["name"] == name):
         other = wanted and digest_of(mae) not in (None, wanted)
         stored, facts = read_config(mae)["arguments"], config.get("pretraining", {})
         if not other and all(stored[name] == value for name, value in facts.items() if name in stored):
@@ -150,7 +151,7 @@ def features_of(mae, features, labels=None, classifier=None):
     features = {path: stored for path, stored in features.items() if of_mae(stored, mae)}
     if classifier:
         wanted = read_config(classifier)["arguments"].get("encoder_digest")  # old runs have none
-        models = {mae / "model.pt": digest_of(mae)} if wanted and digest_of(mae) else {}
+        models = {mae / "model.pt": own} if wanted and (own := digest_of(mae)) else {}
         for found in (models, {path: stored["model_digest"] for path, stored in features.items()}):
             if wanted and found and wanted not in found.values():
                 path, other = next(iter(found.items()))
@@ -186,7 +187,8 @@ def read_features(path):
 
 def of_mae(stored, mae):
     """Whether features are of the MAE of a run directory, on the images that it was trained on."""
-    return stored["name"] == mae.name and name_of_data(stored) == name_of_data(read_config(mae)["arguments"])
+    config = read_config(mae)
+    return stored["name"] == config["name"] and name_of_data(stored) == name_of_data(config["arguments"])
 
 
 def name_of_data(arguments):
@@ -304,17 +306,34 @@ def minutes(results, kind):
     return statistics.mean(sum(row["seconds"] for row in table) for table in tables) / 60
 
 
-MEASURES = {  # of a Result, in %; None where there is none
-    "fine-tuned": accuracy,
-    "linear probe": functools.partial(frozen_accuracy, "linear/acc"),
-    "k-NN": functools.partial(frozen_accuracy, "knn/acc"),
+class Measure(NamedTuple):
+    """Something measured of a run.
+
+    Args:
+        kind: "classifier" or "mae", whose run it is; its seeds are what values are told apart by.
+        value: takes a Result; None where that has no such run, or it was not measured.
+    """
+
+    kind: str
+    value: Callable
+
+
+MEASURES = {  # in %
+    "fine-tuned": Measure("classifier", accuracy),
+    "linear probe": Measure("mae", functools.partial(frozen_accuracy, "linear/acc")),
+    "k-NN": Measure("mae", functools.partial(frozen_accuracy, "knn/acc")),
 }
 
 
 def values_of(results, measure):
-    """{seed: measure(result)}, of the results that have it."""
-    values = {result.seed: measure(result) for result in results}
+    """{seed: value} of the results that have it; a MAE with several classifiers counts once."""
+    values = {seed_of(result, measure.kind): measure.value(result) for result in results}
     return {seed: value for seed, value in values.items() if value is not None}
+
+
+def seed_of(result, kind):
+    """The seed of a result's "classifier" or "mae"."""
+    return read_config(result.mae)["arguments"]["seed"] if kind == "mae" and result.mae else result.seed
 
 
 # --- statistics ---
@@ -341,19 +360,17 @@ class Difference(NamedTuple):
         """Of the first against the second: "higher", "lower", "not decided" or "one seed"."""
         if self.n == 1:
             return "one seed"
-        if self.low == self.high:  # equal differences, by chance
+        if self.high - self.low < 1e-9:  # equal differences, by chance
             return "not decided"
         return "higher" if self.low > 0 else "lower" if self.high < 0 else "not decided"
 
-    @property
-    def interval(self):
+    def interval(self, digits=2):
         """ "-0.12 to +0.34"."""
-        return self.text().partition("(")[2].rpartition(",")[0]
+        return f"{self.low:+.{digits}f} to {self.high:+.{digits}f}" if self.n > 1 else "no interval"
 
     def text(self, digits=2):
         """ "+0.11 (-0.12 to +0.34, n 3)"."""
-        interval = f"{self.low:+.{digits}f} to {self.high:+.{digits}f}" if self.n > 1 else "no interval"
-        return f"{self.mean:+.{digits}f} ({interval}, n {self.n})"
+        return f"{self.mean:+.{digits}f} ({self.interval(digits)}, n {self.n})"
 
 
 def paired_difference(one, other):
@@ -369,8 +386,8 @@ def paired_difference(one, other):
     return Difference(mean, mean - half, mean + half, n)
 
 
-def difference(results, one, other, measure=accuracy):
-    """The paired difference of two settings in measure(result); None where one is missing."""
+def difference(results, one, other, measure=MEASURES["fine-tuned"]):
+    """The paired difference of two settings in a Measure; None where one is missing."""
     if one not in results or other not in results:
         return None
     return paired_difference(*(values_of(results[name], measure) for name in (one, other)))

@@ -164,6 +164,33 @@ def test_seeds_are_the_maes_where_all_classifiers_have_one():
     assert (row["n"], row["pairs"], row["verdict"]) == (3, 3, "higher")
 
 
+@pytest.mark.parametrize("seeds_of_maes", [(1,), (1, 2, 3)])
+def test_a_mae_with_several_classifiers_counts_once(seeds_of_maes):
+    for seed in (1, 2, 3):
+        keep_features(Path(f"runs/d4_s{seed}_features.json"), keep(seed, 4, 0.5)[1], 0.3, 0.2 + seed / 1000)
+    for mae_seed in seeds_of_maes:
+        mae = keep_mae(mae_seed, 2)
+        keep_features(Path(f"runs/d2_s{mae_seed}_features.json"), mae, 0.3, 0.1 + mae_seed / 100)
+        for seed in (1, 2, 3):
+            run = keep_classifier(seed, mae, 0.4 + seed / 1000)
+            run.rename(f"{run}_again")
+    rows = compared(baseline=["decoder_depth=4"])
+    knn, tuned = rows["decoder_depth=2", "k-NN"], rows["decoder_depth=2", "fine-tuned"]
+    assert (knn["n"], knn["verdict"]) == ((1, "one seed") if len(seeds_of_maes) == 1 else (3, "lower"))
+    assert knn["mean"] == pytest.approx(10 + sum(seeds_of_maes) / len(seeds_of_maes))
+    assert (tuned["n"], tuned["mean"]) == (3, pytest.approx(40.2))
+
+
+def test_a_run_is_known_by_its_name_and_not_by_its_directorys():
+    mae = keep_mae(1, 2)
+    keep_features(Path("runs/pretrain/features.json"), mae, 0.3, 0.2)
+    keep_classifier(1, mae, 0.5)
+    mae.rename("runs/pretrain/mine")
+    rows = compared()
+    assert [row["mean"] for row in rows.values() if row["measure"] in ("fine-tuned", "k-NN")] == [50, 20]
+    assert len({setting for setting, _ in rows}) == 1
+
+
 def test_the_same_setting_and_seed_twice_counts_once(capsys):
     first, _ = keep(1, 2, 0.5)
     Path("runs").rename("one")
@@ -256,6 +283,12 @@ def test_one_number_is_drawn_as_a_line_with_intervals_and_from_scratch_as_a_leve
     assert [low, high] == pytest.approx([2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5])
     assert len(bars) == 1  # one seed has no interval
     assert axes.get_xlabel() == "r"
+    two = {"from scratch augment=no": [1.5], "from scratch augment=yes": [2.5]}
+    values |= {label: {"augment": label[-2:]} for label in two}
+    del values["from scratch"]
+    axes = drawn(monkeypatch, values, {"r=0.5": [1], "r=0.75": [4], **two})
+    levels = {line.get_label(): list(line.get_ydata()) for line in axes.lines if line.get_label() in two}
+    assert levels == {label: 2 * number for label, number in two.items()}
 
 
 def test_arguments_that_change_together_are_one_and_two_numbers_make_cells(monkeypatch):

@@ -160,7 +160,7 @@ def test_three_measures_stand_side_by_side_and_where_they_disagree_is_said():
         "linear probe": "higher",
         "k-NN": "lower",
     }
-    cells = [f"{d.mean:+.2f} ({d.interval}, n 3)" for d in measured.values()]
+    cells = [f"{d.mean:+.2f} ({d.interval()}, n 3)" for d in measured.values()]
     row = "| depth 8, random minus depth 2, random | {}: not decided | {}: better | {}: worse |".format(*cells)
     assert row in report
     assert "   - linear probe: **holds**: 8 > 4 holds (+" in report

@@ -106,12 +106,12 @@ def test_the_features_of_a_mae_are_its_own_on_its_own_images_and_all_labels(tmp_
         write_features(encoders / name, **changes)
     ((result,), _) = results.find_results(tmp_path)
     assert result.features is None
-    assert [measure(result) for measure in results.MEASURES.values()] == [50, None, None]
+    assert [measure.value(result) for measure in results.MEASURES.values()] == [50, None, None]
     mine = write_features(mae / "features.json")
     write_features(encoders / "e_features.json", model_digest="older")
     ((result,), _) = results.find_results(tmp_path)
     assert result.features == mine
-    assert [measure(result) for measure in results.MEASURES.values()] == pytest.approx([50, 30, 20])
+    assert [measure.value(result) for measure in results.MEASURES.values()] == pytest.approx([50, 30, 20])
     assert results.values_of([result], results.MEASURES["k-NN"]) == {1: 20}
     mine.unlink()
     (encoders / "a_features_10.json").unlink()
@@ -170,9 +170,11 @@ def test_paired_differences_and_what_they_decide():
     assert paired_difference({1: 1, 2: 1.01}, {1: 0, 2: 0}).verdict == "higher"
     assert paired_difference({1: -1, 2: -0.99}, {1: 0, 2: 0}).verdict == "lower"
     one_seed = paired_difference({1: 1.0}, {1: 0.0})
-    assert (one_seed.verdict, one_seed.interval) == ("one seed", "no interval")
+    assert (one_seed.verdict, one_seed.interval()) == ("one seed", "no interval")
     assert paired_difference({1: 1}, {2: 1}) is None
     assert paired_difference({1: 1, 2: 2}, {1: 0, 2: 1}).verdict == "not decided"  # equal by chance
+    shares = {1: 100 * 0.54, 2: 100 * 0.55}, {1: 100 * 0.53, 2: 100 * 0.54}  # equal but for rounding
+    assert paired_difference(*shares).verdict == "not decided"
     many = {seed: seed % 2 for seed in range(100)}
     assert paired_difference(many, dict.fromkeys(many, 0)).high == pytest.approx(0.5 + 2.042 * 0.50252 / 10, abs=1e-4)
 
@@ -183,7 +185,8 @@ def test_settings_differ_by_any_measure_and_a_missing_one_by_none(tmp_path):
         run = write_run(tmp_path / name / str(seed), test_acc=acc)
         groups.setdefault(name, []).append(results.Result(seed, run, None))
     assert results.difference(groups, "deep", "flat").mean == pytest.approx(25)
-    assert results.difference(groups, "deep", "flat", lambda result: 2 * result.seed).mean == 0
+    seeds = results.Measure("classifier", lambda result: 2 * result.seed)
+    assert results.difference(groups, "deep", "flat", seeds).mean == 0
     assert results.difference(groups, "deep", "none") is results.difference(groups, "none", "deep") is None
     assert results.spread([10, 20]) == "15.00 ± 7.07 (n 2)"
     assert results.spread([10]) == "10.00 (n 1)"
