@@ -22,8 +22,8 @@ import data
 import utils
 from checkpoints import digest, load_model
 from errors import UserError, as_user_error, exit_in_one_line
-from features import POOLS, extract_features, knn_predict, linear_probe
-from figures import draw_curves, plt, save
+from features import FROZEN_MEASURES, POOLS, extract_features, knn_predict, linear_probe
+from figures import draw_blocks, save
 from files import replacing
 from model import MAE_ViT, ViT_Classifier
 from runs import csv_text
@@ -150,17 +150,13 @@ def print_row(row):
 
 def draw_layers(rows, title):
     """Accuracy of the linear probe and of k-NN by block, a line for each encoder and pool: a figure."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
-    for place, name, measured in zip(axes, ("linear/acc", "knn/acc"), ("linear probe", "k-NN"), strict=True):
+    measures = {}
+    for measure, name in FROZEN_MEASURES.items():
         lines = {}
         for row in rows:
-            lines.setdefault((row["encoder"], row["pool"]), []).append((row["layer"], row[name]))
-        points = {label: zip(*line, strict=True) for label, line in lines.items()}
-        curves = [(", ".join(label), layers, [accuracies]) for label, (layers, accuracies) in points.items()]
-        draw_curves(place, curves, f"test accuracy, {measured}", percent=True)
-        place.set_xlabel("encoder block")
-        place.tick_params(labelleft=True)
-    axes[0].legend()
+            lines.setdefault(f"{row['encoder']}, {row['pool']}", {})[row["layer"]] = row[name]
+        measures[measure] = [(label, list(line), [list(line.values())]) for label, line in lines.items()]
+    figure = draw_blocks(measures)
     figure.suptitle(title, fontsize=10)
     return figure
 

@@ -13,6 +13,7 @@ POOLS = {
     "cls": lambda tokens: tokens[:, 0],
     "mean": lambda tokens: tokens[:, 1:].mean(dim=1),
 }  # (B, 1 + N, D) to (B, D)
+FROZEN_MEASURES = {"linear probe": "linear/acc", "k-NN": "knn/acc"}  # columns of features.csv, by name
 WEIGHT_DECAYS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)  # candidates of the linear probe, strongest first
 ITERATIONS = 40  # of `fit_linear`; 160 lower the loss by less than 1e-4 on 50,000 images at width 96
 ROWS = 2048  # images at once in `fit_linear`; bounds its memory, and changes no speed

@@ -4,6 +4,7 @@ Each `draw_` function draws into the axes it is given, or returns a figure of it
 """
 
 import math
+import textwrap
 
 import matplotlib
 import numpy as np
@@ -15,6 +16,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 # of Okabe and Ito's palette, each with a line of its own
 STYLES = [("#0072b2", "-"), ("#d55e00", "--"), ("#009e73", "-."), ("#cc79a7", ":"), ("#000000", (0, (5, 1)))]
 (RIGHT, _), (WRONG, _) = STYLES[:2]  # blue and vermilion
+WRAP = 55  # characters in a line of a legend
 
 
 def show(axes, image):
@@ -122,21 +124,40 @@ def curve(label, seeds):
     return f"{label} (n {len(seeds)})", places, [[seed[x] for x in places] for seed in seeds]
 
 
-def add_legend(axes, curves):
-    """Beside the axes."""
-    title = "mean, band: range of the seeds" if any(len(values) > 1 for _, _, values in curves) else None
-    axes.legend(title=title, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+def draw_legend(figure):
+    """Name the lines of the figure's axes, equal in all, below them, in as many columns as there is room for."""
+    lines, (width, height) = figure.axes[0].lines, figure.get_size_inches()
+    labels = [textwrap.fill(line.get_label(), WRAP, break_on_hyphens=False) for line in lines]
+    longest = max(len(part) for label in labels for part in label.splitlines())
+    columns = max(1, int(width / (0.8 + 0.085 * longest)))
+    rows = math.ceil(sum(len(label.splitlines()) for label in labels) / columns)
+    figure.set_size_inches(width, height + 0.2 * rows)
+    look = {"fontsize": 9, "handlelength": 3.5, "frameon": False}
+    if figure.axes[0].collections:
+        look |= {"title": "line: mean, band: range of the seeds", "title_fontsize": 9}
+    figure.legend(lines, labels, loc="outside lower center", ncols=min(columns, len(labels)), **look)
 
 
 def draw_seeds(groups, metric, ylabel):
-    """Curves of a column of metrics.csv for each {label: tables of one seed each}, the legend beside them: a figure."""
-    figure, axes = plt.subplots(figsize=(8.5, 4.2))
+    """Curves of a column of metrics.csv for each {label: tables of one seed each}, and a legend: a figure."""
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     curves = [
         curve(label, [{row["epoch"]: row[metric] for row in table} for table in tables])
         for label, tables in groups.items()
     ]
     draw_curves(axes, curves, ylabel, percent=metric.endswith("/acc"))
-    add_legend(axes, curves)
+    draw_legend(figure)
+    return figure
+
+
+def draw_blocks(measures):
+    """Test accuracy by encoder block: a part for each {measure: curves as `draw_curves` takes them}, and a legend."""
+    figure, axes = plt.subplots(1, len(measures), figsize=(11, 4.2), sharey=True, layout="constrained")
+    for place, (measure, curves) in zip(axes, measures.items(), strict=True):
+        draw_curves(place, curves, f"test accuracy, {measure}", percent=True)
+        place.set_xlabel("encoder block")
+        place.tick_params(labelleft=True)
+    draw_legend(figure)
     return figure
 
 

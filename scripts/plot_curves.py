@@ -6,7 +6,6 @@ python -m scripts.plot_curves logs/classifier/* --metric train/loss test/acc --o
 import math
 import os
 import sys
-import textwrap
 from pathlib import Path
 
 if not __package__:  # started as python scripts/plot_curves.py, which puts scripts/ on the path and not the root
@@ -14,7 +13,7 @@ if not __package__:  # started as python scripts/plot_curves.py, which puts scri
 
 import utils
 from errors import UserError, as_user_error, exit_in_one_line
-from figures import draw_curves, plt, save
+from figures import draw_curves, draw_legend, plt, save
 from runs import read_metrics
 from scripts.results import common_accuracy
 
@@ -29,7 +28,6 @@ NAMES = {
     "speed/images_per_sec": "images/s",
 }
 KINDS = {"_from_": "pretrained", "_scratch_": "from scratch", "": "MAE"}  # by what is in a run's name
-WRAP = 55  # characters in a line of the legend
 
 
 def parse_args(argv=None):
@@ -60,18 +58,6 @@ def short_names(runs):
     return names if all(names) and len(set(names)) == len(runs) else list(map(str, runs))
 
 
-def draw_legend(figure, labels):
-    """The lines of the figure's axes by label, below them, in as many columns as there is room for."""
-    width, height = figure.get_size_inches()
-    longest = max(map(len, labels))
-    columns = max(1, int(width / (0.8 + 0.085 * min(longest, WRAP))))
-    rows = math.ceil(len(labels) / columns) * math.ceil(longest / WRAP)
-    figure.set_size_inches(width, height + 0.2 * rows)
-    labels = [textwrap.fill(label, WRAP, break_on_hyphens=False) for label in labels]
-    place = {"loc": "outside lower center", "ncols": min(columns, len(labels))}
-    figure.legend(figure.axes[0].lines, labels, fontsize=9, handlelength=3.5, frameon=False, **place)
-
-
 @exit_in_one_line()
 @as_user_error(OSError)
 def main(argv=None):
@@ -100,7 +86,7 @@ def main(argv=None):
             for label, table in zip(labels, tables, strict=True)
         ]
         draw_curves(place, curves, NAMES.get(metric, metric), percent=metric.endswith("/acc"))
-    draw_legend(figure, labels)
+    draw_legend(figure)
     save(figure, args.output)
     print(args.output)
 

@@ -9,11 +9,11 @@ import data
 import utils
 from checkpoints import load_model
 from errors import UserError
+from features import FROZEN_MEASURES
 from figures import (
     WRONG,
-    add_legend,
     curve,
-    draw_curves,
+    draw_blocks,
     draw_matrix,
     draw_predictions,
     draw_rows,
@@ -68,18 +68,6 @@ def mask_matrix(results, trained, tested, images, device):
 
 
 # --- one figure ---
-
-
-def draw_blocks(groups, path):
-    """Linear probe and k-NN by encoder block for each {label: stored features of one seed each}."""
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4.2), sharey=True)
-    for place, name, measured in zip(axes, ("linear/acc", "knn/acc"), ("linear probe", "k-NN"), strict=True):
-        curves = [curve(label, [by_block(stored, name) for stored in seeds]) for label, seeds in groups.items()]
-        draw_curves(place, curves, f"test accuracy, {measured}", percent=True)
-        place.set_xlabel("encoder block")
-        place.tick_params(labelleft=True)
-    add_legend(axes[1], curves)
-    save(figure, path)
 
 
 def draw_reconstructions(models, images, path):
@@ -187,10 +175,16 @@ def draw_all_probes(results, output):
             captions[f"knn_by_{name}"] = (
                 f"k-NN accuracy during pretraining by {what}; at most 1,000 test and 5,000 training images."
             )
-        features = {label: of_several_blocks(seeds) for label, seeds in found.items()}
-        features = {label: stored for label, stored in features.items() if stored}
-        if features:
-            draw_blocks(features, output / f"blocks_by_{name}.png")
+        found = {label: of_several_blocks(seeds) for label, seeds in found.items()}
+        found = {label: stored for label, stored in found.items() if stored}
+        if found:
+            curves = {
+                measure: [
+                    curve(label, [by_block(stored, column) for stored in seeds]) for label, seeds in found.items()
+                ]
+                for measure, column in FROZEN_MEASURES.items()
+            }
+            save(draw_blocks(curves), output / f"blocks_by_{name}.png")
             captions[f"blocks_by_{name}"] = (
                 f"Linear probe and k-NN after each encoder block by {what}; all labels, mean of the patches."
             )

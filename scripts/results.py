@@ -16,6 +16,7 @@ import data
 import utils
 from checkpoints import digest, load_file
 from errors import UserError
+from features import FROZEN_MEASURES
 from model import MAE_ViT
 from runs import FREE_ARGUMENTS, read_config, read_metrics
 from train_classifier import PRESETS
@@ -320,8 +321,7 @@ class Measure(NamedTuple):
 
 MEASURES = {  # in %
     "fine-tuned": Measure("classifier", accuracy),
-    "linear probe": Measure("mae", functools.partial(frozen_accuracy, "linear/acc")),
-    "k-NN": Measure("mae", functools.partial(frozen_accuracy, "knn/acc")),
+    **{name: Measure("mae", functools.partial(frozen_accuracy, column)) for name, column in FROZEN_MEASURES.items()},
 }
 
 

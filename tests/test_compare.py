@@ -316,7 +316,7 @@ def test_runs_that_are_not_finished_are_drawn_by_epoch(monkeypatch):
     (run, _), (other, _) = keep(1, 2, 0.5), keep(2, 2, 0.5)
     captions = compare_figures.draw_all_curves({"a": [Result(1, run, None)]}, {"a": [Result(2, other, None)]}, Path())
     assert list(captions) == ["classifier_train_loss", "classifier_test_acc"]
-    labels = [text.get_text() for text in shown[1].axes[0].get_legend().get_texts()]
+    labels = [text.get_text() for text in shown[1].legends[0].get_texts()]
     assert labels == ["a (n 1)", "a, not finished (n 1)"]
     plt.close("all")
 

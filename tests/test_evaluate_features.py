@@ -17,7 +17,8 @@ import evaluate_features
 import features
 import utils
 from checkpoints import save_file
-from evaluate_features import main, plt
+from evaluate_features import main
+from figures import plt
 from model import MAE_ViT, ViT_Classifier
 
 ROOT = Path(__file__).parents[1]
