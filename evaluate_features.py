@@ -9,6 +9,7 @@ features.png. The same command again skips what is measured. The test images are
 probe's weight decay is chosen on training images.
 """
 
+import argparse
 import contextlib
 import json
 import time
@@ -30,7 +31,6 @@ from runs import csv_text
 
 BATCH = {"cuda": 1000, "cpu": 100, "mps": 100}  # images at once; on a CPU 250 are slower
 CACHE_BYTES = 1200 * 10**6  # of features at once, at least one block's; the default model's 12 blocks fit
-ASKED = ("layers", "pool", "untrained", "train_images", "seed")  # arguments that change the table
 COLUMNS = "{encoder:10} {layer:>5} {pool:>5} {knn/acc:>8} {linear/acc:>8} {linear/weight_decay:>13} {seconds:>8}"
 HEADER = {
     "encoder": "encoder",
@@ -170,7 +170,7 @@ def place_of(path, args):
 
 
 def measured_already(place, facts, args):
-    """Whether the stored table has these facts, the model's digest among them, and this command's arguments.
+    """Whether the stored table has these facts, the model's digest among them, and all rows that are asked for.
 
     Raises:
         UserError: the stored file cannot be read.
@@ -182,16 +182,21 @@ def measured_already(place, facts, args):
         stored = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"Cannot read {path}: {error}. Delete it, or measure again (--overwrite).") from error
-    asked = {name: getattr(args, name) for name in ASKED}
-    return facts.items() <= stored.items() and asked.items() <= stored.get("arguments", {}).items()
+    if not facts.items() <= stored.items():
+        return False
+    had = argparse.Namespace(**stored["arguments"])
+    has_rows = had.layers in ("all", args.layers) and {*args.pool} <= {*had.pool} and had.untrained >= args.untrained
+    return has_rows and (had.train_images, had.seed) == (args.train_images, args.seed)
 
 
 def write_files(place, rows, facts, args):
     """Write the table and its picture; the .json last, as it says that all is there."""
     with replacing(place.with_name(f"{place.name}.csv")) as file:
         file.write(csv_text(rows, header=True).encode())
+    picture = place.with_name(f"{place.name}.png")
+    picture.unlink(missing_ok=True)  # of an earlier table
     if args.layers == "all":
-        save(draw_layers(rows, facts["name"]), place.with_name(f"{place.name}.png"))
+        save(draw_layers(rows, facts["name"]), picture)
     with replacing(place.with_name(f"{place.name}.json")) as file:
         file.write(json.dumps({**facts, "rows": rows}, indent=1).encode())
     print(f"{place}.csv")

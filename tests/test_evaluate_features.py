@@ -174,9 +174,13 @@ def test_what_is_measured_is_passed_over_until_the_model_or_the_command_changes(
         return not passed_over
 
     assert [measures(), measures(), measures("--device", "cpu"), measures("--overwrite")] == [True, False, False, True]
-    for changed in (["--pool", "mean"], ["--seed", "1"], ["--layers", "all"], ["--data_dir", "b"], ["--save", "a.npz"]):
-        assert measures(*changed)
-        assert measures(*changed) == ("--save" in changed)
+    assert [measures("--seed", "1"), measures("--layers", "all"), measures("--save", "a.npz")] == [True, True, True]
+    assert measures("--layers", "all")
+    assert [measures(), measures("--pool", "mean")] == [False, False]  # the fuller table stays
+    assert Path("run/features.png").exists()
+    assert [measures("--untrained"), measures("--layers", "all", "--pool", "mean")] == [True, True]
+    assert measures("--untrained")
+    assert not Path("run/features.png").exists()  # it was of another table
     save_model("run/model.pt", seed=1)
     assert [measures(), measures()] == [True, False]
     measured.write_text("{")
