@@ -174,7 +174,12 @@ def main(argv=None):
         if args.source:
             content, output = load_file(args.path, "timm"), args.output or place / "classifier.pt"
             model_args, state = from_timm(content["model_args"], content["model"])
-            save_file(output, {**content, "kind": "ViT_Classifier", "model_args": model_args, "model": state})
+            count = model_args["num_classes"]
+            classes = content.get("classes") or [str(label) for label in range(count)]  # a MAE's got its head in timm
+            if len(classes) != count:
+                raise UserError(f"{args.path} names {len(classes)} classes for a head of {count}.")
+            content |= {"kind": "ViT_Classifier", "model_args": model_args, "model": state, "classes": classes}
+            save_file(output, content)
             print(output)
             return
         model, content = load_model(args.path, MAE_ViT, ViT_Classifier)

@@ -84,6 +84,20 @@ def test_a_classifier_comes_back_from_timm_with_what_it_learned_there(name):
     assert content["classes"] == NAMES
 
 
+def test_a_mae_that_got_its_head_in_timm_comes_back_as_a_classifier(capsys):
+    export.main(["mae.pt", "--to", "timm", "--output", "timm.pt"])
+    content = load_file("timm.pt")
+    content["model_args"] |= {"num_classes": 3}
+    content["model"] |= {"head.weight": torch.zeros(3, 24), "head.bias": torch.zeros(3)}
+    save_file("trained.pt", content)
+    export.main(["trained.pt", "--from", "timm", "--output", "back.pt"])
+    assert load_model("back.pt", ViT_Classifier)[1]["classes"] == ["0", "1", "2"]
+    save_file("trained.pt", {**content, "classes": NAMES[:2]})
+    with pytest.raises(SystemExit):
+        export.main(["trained.pt", "--from", "timm", "--output", "back.pt"])
+    assert "trained.pt names 2 classes for a head of 3" in capsys.readouterr().err
+
+
 @torch.no_grad()
 def test_transformers_loads_what_is_written_for_it_and_computes_the_same():
     transformers = pytest.importorskip("transformers")
