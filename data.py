@@ -26,7 +26,7 @@ import processes
 from errors import UserError, as_user_error
 from files import locked
 
-DECODER = 2  # part of a cache's key: raise it whenever the same file gives other pixels
+DECODER = 3  # part of a cache's key: raise it whenever the same file gives other pixels
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".webp", ".tif", ".tiff"}
 
 
@@ -414,7 +414,10 @@ def square(image, img_size):
 
 
 def to_rgb(image):
-    """A PIL image as RGB: turned as its EXIF says, 16-bit greyscale scaled to 8, transparency laid over black."""
+    """A PIL image as RGB: turned as its EXIF says, 16-bit greyscale scaled to 8, transparency laid over black.
+
+    Whole numbers of 32 bits are taken as 8 bits where they fit, else as 16.
+    """
     image.load()
     with contextlib.suppress(Exception):  # damaged EXIF: then the image is taken as it lies
         image = ImageOps.exif_transpose(image)
@@ -422,7 +425,8 @@ def to_rgb(image):
         values = np.asarray(image)
         if image.mode == "F" or values.min() < 0 or values.max() > 65535:
             raise UserError("its pixels are not 8 or 16 bits, so black and white are unknown; save it as 8 bits")
-        image = Image.fromarray((values // 257).astype(np.uint8))
+        is_8_bit = image.mode == "I" and values.max() <= 255
+        image = Image.fromarray((values if is_8_bit else values // 257).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "black"), rgba).convert("RGB")

@@ -330,6 +330,9 @@ def test_a_damaged_cache_is_built_again(image_folder, damage):
         ("L", 80, [80, 80, 80]),
         ("1", 1, [255, 255, 255]),
         ("I;16", 80 * 257, [80, 80, 80]),
+        ("I;16", 80, [0, 0, 0]),
+        ("I", 80 * 257, [80, 80, 80]),
+        ("I", 80, [80, 80, 80]),
         ("RGBA", (200, 100, 0, 255), [200, 100, 0]),
         ("RGBA", (200, 100, 0, 0), [0, 0, 0]),
         ("LA", (80, 255), [80, 80, 80]),
@@ -341,8 +344,8 @@ def test_every_kind_of_image_becomes_rgb(image_folder, mode, colour, expected):
     image = Image.new(mode, (16, 16), colour)
     if mode == "P":
         image.putpalette([0, 0, 0, 10, 20, 30])
-    image.save(image_folder / "train" / "cat" / f"0.{'tif' if mode == 'CMYK' else 'png'}")
-    (image_folder / "train" / "cat" / "0.png").unlink() if mode == "CMYK" else None
+    (image_folder / "train" / "cat" / "0.png").unlink()
+    image.save(image_folder / "train" / "cat" / f"0.{'tif' if mode in ('CMYK', 'I') else 'png'}")  # no PNG has these
     train, _ = data.load_dataset("folder", str(image_folder), 16)
     assert train.images[0, :, 5, 5].tolist() == expected
 
