@@ -488,7 +488,7 @@ def environment(device=None):
         "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "commit": commit,
-        "clean": git("status", "--porcelain") == "" if commit else None,
+        "clean": git("status", "--porcelain", "--untracked-files=no") == "" if commit else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "timm": metadata.version("timm"),

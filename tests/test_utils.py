@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -166,6 +167,24 @@ def test_a_machine_without_git_runs_too(monkeypatch):
     environment = utils.environment()
     assert environment["commit"] is None
     assert environment["clean"] is None
+
+
+def test_a_run_is_clean_where_no_file_of_the_program_was_changed(tmp_path):
+    shutil.copy(utils.__file__, tmp_path)
+    git = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=b"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "c"]):
+        subprocess.run([*git, *command], check=True)
+    code = "import sys; sys.path.append(sys.argv[1]); import utils; print(utils.environment()['clean'])"
+
+    def clean():
+        command = [sys.executable, "-c", code, ROOT]
+        return subprocess.check_output(command, cwd=tmp_path, text=True).strip()
+
+    (tmp_path / "masks.png").touch()  # what a command of the README leaves
+    assert clean() == "True"
+    with open(tmp_path / "utils.py", "a") as file:
+        file.write("\n")
+    assert clean() == "False"
 
 
 def test_the_command_of_a_run_is_the_one_that_was_typed(tmp_path):
