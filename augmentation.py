@@ -1,10 +1,12 @@
-"""Random changes of a whole batch of images (B, 3, H, W), on its device, drawn from a generator that is passed in."""
+"""Random changes of a whole batch of images (B, 3, H, W), on its device, drawn from a generator or seed passed in."""
 
 import math
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+PART = 512  # images in floating point at once; bounds the memory
 
 
 def flip_and_shift(images, generator, padding=4):
@@ -60,8 +62,8 @@ def random_resized_crop(images, generator, scale=(0.2, 1), ratio=(3 / 4, 4 / 3),
     mirror = uniform(0, 1) < 0.5
     down = resampling(rows.gather(1, chosen), height, torch.zeros_like(mirror))
     across = resampling(columns.gather(1, chosen), width, mirror)
-    images = down[:, None] @ images.float() @ across.mT[:, None]
-    return images.round_().clamp_(0, 255).byte()
+    parts = zip(images.split(PART), down[:, None].split(PART), across.mT[:, None].split(PART), strict=True)
+    return torch.cat([(a @ part.float() @ b).round_().clamp_(0, 255).byte() for part, a, b in parts])
 
 
 def cubic(distance):
@@ -71,7 +73,7 @@ def cubic(distance):
     return torch.where(distance < 1, near, far) * (distance < 2)
 
 
-def mix(images, labels, num_classes, mixup, cutmix, generator):
+def mix(images, labels, num_classes, mixup, cutmix, seed):
     """Mix each image (B, 3, H, W) with another of the batch, and their labels (B,) by the same shares.
 
     Mixup (Zhang et al. 2017, arXiv:1710.09412) adds up pixels; CutMix (Yun et al. 2019, arXiv:1905.04899) puts a
@@ -79,11 +81,12 @@ def mix(images, labels, num_classes, mixup, cutmix, generator):
 
     Args:
         mixup, cutmix: each one's alpha, 0: never; where both are above 0, one of them is drawn evenly.
+        seed: of all that is drawn here, by NumPy, as torch's Beta takes no generator.
 
     Returns:
         images, float of the same range or, cut, of the same dtype; (B, num_classes) float, rows that add up to 1.
     """
-    draw = np.random.default_rng(generator.initial_seed())  # torch's Beta takes no generator
+    draw = np.random.default_rng(seed)
     cut = cutmix and (not mixup or draw.random() < 0.5)
     share = draw.beta(cutmix, cutmix) if cut else draw.beta(mixup, mixup)
     others = torch.from_numpy(draw.permutation(len(images))).to(images.device)

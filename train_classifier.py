@@ -153,8 +153,8 @@ def draw_batch(train, args, ids, epoch, step):
     device = batch.device
     batch = augmentation.AUGMENTATIONS[args.augment](batch, utils.generator(device, args.seed, epoch, step, "augment"))
     if args.mixup or args.cutmix:
-        draw = utils.generator("cpu", args.seed, epoch, step, "mixup")
-        batch, labels = augmentation.mix(batch, labels, len(train.classes), args.mixup, args.cutmix, draw)
+        seed = utils.generator("cpu", args.seed, epoch, step, "mixup").initial_seed()
+        batch, labels = augmentation.mix(batch, labels, len(train.classes), args.mixup, args.cutmix, seed)
     if not args.drop_path:
         return batch, labels
     draw = utils.generator(device, args.seed, epoch, step, "drop path")

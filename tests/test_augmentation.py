@@ -55,3 +55,10 @@ def test_random_resized_crop_is_torchvisions_image_by_image(height, width, tries
     assert (off > 0).float().mean() < 1e-3
     whole = (cropped == images).flatten(1).all(1) | (cropped == images.flip(3)).flatten(1).all(1)
     assert (whole.float().mean() > 0.03) == (tries == 1)
+
+
+def test_a_batch_is_cropped_in_parts_that_change_nothing(monkeypatch):
+    images = torch.randint(256, (5, 3, 16, 16), dtype=torch.uint8, generator=utils.generator("cpu", "pixels"))
+    whole = augmentation.random_resized_crop(images, utils.generator("cpu", 0))
+    monkeypatch.setattr(augmentation, "PART", 2)
+    assert torch.equal(augmentation.random_resized_crop(images, utils.generator("cpu", 0)), whole)
