@@ -231,11 +231,17 @@ def mixed_slowly(x, targets, epoch, step, mixup, cutmix):
     return x, torch.stack([share * targets[one] + (1 - share) * targets[other] for one, other in pairs])
 
 
-SWITCHES = ["--pool mean", "--decay_matrices_only", "--layer_decay 0.5", "--clip_grad 0.3", "--drop_path 0.6"]
-SWITCHES += ["--label_smoothing 0.2", "--mixup 0.8", "--cutmix 1", "--mixup 0.8 --cutmix 1"]
+CLASSIFIER_SWITCHES = [
+    "--pool mean",
+    "--decay_matrices_only",
+    "--layer_decay 0.5",
+    "--clip_grad 0.3",
+    "--drop_path 0.6",
+]
+CLASSIFIER_SWITCHES += ["--label_smoothing 0.2", "--mixup 0.8", "--cutmix 1", "--mixup 0.8 --cutmix 1"]
 
 
-@pytest.mark.parametrize("switches", [*SWITCHES, " ".join(SWITCHES)])
+@pytest.mark.parametrize("switches", [*CLASSIFIER_SWITCHES, " ".join(CLASSIFIER_SWITCHES)])
 def test_a_classifier_with_switches_ends_with_the_weights_of_a_plain_loop(switches, few_shapes):
     wanted = train_classifier.parse_args(shlex.split(switches))
     mae = pretrain(
