@@ -367,11 +367,14 @@ def compiled(model, choice, device, num_images=math.inf):
         return model
     from torch._dynamo.exc import ShortenTraceback  # slow; errors of the compiler, never the model's own
 
-    fast = torch.compile(model, dynamic=False)
+    fast, tried = torch.compile(model, dynamic=False), False
 
     def forward(*inputs):
-        nonlocal fast
+        nonlocal fast, tried
         try:
+            if torch.is_grad_enabled() and not tried:
+                try_backward(model, fast(*inputs))
+                tried = True
             return fast(*inputs)
         except ShortenTraceback as error:
             cause = getattr(error, "inner_exception", error)
@@ -381,6 +384,13 @@ def compiled(model, choice, device, num_images=math.inf):
         return model(*inputs)
 
     return forward
+
+
+def try_backward(model, outputs):
+    """Take a compiled model's backward pass, which is compiled only now, and drop the gradients."""
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    total = sum(output.sum() for output in outputs if output.requires_grad)
+    torch.autograd.grad(total, list(model.parameters()), allow_unused=True)
 
 
 def autocast(precision, device):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._inductor import compile_fx
 
 import data
 import utils
@@ -90,6 +91,23 @@ def test_where_compiling_fails_one_line_says_why_and_the_run_goes_on_without(wit
     assert len(without_a_compiler) == 1
     line = "Cannot compile the model (RuntimeError: No working C++ compiler found); "
     assert capsys.readouterr().err == f"{line}the run goes on without torch.compile.\n"
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile on a CPU needs a C++ compiler")
+def test_where_compiling_the_backward_pass_fails_the_run_goes_on_without(monkeypatch, capsys):
+    compile_graph = compile_fx.fx_codegen_and_compile
+
+    def fail(*args, is_backward, **kwargs):
+        if is_backward:
+            raise RuntimeError("out of shared memory")
+        return compile_graph(*args, is_backward=is_backward, **kwargs)
+
+    monkeypatch.setattr(compile_fx, "fx_codegen_and_compile", fail)
+    model, x = torch.nn.Linear(2, 2), torch.rand(3, 2)
+    with torch._inductor.utils.fresh_cache():  # where a test before has not left the backward pass
+        utils.compiled(model, True, x.device)(x).sum().backward()
+    assert torch.equal(model.bias.grad, torch.full((2,), 3.0))
+    assert "Cannot compile the model (RuntimeError: out of shared memory)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
