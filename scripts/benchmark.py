@@ -32,6 +32,7 @@ from figures import STYLES, plt, save
 from model import MAE_ViT
 from scripts.benchmark_paths import PATHS, default_batch_size
 from scripts.cost import gflop_per_image
+from scripts.results import aligned
 
 TURN = 5  # seconds
 PROCESSES = "spawn"  # how they start: with nothing of this process, and CUDA wants it
@@ -267,11 +268,8 @@ def report(rows, path):
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
-    table = [list(rows[0])] + [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for line in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-    print(path)
+    cells = [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+    print(aligned(rows[0], cells), path, sep="\n")
 
 
 def draw_growth(rows, path):

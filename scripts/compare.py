@@ -22,6 +22,7 @@ from scripts.results import (
     MEASURES,
     Measure,
     Result,
+    aligned,
     facts_of,
     find_results,
     is_finished,
@@ -317,13 +318,6 @@ def cost_table(results, measured):
         numbers = measured[measure].get(label, {})
         rows.append([label, spread([*numbers.values()], digits_of(measure)), f"{gflop:.3f}", *times])
     return ["", measure, "GFLOP per image", "minutes of pretraining", "of training a classifier"], rows
-
-
-def aligned(header, rows):
-    """A table as text."""
-    widths = [max(len(line[i]) for line in (header, *rows)) for i in range(len(header))]
-    lines = ("  ".join(map(str.ljust, line, widths)) for line in (header, *rows))
-    return "\n".join(line.rstrip() for line in lines)
 
 
 def markdown(directories, results, measured, cells, baseline, notes, captions):

@@ -397,3 +397,10 @@ def markdown_table(header, rows):
     """A table in Markdown; cells are written as str() does."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines) + "\n"
+
+
+def aligned(header, rows):
+    """A table as text; cells are text."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = ("  ".join(map(str.ljust, line, widths)) for line in (header, *rows))
+    return "\n".join(line.rstrip() for line in lines)
