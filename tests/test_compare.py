@@ -42,6 +42,8 @@ def test_equal_settings_are_not_decided_and_a_shift_of_3_standard_deviations_is(
     assert verdicts == {2: "baseline", 4: "not decided", 6: "not decided", 8: "higher"}
     row = rows["decoder_depth=8", "fine-tuned"]
     assert (row["decoder_depth"], row["n"], row["pairs"]) == ("8", 3, 3)
+    assert rows["decoder_depth=8", "k-NN while pretraining"]["mean"] == pytest.approx(12)
+    assert rows["decoder_depth=8", "MAE training loss"]["mean"] == 1
     half = 4.303 / 3**0.5  # of a standard deviation of 1 %
     expected = {"mean": 53, "sd": 1, "difference": 3, "low": 3 - half, "high": 3 + half}
     assert {name: row[name] for name in expected} == pytest.approx(expected)
@@ -60,6 +62,8 @@ def test_what_cannot_be_compared_is_told_apart(capsys):
     lines = (running / "metrics.csv").read_text().splitlines(keepends=True)
     (running / "metrics.csv").write_text("".join(lines[:-1]))
     keep_classifier(1, keep_mae(1, 3, dataset="cifar100"), 0.9, dataset="cifar100")
+    for run in keep(1, 10, 0.9):
+        change(run, None, test_set="ef")
     rows = compared(baseline=["decoder_depth=2"])
     found = {row["decoder_depth"]: row for (_, measure), row in rows.items() if measure == "fine-tuned"}
     assert {depth: (row["verdict"], row["n"], row["pairs"]) for depth, row in found.items()} == {
@@ -68,10 +72,12 @@ def test_what_cannot_be_compared_is_told_apart(capsys):
         "4": ("not decided", 3, 2),
         "6": ("one seed", 1, 1),
         "8": ("no common seed", 1, 0),
+        "10": ("other images", 1, 0),
     }
     said = capsys.readouterr().out
     assert f"Not compared: {running}: not finished, 1 of 2 epochs." in said
-    assert "dataset=shapes decoder_depth=2: fine-tuned of 3 of 5 seeds." in said  # 4: nan; 5: the MAE is finished
+    # seed 4 is nan, and of seed 5 the MAE alone is finished
+    assert "dataset=shapes test_set=cd decoder_depth=2: fine-tuned of 3 of 5 seeds." in said
     assert "No difference is given between results on different images" in said
 
 

@@ -165,7 +165,8 @@ def write_cifar10(root, monkeypatch):
         return [name, hashlib.md5((base / name).read_bytes()).hexdigest()]
 
     pixels = np.arange(3 * 3072, dtype=np.uint32).reshape(3, 3072).astype(np.uint8)
-    batches = [write(name, {"data": pixels, "labels": [0, 1, 1]}) for name in ("data_batch_1", "test_batch")]
+    train, test = {"data": pixels, "labels": [0, 1, 1]}, {"data": 255 - pixels, "labels": [1, 0, 0]}
+    batches = [write("data_batch_1", train), write("test_batch", test)]
     names = write("batches.meta", {"label_names": ["plane", "car"]})
     monkeypatch.setattr(datasets.CIFAR10, "train_list", batches[:1])
     monkeypatch.setattr(datasets.CIFAR10, "test_list", batches[1:])
@@ -177,8 +178,10 @@ def write_cifar10(root, monkeypatch):
 def test_cifar10_is_read_as_torchvision_stores_it(tmp_path, monkeypatch):
     pixels = write_cifar10(tmp_path, monkeypatch)
     train, test = data.load_dataset("cifar10", str(tmp_path), 32)
-    assert torch.equal(train.images, torch.from_numpy(pixels).view(3, 3, 32, 32))
-    assert train.labels.tolist() == test.labels.tolist() == [0, 1, 1]
+    pixels = torch.from_numpy(pixels).view(3, 3, 32, 32)
+    assert torch.equal(train.images, pixels)
+    assert torch.equal(test.images, 255 - pixels)
+    assert (train.labels.tolist(), test.labels.tolist()) == ([0, 1, 1], [1, 0, 0])
     assert train.classes == ["plane", "car"]
     assert data.load_dataset("cifar10", str(tmp_path), 16)[0].images.shape == (3, 3, 16, 16)
 
@@ -196,13 +199,13 @@ def test_cifar10_without_files_and_network_says_what_is_missing_and_how_to_get_i
 
 
 def write_fashion_mnist(root, monkeypatch):
-    """Three images a part of 28 x 28 in the files that torchvision unpacks."""
+    """Three images a part of 28 x 28 in the files that torchvision unpacks; the test images are the inverse."""
     raw = root / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
     pixels = np.arange(3 * 784, dtype=np.uint32).reshape(3, 28, 28).astype(np.uint8)
-    for part in ("train", "t10k"):
+    for part, shown in (("train", pixels), ("t10k", 255 - pixels)):
         sizes = np.array([3, 28, 28], ">i4").tobytes()
-        (raw / f"{part}-images-idx3-ubyte").write_bytes(bytes([0, 0, 8, 3]) + sizes + pixels.tobytes())
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(bytes([0, 0, 8, 3]) + sizes + shown.tobytes())
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 3, 9, 0, 1]))
     return torch.from_numpy(pixels)[:, None].expand(-1, 3, -1, -1)
 
@@ -212,7 +215,7 @@ def write_stl10(root, monkeypatch):
     base = root / "stl10_binary"
     base.mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (3, 3, 96, 96), dtype=np.uint8)
-    contents = {"train_X.bin": pixels, "test_X.bin": pixels, "unlabeled_X.bin": 255 - pixels}
+    contents = {"train_X.bin": pixels, "test_X.bin": 255 - pixels, "unlabeled_X.bin": pixels // 2}
     contents = {name: content.transpose(0, 1, 3, 2).tobytes() for name, content in contents.items()}
     contents |= {"train_y.bin": bytes([10, 1, 2]), "test_y.bin": bytes([10, 1, 2])}
     sums = {name: hashlib.md5(content).hexdigest() for name, content in contents.items()}
@@ -230,9 +233,9 @@ def write_svhn(root, monkeypatch):
     savemat = pytest.importorskip("scipy.io").savemat
     pixels = np.arange(3 * 3072, dtype=np.uint32).reshape(3, 3, 32, 32).astype(np.uint8)
     files = {}
-    for part in ("train", "test"):
+    for part, shown in (("train", pixels), ("test", 255 - pixels)):
         path = root / f"{part}_32x32.mat"
-        savemat(path, {"X": pixels.transpose(2, 3, 1, 0), "y": np.array([[9], [10], [1]], np.uint8)})
+        savemat(path, {"X": shown.transpose(2, 3, 1, 0), "y": np.array([[9], [10], [1]], np.uint8)})
         files[part] = ["http://127.0.0.1:9", path.name, hashlib.md5(path.read_bytes()).hexdigest()]
     monkeypatch.setattr(datasets.SVHN, "split_list", files)
     return torch.from_numpy(pixels)
@@ -244,8 +247,9 @@ def write_svhn(root, monkeypatch):
 )
 def test_other_sets_are_read_as_torchvision_stores_them(tmp_path, monkeypatch, write, classes):
     pixels, name = write(tmp_path, monkeypatch), write.__name__.removeprefix("write_")
-    for part in data.load_dataset(name, str(tmp_path), pixels.shape[-1]):
-        assert torch.equal(part.images, pixels)
+    parts = data.load_dataset(name, str(tmp_path), pixels.shape[-1])
+    for part, expected in zip(parts, (pixels, 255 - pixels), strict=True):
+        assert torch.equal(part.images, expected)
         assert part.labels.tolist() == [9, 0, 1]
         assert (part.classes[:2], len(part.classes)) == (classes, 10)
     assert data.load_dataset(name, str(tmp_path), 16)[0].images.shape == (3, 3, 16, 16)
@@ -254,9 +258,9 @@ def test_other_sets_are_read_as_torchvision_stores_them(tmp_path, monkeypatch, w
 def test_pretraining_on_stl10_takes_its_unlabelled_images(tmp_path, monkeypatch):
     pixels = write_stl10(tmp_path, monkeypatch)
     train, test = data.load_dataset("stl10", str(tmp_path), 96, labelled=False)
-    assert torch.equal(train.images, 255 - pixels)
+    assert torch.equal(train.images, pixels // 2)
     assert (train.labels.tolist(), train.classes) == ([0, 0, 0], [])
-    assert torch.equal(test.images, pixels)
+    assert torch.equal(test.images, 255 - pixels)
     assert len(test.classes) == 10
 
 
@@ -310,9 +314,12 @@ def test_folder_is_decoded_once_and_again_when_it_changed(image_folder, monkeypa
     assert changed.images[0, :, 0, 0].tolist() == [255, 0, 0]
     assert len(list(image_folder.glob(".cache*"))) == 1  # the stale one is gone
     assert len(calls) == 4
-    monkeypatch.setattr(data, "DECODER", data.DECODER + 1)
+    os.utime(image_folder / "train" / "cat" / "0.png", (1, 1))  # another file, maybe, of the same size
     data.load_dataset("folder", str(image_folder), 16)
     assert len(calls) == 6
+    monkeypatch.setattr(data, "DECODER", data.DECODER + 1)
+    data.load_dataset("folder", str(image_folder), 16)
+    assert len(calls) == 8
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b[:300] + bytes([b[300] ^ 1]) + b[301:]])
@@ -716,6 +723,8 @@ def test_npz_is_read_as_medmnist_stores_it(tmp_path):
         assert torch.equal(train.images, torch.from_numpy(stored["train_images"])[:, None].expand(-1, 3, -1, -1))
     assert train.classes == test.classes == ["0", "1", "3"]
     assert (train.labels.tolist(), test.labels.tolist()) == ([2, 0, 1] * 2, [0, 1, 2, 2])
+    _, test = data.load_dataset("npz", write_npz(tmp_path / "few.npz", test_labels=np.array([3, 0, 3, 3])), 28)
+    assert test.labels.tolist() == [2, 0, 2, 2]
     colour = np.zeros((6, 40, 30, 3), np.uint8) + np.array([10, 20, 30], np.uint8)
     train, _ = data.load_dataset("npz", write_npz(tmp_path / "b.npz", train_images=colour), 16, train_images=3)
     assert train.images[:, :, 5, 5].tolist() == [[10, 20, 30]] * 3

@@ -92,12 +92,13 @@ def test_every_block_is_measured_and_drawn_beside_an_untrained_encoder(monkeypat
     drawn, seeds = [], set()
 
     def noting(*arguments):
+        assert not torch.is_autocast_enabled("cpu")
         seeds.add(arguments[-1].initial_seed())
         return features.linear_probe(*arguments)
 
     monkeypatch.setattr(evaluate_features, "linear_probe", noting)
     monkeypatch.setattr(evaluate_features, "save", lambda figure, path: drawn.append((figure, path)))
-    command = ["--layers", "all", "--seed", "5", "--save", "features.npz"]
+    command = ["--layers", "all", "--seed", "5", "--precision", "bf16", "--save", "features.npz"]
     main(["--model_path", "run", "--untrained", *command])
     assert seeds == {utils.generator("cpu", 5, "held out").initial_seed()}
     with np.load("features.npz") as one:
@@ -119,7 +120,7 @@ def test_every_block_is_measured_and_drawn_beside_an_untrained_encoder(monkeypat
             assert lines[f"{encoder}, {pool}"] == ([1, 2, 3], [float(row[name]) for row in mine])
     plt.close("all")
     save_model("fresh.pt", seed=5)  # what an untrained one is
-    main(["--model_path", "fresh.pt", "--layers", "all", "--seed", "5"])
+    main(["--model_path", "fresh.pt", "--layers", "all", "--seed", "5", "--precision", "bf16"])
     measured = [list(row.values())[1:] for row in untimed("fresh_features.csv")]
     assert measured == [list(row.values())[1:] for row in untimed("run/features.csv")[6:]]
 

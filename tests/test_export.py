@@ -75,7 +75,7 @@ def test_a_classifier_that_pools_the_mean_computes_the_same_in_timm(capsys):
 def test_a_classifier_comes_back_from_timm_with_what_it_learned_there(name):
     export.main([f"{name}.pt", "--to", "timm", "--output", "timm.pt"])
     model, content = in_timm("timm.pt"), load_file("timm.pt")
-    model.pos_embed[:, 0] += 0.5  # which has no place of its own here
+    model.pos_embed[:, 0, ::2] += 0.5  # which has no place of its own here; a LayerNorm would undo an even shift
     model.head.bias += 1
     save_file("trained.pt", {**content, "model": model.state_dict()})
     export.main(["trained.pt", "--from", "timm", "--output", "back.pt"])

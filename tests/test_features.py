@@ -201,6 +201,13 @@ def test_the_weight_decay_is_chosen_on_held_out_images(monkeypatch):
 # --- both ---
 
 
+def test_each_test_image_is_judged_by_itself():
+    (x, labels), (queries, _) = clusters(60), clusters(20, noise=3.0, seed=1)
+    alone = [linear_probe(x, labels, query[None], 4, seeded())[0].item() for query in queries]
+    assert linear_probe(x, labels, queries, 4, seeded())[0].tolist() == alone
+    assert knn_predict(x, labels, queries, 4).tolist() == [knn_predict(x, labels, q[None], 4).item() for q in queries]
+
+
 def test_features_that_name_the_class_give_all_right_and_random_labels_chance():
     labels = torch.randint(10, (1000,), generator=seeded())
     test_labels = torch.randint(10, (500,), generator=seeded(1))

@@ -26,6 +26,7 @@ from model import (
     ViT_Classifier,
     bayer_matrix,
     cls_after,
+    drop_path_scales,
     mae_loss,
     patchify,
     transformer,
@@ -301,9 +302,15 @@ def test_shifted_grid_is_the_grid_moved_around(ratio):
     assert (drawn[:, None] == moved).all((2, 3)).any(1).all()
 
 
-def test_shifted_grid_shows_every_place_equally_often():
-    share = visible_maps("shifted_grid", 8, 0.75, batch_size=4000).float().mean(0)
-    assert (share - 0.25).abs().max() < 0.04
+@pytest.mark.parametrize("ratio", [0.75, 0.92])
+def test_shifted_grid_shows_every_place_equally_often(ratio):
+    share = visible_maps("shifted_grid", 8, ratio, batch_size=4000).float().mean(0)
+    assert (share - int(64 * (1 - ratio)) / 64).abs().max() < 0.03
+
+
+def test_drop_path_grows_evenly_from_block_to_block():
+    scales = drop_path_scales(20_000, 4, 0.6, seeded(), "cpu")
+    assert (scales == 0).float().mean((0, 2)).tolist() == pytest.approx([0, 0.2, 0.4, 0.6], abs=0.02)
 
 
 def test_bayer_matrix_is_the_textbooks():

@@ -12,11 +12,12 @@ from test_scripts import classify, few_shapes, picture_size, pretrain  # noqa: F
 
 import data
 import utils
+from checkpoints import load_model
 from figures import plt
-from model import MASK_STRATEGIES, ViT_Classifier
+from model import MASK_STRATEGIES, MAE_ViT, ViT_Classifier, mae_loss
 from runs import csv_text, read_config, read_metrics
 from scripts import make_report, report_figures, report_findings
-from scripts.ablations import collect
+from scripts.ablations import BASE, SCRATCH, collect
 from scripts.results import MEASURES, Difference, Result, difference, spread, values_of
 
 
@@ -27,7 +28,7 @@ def change(run, part, **values):
     (run / "config.json").write_text(json.dumps(config))
 
 
-def test_the_report_of_a_small_sweep():
+def test_the_report_of_a_small_sweep(monkeypatch):
     plan = [(seed, depth, name) for seed in "12" for depth, name in (("4", "random"), ("2", "random"), ("4", "grid"))]
     plan += [("1", "4", name) for name in MASK_STRATEGIES if name not in ("random", "grid")]
     for seed, depth, strategy in plan:
@@ -36,12 +37,31 @@ def test_the_report_of_a_small_sweep():
         mae = pretrain(*settings, *common, "runs/pretrain")
         classify("--pretrained_model_path", str(mae), *common, "runs/classifier")
     scratch = [classify("--total_epoch", "2", "--seed", seed, "--log_dir", "runs/classifier") for seed in "12"]
+    compared, draw = [], report_figures.draw_disagreements
+
+    def draw_and_note(test, *answers_and_path):
+        compared.append(answers_and_path[:2])
+        draw(test, *answers_and_path)
+
+    monkeypatch.setattr(report_figures, "draw_disagreements", draw_and_note)
     make_report.main(["--runs", "runs", "--output", "out", "--images", "2"])
     report = Path("out/REPORT.md").read_text()
     figures = re.findall(r"\((\w+\.png)\)", report)
     assert len(figures) == 16
     assert all(picture_size(f"out/{name}")[0] > 200 for name in figures)
-    runs = collect(Path("runs"))[0]["depth 4, grid"]
+    results = collect(Path("runs"))[0]
+    test = data.load_dataset("shapes", "data", 32)[1]
+    said = [report_figures.answers(results[setting][0], test, "cpu")[1] for setting in (BASE, SCRATCH)]
+    assert not torch.equal(*said)
+    assert [predicted.tolist() for predicted in compared[0]] == [predicted.tolist() for predicted in said]
+    runs = results["depth 4, grid"]
+    images, errors = data.normalize(test.images[:2]), []
+    for result in runs:
+        mae, _ = load_model(result.mae, MAE_ViT)
+        pred, mask = mae(images, mae.shuffle(2))
+        errors.append(mae_loss(pred, images, mask).item())
+    error = report_figures.mask_matrix(results, ["grid"], ["grid"], images, "cpu").item()
+    assert error == pytest.approx(sum(errors) / 2)
     assert [result.seed for result in runs] == [1, 2]
     accuracies = [100 * read_metrics(result.classifier)[-1]["test/acc"] for result in runs]
     assert f"| grid | {spread(accuracies)} |  |  | " in report  # no features
@@ -90,7 +110,8 @@ def keep_run(directory, rows, parameters=1, **arguments):
     directory.mkdir(parents=True)
     shared = {"dataset": "shapes", "data_dir": "data", "train_images": None, "log_dir": f"logs/{directory.parent.name}"}
     config = {"name": directory.name, "arguments": {**SIZES, **shared, "total_epoch": len(rows), **arguments}}
-    config |= {"parameters": parameters, "precision": "float32", "images": "ab", "starts": [START]}
+    config |= {"parameters": parameters, "precision": "float32", "images": "ab", "test_set": "cd"}
+    config["starts"] = [START]
     (directory / "config.json").write_text(json.dumps(config))
     steps = {"seconds": 6, "speed/images_per_sec": 9, "memory/peak_mb": 7, "train/loss": 1}
     rows = [{"epoch": epoch, **steps, **row} for epoch, row in enumerate(rows, start=1)]
@@ -98,16 +119,18 @@ def keep_run(directory, rows, parameters=1, **arguments):
     return directory
 
 
-def keep_classifier(seed, mae, accuracy, classes=10, **arguments):
+def keep_classifier(seed, mae, accuracy, classes=10, first=None, **arguments):
+    """A classifier of two epochs; first: metrics of the first one, by name."""
     parameters = utils.count_parameters(ViT_Classifier(**SIZES, num_classes=classes))
     name = f"cls_s{seed}_from_{mae.name}" if mae else f"cls_s{seed}_scratch"
-    rows = [{"test/acc": acc, "test/acc_mean_of_batches": acc} for acc in (0.1, accuracy)]
+    rows = [{"test/acc": acc, "test/acc_mean_of_batches": acc + 0.001} for acc in (0.1, accuracy)]
+    rows[0] |= first or {}
     digest = {"encoder_digest": mae.name} if mae else {}
     return keep_run(Path("runs/classifier") / name, rows, parameters, seed=seed, **digest, **arguments)
 
 
 def keep_mae(seed, depth, strategy="random", **arguments):
-    rows = [{"knn/acc": acc} for acc in (0.11, math.nan, 0.12)]
+    rows = [{"knn/acc": acc, "speed/images_per_sec": speed} for acc, speed in ((0.11, 900), (math.nan, 9), (0.12, 8))]
     where = Path("runs/pretrain") / f"mae_d{depth}_{strategy}_s{seed}"
     return keep_run(where, rows, seed=seed, decoder_depth=depth, mask_strategy=strategy, **arguments)
 
@@ -115,12 +138,12 @@ def keep_mae(seed, depth, strategy="random", **arguments):
 def keep_features(path, mae, linear, knn, **changes):
     """What evaluate_features.py writes of a MAE whose digest is its name."""
     scores = {"knn/acc": knn, "linear/acc": linear}
-    rows = [{"encoder": "untrained", "layer": 2, "pool": "mean", "knn/acc": 0.01, "linear/acc": 0.01}]
-    rows += [
-        {"encoder": "trained", "layer": layer, "pool": "cls", "knn/acc": 0.02, "linear/acc": 0.02} for layer in (1, 2)
+    shown = [("trained", 1, 0.9), ("trained", 2, None), ("untrained", 1, 0.01), ("untrained", 2, 0.01)]
+    rows = [
+        {"encoder": encoder, "layer": layer, "pool": pool, **(dict.fromkeys(scores, value) if value else scores)}
+        for encoder, layer, mean in shown
+        for pool, value in (("mean", mean), ("cls", 0.02))
     ]
-    rows += [{"encoder": "trained", "layer": 1, "pool": "mean", "knn/acc": 0.03, "linear/acc": 0.03}]
-    rows += [{"encoder": "trained", "layer": 2, "pool": "mean", **scores}]
     facts = {"name": mae.name, "model_digest": mae.name, "dataset": "shapes", "data_dir": "data", "seconds": 60}
     facts |= {"arguments": {"train_images": None}, **START, "command": "python evaluate_features.py", **changes}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -172,6 +195,46 @@ def test_three_measures_stand_side_by_side_and_where_they_disagree_is_said():
     assert "No linear probe" not in report
 
 
+def test_findings_and_tables_say_what_the_runs_hold():
+    reached = {"random": 0.5, "block": 0.7, "grid": 0.6, "shifted_grid": 0.65, "blockwise": 0.4}
+    for seed in (1, 2, 3):
+        keep_classifier(seed, None, 0.2, first={"train/loss": 3 + seed / 10, "test/acc": 0.3})
+        for k, (strategy, accuracy) in enumerate(reached.items(), start=1):
+            mae = keep_mae(seed, 4, strategy)
+            keep_classifier(seed, mae, accuracy + (seed - 2) * k / 1000, first={"test/acc": 0.25 - seed / 1000})
+        for depth, accuracy in ((2, 0.45), (8, 0.51)):
+            keep_classifier(seed, keep_mae(seed, depth), accuracy)
+    report = report_of()
+    for said in (
+        "higher final accuracy: **holds** (+30.00,",
+        "in accuracy: **does not hold** (-5.20,",
+        "lower by: **holds** (+2.20,",
+        "8 > 4 > 2: **holds**: 8 > 4 holds (+1.00, +0.75 to +1.25, n 3); 4 > 2 holds (+5.00,",
+        "block > grid > random: **holds**: block > grid holds (+10.00,",
+        "grid > random holds (+10.00,",
+        "random > blockwise, as in the paper: **holds** (+10.00,",
+        "against the paper's: **holds** (+30.00,",
+        "one that does not: **holds** (+5.00,",
+        "| depth 4, block minus depth 4, random | +20.00 (+19.75 to +20.25, n 3): better |",
+        "| depth 4, blockwise minus depth 4, random | -10.00 (-10.99 to -9.01, n 3): worse |",
+        "| block | 70.00 ± 0.20 (n 3) |  |  | 70.10 ± 0.20 (n 3) | 70.00 ± 0.20 (n 3) |",
+        "| from scratch | 20.00 ± 0.00 (n 3) |  |  | 20.10 ± 0.00 (n 3) | 30.00 ± 0.00 (n 3) |",
+    ):
+        assert said in report, said
+    # images/s, minutes of pretraining and of fine-tuning, MB
+    assert re.search(r"\n\| depth 4, grid \| 60.00 .*\| 9 \| 0\.3 \| 0\.2 \| 7 \|\n", report)
+    assert re.search(r"\n\| from scratch \| 20.00 .*\| 9 \| 0 \| 0\.2 \| 7 \|\n", report)
+
+
+def test_the_published_report_is_what_the_kept_runs_say(monkeypatch):
+    monkeypatch.setattr(make_report, "draw_all", lambda *_: {})
+    kept = Path(__file__).parents[1] / "logs" / "report"
+    published, _, commands = re.split("(?=## Figures|## Commands)", (kept / "REPORT.md").read_text())
+    again, _, commands_again = re.split("(?=## Figures|## Commands)", report_of(str(kept / "runs")))
+    assert again == published
+    assert commands_again == commands
+
+
 def test_measures_that_agree_are_not_spoken_of():
     assert report_findings.disagreement({"a": "holds", "b": "holds"}) == ""
     assert report_findings.disagreement({"a": "holds", "b": "not decided"}).startswith(
@@ -214,10 +277,12 @@ def test_features_that_are_missing_are_named_with_the_command_that_measures_them
 def test_runs_that_the_report_does_not_name_are_said_to_be_left_out(capsys):
     keep_sweep()
     odd = keep_classifier(1, keep_mae(1, 6), 0.5)
+    own = keep_classifier(1, keep_mae(1, 4, "blockwise", mask_args={"smallest": 0.2}), 0.5)
     unfinished = keep_classifier(4, None, 0.5)
     change(unfinished, "arguments", total_epoch=9)
     for text in (report_of(), capsys.readouterr().out):
         assert f"Left out: {odd}: depth 6, random is none of the settings that the report compares." in text
+        assert f"Left out: {own}: depth 4, blockwise smallest=0.2 is none of the settings" in text
         assert f"Left out: {unfinished}: not finished, 2 of 9 epochs." in text
 
 
@@ -242,7 +307,9 @@ def test_runs_of_an_earlier_report_go_and_nothing_else():
 @pytest.mark.parametrize(("accuracy", "classes", "said"), [(0.5, 10, False), (0.103, 10, True), (0.103, 100, False)])
 def test_a_sweep_at_chance_says_so(accuracy, classes, said):
     keep_sweep(accuracy, classes=classes)
-    warning = make_report.chance_warning(collect(Path("runs"))[0])
+    results = collect(Path("runs"))[0]
+    assert make_report.num_classes(read_config(results["from scratch"][0].classifier)) == classes
+    warning = make_report.chance_warning(results)
     assert (warning is not None and "is not surely above chance (1 of 10 classes)" in warning) == said
 
 

@@ -179,6 +179,15 @@ def test_paired_differences_and_what_they_decide():
     assert paired_difference(many, dict.fromkeys(many, 0)).high == pytest.approx(0.5 + 2.042 * 0.50252 / 10, abs=1e-4)
 
 
+def test_intervals_hold_95_percent_of_students_t():
+    x = torch.linspace(0, 1, 10_001, dtype=torch.float64)
+    for freedom, quantile in enumerate(results.STUDENT_T, start=1):
+        density = (1 + (quantile * x) ** 2 / freedom) ** (-(freedom + 1) / 2)
+        scale = math.gamma((freedom + 1) / 2) / math.gamma(freedom / 2) / math.sqrt(freedom * math.pi)
+        inside = 2 * scale * quantile * torch.trapezoid(density, x).item()
+        assert inside == pytest.approx(0.95, abs=6e-5), freedom
+
+
 def test_settings_differ_by_any_measure_and_a_missing_one_by_none(tmp_path):
     groups = {}
     for name, seed, acc in [("deep", 0, 0.5), ("deep", 1, 0.6), ("flat", 0, 0.2), ("flat", 1, 0.4)]:

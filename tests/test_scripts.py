@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import functools
 import hashlib
 import itertools
 import json
@@ -25,6 +26,7 @@ from PIL import ExifTags, Image
 import data
 import evaluate_features
 import mae_pretrain
+import processes
 import train_classifier
 import training
 import utils
@@ -117,6 +119,10 @@ def test_names_tell_what_sets_runs_apart():
     assert "s42_augcrop_scratch_" in classifier(None, "--augment crop")
     name = classifier(None, "--train_images 500 --val_images 100 --augment")
     assert name == "cls_cifar10-500_val100_ep100_b128_s42_aug_scratch_i32_p2_w192_e12_h3"
+    assert utils.as_flags(train_classifier.PRESETS["strong"]) == "--augment --pool mean"
+    assert utils.as_flags(train_classifier.PRESETS["official"]).endswith(
+        "--layer_decay 0.75 --drop_path 0.1 --label_smoothing 0.1 --mixup 0.8 --cutmix 1.0"
+    )
     assert classifier("mae", "--preset strong") == "cls_cifar10_ep100_b128_s42_strong_from_mae"
     changed = "--preset official --no-augment --mixup 0 --layer_decay 0.65"
     assert classifier("mae", changed) == "cls_cifar10_ep100_b128_s42_official_noaug_ld0.65_mixup0_from_mae"
@@ -231,6 +237,34 @@ def test_probes_look_at_test_images_now_and_then_and_change_nothing():
         images = data.normalize(test.images)
         pred, mask = model(images, model.shuffle(100, torch.Generator().manual_seed(0)))
         assert rows[2]["test/loss"] == pytest.approx(mae_loss(pred, images, mask).item(), rel=0.05)  # under other masks
+
+
+def some_parts(which, count, size):
+    return [slice(start, start + size) for start in range(0, count, size)][which]
+
+
+def test_a_probe_is_the_same_by_two_processes_or_in_small_parts_and_its_k_nn_in_float32(monkeypatch):
+    model = MAE_ViT(patch_size=8, embed_dim=12, encoder_depth=1, num_heads=2, decoder_depth=1)
+    sets, knn_predict = data.load_dataset("shapes", "data", 32, 40), mae_pretrain.knn_predict
+
+    def in_float32(*inputs):
+        assert not torch.is_autocast_enabled("cpu")
+        return knn_predict(*inputs)
+
+    monkeypatch.setattr(mae_pretrain, "knn_predict", in_float32)
+    alone = mae_pretrain.probe(model, *sets, "bf16", 10)
+    found = []  # what the one process, then the other, has to add up
+    with monkeypatch.context() as patch:
+        patch.setattr(processes, "sum_over_ranks", lambda tensor: found.append(tensor.clone()) or tensor)
+        for half in (slice(0, None, 2), slice(1, None, 2)):
+            patch.setattr(processes, "shared_out", functools.partial(some_parts, half))
+            mae_pretrain.probe(model, *sets, "bf16", 10)
+        sums = [one + other for one, other in zip(found[:3], found[3:], strict=True)]
+        patch.setattr(processes, "sum_over_ranks", lambda tensor: tensor.copy_(sums.pop(0)))
+        both = mae_pretrain.probe(model, *sets, "bf16", 10)
+    assert both == pytest.approx(alone)
+    few, many = (mae_pretrain.probe(model, *sets, "float32", at_once) for at_once in (7, 100))
+    assert few == pytest.approx(many)
 
 
 def test_a_mae_of_unlabelled_images_is_tested_but_for_k_nn_and_no_classifier_is_trained_on_them(image_folder, capsys):
@@ -1243,6 +1277,11 @@ for i in {1..200}; do sleep 0.1; done
 def test_gallery_of_masks_needs_no_model():
     visualize_predictions.main(["--masks"])
     assert picture_size("masks.png")[0] > 400
+    command = ["--masks", "--mask_strategy", "grid", "--grid_size", "4"]
+    figure = visualize_predictions.draw_masks(visualize_predictions.parse_args(command))
+    share = figure.axes[6].images[0].get_array()
+    assert (share.sum(), share[0, 0]) == (4, 1)
+    visualize_predictions.plt.close(figure)
 
 
 @pytest.mark.parametrize(

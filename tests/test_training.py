@@ -202,6 +202,16 @@ def test_a_classifier_ends_with_the_weights_of_a_plain_loop(augment, parts, star
     check_same(run, ViT_Classifier, model, plain_loop(model, (0.9, 0.999), loss_of, evaluate), TOLERANCE[augment])
 
 
+def test_losses_of_a_classifier_in_bf16_are_computed_in_float32(few_shapes):
+    images, model = data.shapes(50, 16, seed=0), ViT_Classifier(**SIZE, num_classes=10)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = model(data.normalize(images.images))
+    assert logits.dtype == torch.bfloat16
+    expected = F.cross_entropy(logits.float(), images.labels).item()
+    assert train_classifier.loss_of(model, "bf16", images.images, images.labels).item() == expected
+    assert train_classifier.evaluate(model, images, "bf16", 50)["test/loss"] == pytest.approx(expected, rel=1e-6)
+
+
 @pytest.mark.parametrize("script", ["mae_pretrain", "train_classifier"])
 def test_no_more_images_pass_the_model_at_once_than_in_training(script, few_shapes, monkeypatch):
     sizes, embed = [], MAE_Encoder.embed
@@ -293,6 +303,15 @@ def test_a_classifier_with_switches_ends_with_the_weights_of_a_plain_loop(switch
         model, (0.9, 0.999), loss_of, groups=groups, rate=lambda step: 20 * rate(step), clip=wanted.clip_grad
     )
     check_same(run, ViT_Classifier, model, rows, tolerance=1e-5)
+
+
+def test_layer_decay_counts_twelve_blocks():
+    model = ViT_Classifier(img_size=4, patch_size=2, embed_dim=2, encoder_depth=12, num_heads=1)
+    optimizer = train_classifier.build_optimizer(model, 1.0, 0.05, layer_decay=0.5)
+    scales = {parameter: group["lr_scale"] for group in optimizer.param_groups for parameter in group["params"]}
+    found = [{scales[parameter] for parameter in block.parameters()} for block in model.transformer]
+    assert found == [{0.5**k} for k in range(12, 0, -1)]
+    assert (scales[model.cls_token], scales[model.head.weight]) == (0.5**13, 1)
 
 
 @pytest.mark.parametrize("script", ["mae_pretrain", "train_classifier"])
