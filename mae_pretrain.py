@@ -190,7 +190,7 @@ def pretrain(args):
     device = utils.pick_device(args.device)
     rank, world_size = processes.join(device)
     with processes.together():
-        run = Run(args.log_dir, run_name(args), vars(args), args.overwrite, writer=rank == 0)
+        run = Run(args.log_dir, run_name(args), vars(args), args.overwrite, rank == 0, defaults=vars(parse_args([])))
         torch.manual_seed(args.seed)
         model_args = {name: getattr(args, name) for name in utils.defaults(MAE_ViT)}
         model = MAE_ViT(**model_args).to(device)  # bad sizes and masks end here, before the data is read

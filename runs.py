@@ -77,16 +77,18 @@ class Run:
         arguments: the run's settings, plain values by name.
         overwrite: start again, dropping what an earlier run of this name left.
         writer: False on all processes but one; they read what it wrote and write nothing.
+        defaults: values by name that a run had whose config.json lacks them, as it was made before they were there.
 
     Raises:
         UserError: the name is no name of a directory, or the directory holds a run with other arguments.
     """
 
-    def __init__(self, log_dir, name, arguments, overwrite=False, writer=True):
+    def __init__(self, log_dir, name, arguments, overwrite=False, writer=True, defaults=None):
         if name in ("", ".", "..") or set(name) & {"/", "\0"}:  # it may come from a file, and files are deleted in it
             raise UserError(f"{name!r} cannot be the name of a run's directory.")
         self.directory = Path(log_dir) / name
         self.name, self.arguments, self.overwrite, self.writer = name, arguments, overwrite, writer
+        self.defaults = defaults or {}
         self._checked_config({})
 
     def settings(self):
@@ -107,7 +109,7 @@ class Run:
             if self.overwrite or not (self.directory / "config.json").exists():
                 return None
         config = read_config(self.directory)
-        self._check_same(config["arguments"], self.arguments, skip=FREE_ARGUMENTS)
+        self._check_same(self.defaults | config["arguments"], self.arguments, skip=FREE_ARGUMENTS)
         self._check_same(config, facts)
         return config
 

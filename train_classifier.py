@@ -263,7 +263,7 @@ def train_classifier(args):
     with processes.together():
         pretrained, args = load_pretrained(args)
         name = run_name(args, pretrained and pretrained["run_name"])
-        run = Run(args.log_dir, name, vars(args), args.overwrite, writer=rank == 0)
+        run = Run(args.log_dir, name, vars(args), args.overwrite, rank == 0, defaults=vars(parse_args([])))
         model_args = {name: getattr(args, name) for name in (*SIZE, "pool")}
         ViT_Classifier(**model_args)  # bad sizes end here, before the data is read
         train, val, test, digests = load_images(args, device)

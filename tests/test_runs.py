@@ -85,6 +85,9 @@ def test_other_arguments_are_refused_by_name_and_places_may_change(tmp_path):
         Run(tmp_path, "toy", {**ARGUMENTS, "base_learning_rate": 0.2})
     Run(tmp_path, "toy", {**ARGUMENTS, "data_dir": "elsewhere"})
     Run(tmp_path, "toy", {**ARGUMENTS, "val_images": None})  # stored before there was such an argument
+    Run(tmp_path, "toy", {**ARGUMENTS, "loss_on_all": False}, defaults={"loss_on_all": False})
+    with pytest.raises(ValueError, match=r"is a run with loss_on_all False, and now loss_on_all is True"):
+        Run(tmp_path, "toy", {**ARGUMENTS, "loss_on_all": True}, defaults={"loss_on_all": False})
     Run(tmp_path, "toy", {**ARGUMENTS, "base_learning_rate": 0.2}, overwrite=True)
 
 

@@ -350,6 +350,18 @@ def test_runs_and_models_from_before_the_switches_are_read_and_continued(capsys)
     load_model(run, MAE_ViT)
 
 
+@pytest.mark.parametrize("start", [pretrain, classify])
+def test_a_run_from_before_a_flag_was_there_had_its_default(start, capsys):
+    run = start()
+    config = read_config(run)
+    del config["arguments"]["weight_decay"]
+    (run / "config.json").write_text(json.dumps(config))
+    assert start() == run
+    with pytest.raises(SystemExit):
+        start("--weight_decay", "0.1")
+    assert "is a run with weight_decay 0.05, and now weight_decay is 0.1" in capsys.readouterr().err
+
+
 def test_a_pretrained_file_and_its_run_directory_are_the_same():
     mae = pretrain("--model_path", "mae.pt")
     run = classify("--pretrained_model_path", "mae.pt")
