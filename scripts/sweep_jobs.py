@@ -19,6 +19,7 @@ from model import MAE_ViT
 from training import plan_training
 
 SET_BY = {"dataset": "DATASET", "data_dir": "DATA_DIR", "seed": "SEEDS", "log_dir": "LOGS"}
+SCRIPTS = {f"{module.__name__}.py": module for module in (mae_pretrain, evaluate_features, train_classifier)}
 IN_NAME = {*utils.defaults(MAE_ViT), "augment", "total_epoch", "batch_size", "train_images"}
 
 
@@ -82,14 +83,17 @@ def classifiers(source, seed, logs):
     return [] if epochs == "0" else on_few or [command]
 
 
-def checked(script, *flags):
-    """The run directory of a command; None where it depends on a model. A bad flag gets the script's own message."""
+def parsed(script, *flags):
+    """The arguments of a command. A bad flag gets the script's own message."""
     sys.argv[0] = script  # which begins the message
-    if script == "evaluate_features.py":
-        evaluate_features.parse_args(flags)
+    return SCRIPTS[script].parse_args(flags)
+
+
+def checked(script, *flags):
+    """The run directory of a command; None where it depends on a model."""
+    args, module = parsed(script, *flags), SCRIPTS[script]
+    if module is evaluate_features:
         return None
-    module = mae_pretrain if script == "mae_pretrain.py" else train_classifier
-    args = module.parse_args(flags)
     plan_training(args, args.train_images or args.batch_size, module.WARMUP, args.batch_size, rank=0, world_size=1)
     if module is mae_pretrain:
         MAE_ViT(**{name: getattr(args, name) for name in utils.defaults(MAE_ViT)}).shuffle(1)
@@ -102,15 +106,28 @@ def checked(script, *flags):
 
 @exit_in_one_line()
 def main(grids):
-    """Print the jobs seed by seed, so that a sweep stopped early has whole seeds; a job of two grids comes once."""
-    sys.argv[0], jobs = "sweep.sh", {}
+    """Print the jobs seed by seed, so that a sweep stopped early has whole seeds; a job of two grids comes once.
+
+    Raises:
+        UserError: different settings would be runs of the same name.
+    """
+    sys.argv[0], jobs, seen = "sweep.sh", {}, {}
     settings = [setting for grid in grids for setting in combinations(grid)]
     for seed in variable("SEEDS"):
         for make in [scratch_job, mae_job] if variable("SCRATCH") else [mae_job]:
             for setting in settings:
                 commands, directory = make(setting, seed)
-                if commands:
-                    jobs.setdefault(directory, commands)
+                if not commands:
+                    continue
+                jobs.setdefault(directory, commands)
+                words, arguments = shlex.join(words_of(setting)), parsed(*commands[0])
+                first, others = seen.setdefault(directory, (words, arguments))
+                if arguments != others:
+                    sys.argv[0] = "sweep.sh"
+                    raise UserError(
+                        f"{first!r} and {words!r} would both be the run {directory}. Let run_name of the training "
+                        f"script tell them apart."
+                    )
     for commands in jobs.values():
         for command in commands[1:]:
             checked(*command)

@@ -1075,10 +1075,21 @@ def test_runs_that_their_names_do_not_tell_apart_have_directories_of_their_own(l
     assert [parsed(job[0]).log_dir for job in jobs] == [f"{place}/pretrain" for place in places]
     assert [parsed(job[-1]).log_dir for job in jobs] == [f"{place}/classifier" for place in places]
     assert mae_pretrain.PRESETS["strong"].keys() <= sweep_jobs.IN_NAME
-    for flag in sweep_jobs.IN_NAME - {"norm_pix_loss"}:
-        values = WORDS.get(flag, ("4", "8"))
-        names = [mae_pretrain.run_name(mae_pretrain.parse_args([f"--{flag}", value])) for value in values]
-        assert names[0] != names[1], flag
+    defaults = vars(mae_pretrain.parse_args([]))
+    for flag in sweep_jobs.IN_NAME:
+        values = WORDS.get(flag, ("off", "on") if isinstance(defaults[flag], bool) else ("4", "8"))
+        flags = (sweep_jobs.words_of({flag: value}) for value in values)
+        names = {mae_pretrain.run_name(mae_pretrain.parse_args(words)) for words in flags}
+        assert len(names) == 2, f"run_name of mae_pretrain.py does not tell {flag} apart"
+
+
+def test_settings_that_would_be_the_same_run_are_refused(listed, monkeypatch, capsys):
+    monkeypatch.setattr(sweep_jobs, "IN_NAME", sweep_jobs.IN_NAME | {"weight_decay"})
+    with pytest.raises(SystemExit):
+        listed("weight_decay=0.1,0.2")
+    error = capsys.readouterr().err
+    assert re.search(r"'--weight_decay 0.1' and '--weight_decay 0.2' would both be the run here/pretrain/mae_", error)
+    assert "run_name" in error
 
 
 def test_a_sweep_turns_switches_on_and_off(listed):
