@@ -187,13 +187,16 @@ def main(argv=None):
             output = args.output or place / "hf"
             config, state = to_hf(model, content.get("classes"))
             write_hf(config, state, output)
-            print(f'transformers.{config["architectures"][0]}.from_pretrained("{output}")')
+            (name,) = config["architectures"]
+            without = ", add_pooling_layer=False" if name == "ViTModel" else ""  # its weights would be drawn
+            print(f'transformers.{name}.from_pretrained("{output}"{without})')
         else:
             output = args.output or place / "timm.pt"
             model_args, state = to_timm(model)
             save_file(output, {**content, "kind": "timm", "model_args": model_args, "model": state})
             arguments = ", ".join(f"{name}={value!r}" for name, value in model_args.items())
-            print(f"VisionTransformer({arguments}, qkv_bias=False, norm_layer=torch.nn.LayerNorm)")
+            print(f"model = VisionTransformer({arguments}, qkv_bias=False, norm_layer=torch.nn.LayerNorm)")
+            print(f'model.load_state_dict(torch.load("{output}")["model"])')
         print(output)
 
 

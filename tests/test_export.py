@@ -60,6 +60,9 @@ def test_a_mae_and_a_classifier_compute_the_same_in_timm(capsys):
     close(in_timm("there/c.pt")(images()), classifier(images()))
     said = capsys.readouterr().out
     assert "VisionTransformer(img_size=16, patch_size=4, num_classes=3, embed_dim=24, depth=2, num_heads=3, " in said
+    names = {"torch": torch, "VisionTransformer": VisionTransformer}
+    exec("\n".join(said.splitlines()[-3:-1]), names)
+    close(names["model"](images()), classifier(images()))
 
 
 @torch.no_grad()
@@ -99,14 +102,16 @@ def test_a_mae_that_got_its_head_in_timm_comes_back_as_a_classifier(capsys):
 
 
 @torch.no_grad()
-def test_transformers_loads_what_is_written_for_it_and_computes_the_same():
+def test_transformers_loads_what_is_written_for_it_and_computes_the_same(capsys):
     transformers = pytest.importorskip("transformers")
     export.main(["mae.pt", "--to", "hf"])
     model, report = transformers.ViTModel.from_pretrained("hf", add_pooling_layer=False, output_loading_info=True)
     assert not any(report.values())
     mae, _ = load_model("mae.pt", MAE_ViT)
     close(model.eval()(images()).last_hidden_state, mae.encoder(images()))
+    assert 'transformers.ViTModel.from_pretrained("hf", add_pooling_layer=False)' in capsys.readouterr().out
     export.main(["classifier.pt", "--to", "hf", "--output", "there"])
+    assert 'transformers.ViTForImageClassification.from_pretrained("there")' in capsys.readouterr().out
     model, report = transformers.ViTForImageClassification.from_pretrained("there", output_loading_info=True)
     assert not any(report.values())
     classifier, _ = load_model("classifier.pt", ViT_Classifier)
