@@ -13,6 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+plt.rcParams["figure.constrained_layout.use"] = True  # leaves room for titles and legends
 # of Okabe and Ito's palette, each with a line of its own
 STYLES = [("#0072b2", "-"), ("#d55e00", "--"), ("#009e73", "-."), ("#cc79a7", ":"), ("#000000", (0, (5, 1)))]
 (RIGHT, _), (WRONG, _) = STYLES[:2]  # blue and vermilion
@@ -46,6 +47,11 @@ def grid_of(count, height):
     return figure, axes.flat[:count]
 
 
+def draw_title(figure, text):
+    """A title in as many lines as the figure's width needs."""
+    figure.suptitle(textwrap.fill(text, int(12 * figure.get_figwidth())), fontsize=11)
+
+
 def short(name, longest=20):
     """A file's name, its middle left out where it is long."""
     return name if len(name) <= longest else f"{name[: longest // 2 - 1]}…{name[-longest // 2 :]}"
@@ -66,12 +72,8 @@ def draw_predictions(images, classes, labels, predicted, confidence, more=""):
             spine.set(color=colour, linewidth=width)
         place.set_title(classes[label], fontsize=9, pad=3)
         place.set_xlabel(f"{sign} {classes[guess]} {sure:.0%}", fontsize=9, color=colour)
-    figure.suptitle(
-        f"Above: ground truth. Below: prediction and confidence. {int((predicted == labels).sum())} of "
-        f"{len(images)} right{more}",
-        fontsize=11,
-        wrap=True,
-    )
+    right = int((predicted == labels).sum())
+    draw_title(figure, f"Above: ground truth. Below: prediction and confidence. {right} of {len(images)} right{more}")
     return figure
 
 
@@ -88,7 +90,7 @@ def draw_most_likely(images, names, classes, probabilities, count=3):
         place.set_title(short(name), fontsize=9, pad=3, parse_math=False)
         lines = [f"{short(classes[guess])} {share:.0%}" for guess, share in zip(guesses, sure, strict=True)]
         place.set_xlabel("\n".join(lines), fontsize=9, parse_math=False)
-    figure.suptitle(f"The {likely.values.shape[1]} most likely classes, with confidence", fontsize=11, wrap=True)
+    draw_title(figure, f"The {likely.values.shape[1]} most likely classes, with confidence")
     return figure
 
 
@@ -140,7 +142,7 @@ def draw_legend(figure):
 
 def draw_seeds(groups, metric, ylabel):
     """Curves of a column of metrics.csv for each {label: tables of one seed each}, and a legend: a figure."""
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7, 4.2))
     curves = [
         curve(label, [{row["epoch"]: row[metric] for row in table} for table in tables])
         for label, tables in groups.items()
@@ -152,7 +154,7 @@ def draw_seeds(groups, metric, ylabel):
 
 def draw_blocks(measures):
     """Test accuracy by encoder block: a part for each {measure: curves as `draw_curves` takes them}, and a legend."""
-    figure, axes = plt.subplots(1, len(measures), figsize=(11, 4.2), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, len(measures), figsize=(11, 4.2), sharey=True)
     for place, (measure, curves) in zip(axes, measures.items(), strict=True):
         draw_curves(place, curves, f"test accuracy, {measure}", percent=True)
         place.set_xlabel("encoder block")
@@ -184,7 +186,5 @@ def draw_matrix(values, rows, columns, xlabel, ylabel, form="{:.3f}"):
 def save(figure, path):
     """Write a figure, its directory made where missing, and close it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if figure.get_layout_engine() is None:
-        figure.tight_layout()
     figure.savefig(path, dpi=150)
     plt.close(figure)

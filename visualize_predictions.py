@@ -17,7 +17,7 @@ import figures
 import utils
 from checkpoints import load_model
 from errors import UserError, as_user_error, exit_in_one_line
-from figures import draw_rows, plt, save
+from figures import draw_rows, draw_title, plt, save
 from model import MASK_STRATEGIES, MAE_ViT, PatchShuffle, ViT_Classifier, mae_loss
 
 DRAWS = 1000  # masks behind a strategy's visibility map
@@ -88,11 +88,10 @@ def draw_reconstructions(model, images, names, args):
     for place, name in zip(axes[0], names, strict=True):
         place.set_title(figures.short(name, 14), fontsize=9, parse_math=False)
     borrowed = ", normalised (hidden patches shown with their true mean and variance)" if model.norm_pix_loss else ""
-    figure.suptitle(
+    draw_title(
+        figure,
         f"Trained with {trained.mask_strategy}{utils.named(trained.mask_args)} masks, ratio {trained.mask_ratio}. "
         f"Error: mean square over hidden pixels{borrowed}. Seed {args.seed}",
-        fontsize=11,
-        wrap=True,
     )
     return figure
 
@@ -145,11 +144,10 @@ def draw_masks(args, columns=6):
         place.set_yticks([])
         figure.colorbar(share, ax=place, fraction=0.046)
     axes[0, -1].set_title(f"visible, share of {DRAWS:,}", fontsize=9)
-    figure.suptitle(
+    draw_title(
+        figure,
         f"White: the {shuffle.num_visible} of {args.grid_size**2} patches left visible at mask ratio {ratio}; "
         f"seed {args.seed}",
-        fontsize=11,
-        wrap=True,
     )
     return figure
 

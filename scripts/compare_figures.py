@@ -160,7 +160,7 @@ def draw_measures(measured, values, baseline, scratch, losses, path):
         draw = functools.partial(draw_names, labels=list(values), baseline=baseline)
         size, caption = (3.2 + 0.09 * max(map(len, values)) / columns, 0.4 * len(values) + 1.4), INTERVALS
     count = math.ceil(len(measured) / columns)
-    shape = {"figsize": (size[0] * columns, size[1] * count), "squeeze": False, "layout": "constrained"}
+    shape = {"figsize": (size[0] * columns, size[1] * count), "squeeze": False}
     figure, axes = plt.subplots(count, columns, sharey="row" if draw.func is draw_names else "none", **shape)
     for place, (measure, labels) in zip(axes.flat, measured.items(), strict=False):
         numbers = {label: list(seeds.values()) for label, seeds in labels.items()}

@@ -79,7 +79,7 @@ def main(argv=None):
         last = ", ".join(f"{NAMES.get(metric, metric)} {row[metric]:.4f}" for metric in metrics if metric in row)
         print(f"{label:{width}}  epoch {row['epoch']}: {last}")
     size = (5.5 * len(metrics), 4)
-    figure, axes = plt.subplots(1, len(metrics), figsize=size, squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(1, len(metrics), figsize=size, squeeze=False)
     for place, metric in zip(axes.flat, metrics, strict=True):
         curves = [
             (label, [row["epoch"] for row in table], [[row.get(metric, math.nan) for row in table]])

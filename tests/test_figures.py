@@ -1,5 +1,6 @@
 import math
 
+import pytest
 import torch
 
 import figures
@@ -53,6 +54,18 @@ def test_the_most_likely_classes_stand_below_an_image_the_first_above():
     assert few.axes[0].get_xlabel() == "cat 100%"
     assert few.axes[0].get_title() == "aaaaaaaaa…aaaaaa.png"
     plt.close("all")
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (13, 8), (2, 3)])
+def test_a_title_lies_within_the_figure_and_above_all_images(rows, columns):
+    figure, axes = plt.subplots(rows, columns, figsize=(1.3 * columns + 1, 1.3 * rows + 0.6), squeeze=False)
+    figures.draw_rows(axes, {str(i): torch.zeros(columns, 4, 4) for i in range(rows)})
+    figures.draw_title(figure, "Trained with random masks, ratio 0.75. Error: mean square over hidden pixels. Seed 42")
+    figure.draw_without_rendering()
+    title, (width, height) = figure._suptitle.get_window_extent(), figure.canvas.get_width_height()
+    assert 0 <= title.x0 < title.x1 <= width
+    assert max(place.get_window_extent().y1 for place in axes[0]) < title.y0 < title.y1 <= height
+    plt.close(figure)
 
 
 def test_curves_are_means_over_seeds_with_their_range_as_a_band():

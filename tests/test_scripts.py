@@ -950,7 +950,7 @@ def test_a_picture_of_one_image_has_its_whole_title(start, monkeypatch):
     monkeypatch.setattr(visualize_predictions, "save", lambda figure, path: figures.append(figure))
     visualize_predictions.main(["--model_path", str(start("--total_epoch", "1")), "--num_images", "1"])
     figure = figures[0]
-    figure.tight_layout()
+    figure.draw_without_rendering()
     title = figure._suptitle.get_window_extent()
     assert title.x0 > -2
     assert title.x1 < figure.bbox.width + 2
