@@ -286,6 +286,7 @@ def folder(data_dir, img_size, labelled=True):
         if len(places) == 2 and processes.is_first():
             print(f"{root}: no classes are read, as train/ and test/ do not have the same class folders.")
         if "train" not in places:
+            refuse_sets_below(root)
             places = {"train": root}
     parts, not_read, names = {}, {}, {}
     for part, place in places.items():
@@ -323,6 +324,13 @@ def folders_of_images(directory):
 def are_classes(train, test):
     """Whether train and test have the same class folders, and no images outside them or in folders inside them."""
     return train == test != set() and all(folder and os.sep not in folder for folder in train)
+
+
+def refuse_sets_below(root):
+    """Refuse a tree in which a data set lies deeper: its test images would be trained on, too."""
+    for train in sorted(root.glob("**/train")):
+        if (train.parent / "test").is_dir() or (train.parent / "val").is_dir():
+            raise UserError(f"{train.parent} holds a data set; to train on it, give --data_dir {train.parent}.")
 
 
 def list_images(directory, by_class=True):

@@ -590,6 +590,15 @@ def test_pretraining_takes_folders_without_classes_or_without_a_test_part(image_
             load()
 
 
+@pytest.mark.parametrize("other", ["test", "val"])
+def test_a_folder_one_level_too_high_is_refused_as_it_holds_test_images(image_folder, other):
+    (image_folder / "pets").mkdir()
+    (image_folder / "train").rename(image_folder / "pets" / "train")
+    (image_folder / "test").rename(image_folder / "pets" / other)
+    with pytest.raises(UserError, match=f"/pets holds a data set; .* give --data_dir {image_folder}/pets"):
+        data.load_dataset("folder", str(image_folder), 16, labelled=False)
+
+
 def test_held_out_images_are_a_tenth_at_most_1000_and_spread_over_all():
     images = torch.arange(20_000)
     everything = data.ImageSet(images, torch.zeros_like(images), [])
