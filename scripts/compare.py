@@ -35,6 +35,7 @@ from scripts.results import (
     read_features,
     spread,
     values_of,
+    written,
 )
 
 K_NN, PROBE = "k-NN", "k-NN while pretraining"
@@ -66,7 +67,6 @@ TASK = {
 SCRATCH = "from scratch"
 MANY = 3  # where more arguments vary, a label has only those that differ from most settings
 AS_MOST = "as most"  # a setting without any
-NONE = {"train_images": "all", "warmup_epoch": "default"}  # what None stands for; elsewhere "none"
 
 
 def parse_args(argv=None):
@@ -94,11 +94,21 @@ def pretraining_of(result):
     return {"arguments": {name: value for name, value in stored.items() if name not in unknown}}
 
 
-def arguments_of(result):
-    """{name: value} of a result's classifier and of its MAE, whose own are pretraining/name where both have a name."""
+def labels_of(result):
+    """On how many labels a result's classifier was trained, or its features were measured without one; None: all."""
+    stored = read_config(result.classifier) if result.classifier else read_features(result.features)
+    return stored["arguments"].get("train_images")
+
+
+def arguments_of(result, by_labels):
+    """{name: value} of a result's classifier and of its MAE, whose own are pretraining/name where both have a name.
+
+    Args:
+        by_labels: whether the number of labels of features without a classifier is one of them.
+    """
     own = facts_of(read_config(result.classifier)) if result.classifier else {}
-    if result.features and not result.classifier:  # the labels of the frozen features
-        own["train_images"] = read_features(result.features)["arguments"]["train_images"]
+    if by_labels and result.features and not result.classifier:
+        own["train_images"] = labels_of(result)
     pretraining = facts_of(pretraining_of(result)).items()
     return own | {name if name in OF_MODEL else f"pretraining/{name}": value for name, value in pretraining}
 
@@ -129,12 +139,6 @@ def what_varies(settings):
     return list(filter(varies, dict.fromkeys(name for setting in settings for name in setting)))
 
 
-def written(setting):
-    """For example "decoder_depth=4 mask_ratio=0.75"."""
-    values = {name: NONE.get(name.rpartition("/")[2], "none") if v is None else v for name, v in setting.items()}
-    return " ".join(f"{name}={value}" for name, value in values.items())
-
-
 def in_order(setting, varied):
     """A sort key: by numbers, then by words, then what is None or not there."""
     values = [setting.get(name) for name in varied]
@@ -147,7 +151,8 @@ def label_all(results):
     Returns:
         {label: [Result, ...]}; {label: {name: value} of the arguments that vary}; the values that labels leave out.
     """
-    settings = without_twins([arguments_of(result) for result in results])
+    labels = {labels_of(r) for r in results if r.classifier} or {labels_of(r) for r in results if r.features}
+    settings = without_twins([arguments_of(result, by_labels=len(labels) > 1) for result in results])
     varied, pretrained = what_varies(settings), [is_pretrained(result) for result in results]
     settings = [{name: setting[name] for name in varied if name in setting} for setting in settings]
     usual = most_common(settings) if len(varied) > MANY else {}

@@ -8,7 +8,7 @@ from matplotlib.ticker import MaxNLocator
 
 from figures import STYLES, draw_cells, draw_seeds, plt, save
 from scripts.plot_curves import NAMES
-from scripts.results import common_accuracy, paired_difference, tables_of
+from scripts.results import common_accuracy, paired_difference, tables_of, written
 
 WIDE = 16  # times the smallest number of an axis: from there on it is logarithmic
 INTERVALS = (
@@ -148,11 +148,12 @@ def draw_measures(measured, values, baseline, scratch, losses, path):
     elif len(numeric) == 1 and crossed(names, placed.values()):
         (over,) = numeric
         own = {
-            label: [f"{name}={setting[name]}" for name in words if name in setting] for label, setting in values.items()
+            label: written({name: setting[name] for name in words if name in setting})
+            for label, setting in values.items()
         }
         starts = {label: [scratch] if label.startswith(scratch) else [] for label in values}
         places = {label: setting[over] for label, setting in values.items() if over in setting}
-        lines = {label: " ".join([*starts[label], *own[label]]) or "pretrained" for label in places}
+        lines = {label: " ".join(filter(None, [*starts[label], own[label]])) or "pretrained" for label in places}
         lines |= {label: label for label in values if label not in places}
         draw = functools.partial(draw_lines, places=places, lines=lines, over=over)
         size, caption = (5, 4), INTERVALS

@@ -25,6 +25,7 @@ from train_classifier import PRESETS
 STUDENT_T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
 STUDENT_T += [2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042]
 NO_SETTING = {"seed", "encoder_digest", "dry_run", *FREE_ARGUMENTS}  # differ from run to run of one setting
+NONE = {"train_images": "all", "warmup_epoch": "default"}  # what None stands for; elsewhere "none"
 
 # --- runs ---
 
@@ -255,6 +256,12 @@ def check_alike(directories, varied):
                 f"{values[other]} has {name} {other}, others have {one}. Report one sweep at a time: "
                 f"give each its own LOGS, or move runs away."
             )
+
+
+def written(setting):
+    """For example "decoder_depth=4 mask_ratio=0.75", of {name: value}."""
+    values = {name: NONE.get(name.rpartition("/")[2], "none") if v is None else v for name, v in setting.items()}
+    return " ".join(f"{name}={value}" for name, value in values.items())
 
 
 # --- measures ---

@@ -206,6 +206,20 @@ def test_the_same_setting_and_seed_twice_counts_once(capsys):
     assert f"Not compared: {run}: same setting and seed as {Path('one', *first.parts[1:])}." in capsys.readouterr().out
 
 
+def test_a_mae_whose_classifier_is_still_to_come_is_of_the_setting_of_the_others():
+    for seed in (1, 2):
+        mae = keep_mae(seed, 2, train_images=500)
+        keep_features(Path(f"runs/d2_s{seed}_features.json"), mae, 0.3, 0.2)
+        if seed == 1:
+            keep_classifier(seed, mae, 0.5, train_images=500)
+    assert {key: row["n"] for key, row in compared().items()} == {
+        ("all runs", "fine-tuned"): 1,
+        ("all runs", "linear probe"): 2,
+        ("all runs", "k-NN"): 2,
+        ("all runs", "MAE training loss"): 2,
+    }
+
+
 @pytest.mark.parametrize(
     ("asked", "label"),
     [
@@ -295,6 +309,12 @@ def test_one_number_is_drawn_as_a_line_with_intervals_and_from_scratch_as_a_leve
     axes = drawn(monkeypatch, values, {"r=0.5": [1], "r=0.75": [4], **two})
     levels = {line.get_label(): list(line.get_ydata()) for line in axes.lines if line.get_label() in two}
     assert levels == {label: 2 * number for label, number in two.items()}
+
+
+def test_a_legend_says_of_no_value_what_the_tables_say(monkeypatch):
+    values = {f"d={d} n={n}": {"d": d, "train_images": n} for n in (500, None) for d in (1, 2)}
+    axes = drawn(monkeypatch, values, {label: [1, 2] for label in values})
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["train_images=500", "train_images=all"]
 
 
 def test_arguments_that_change_together_are_one_and_two_numbers_make_cells(monkeypatch):
