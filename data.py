@@ -369,11 +369,19 @@ def folder_key(places, parts, not_read):
 
 
 def decode(directory, paths, img_size):
-    """Images as one uint8 array (N, 3, H, W), each read as by `read_image`; prints how many were resized."""
-    pixels = np.empty((len(paths), 3, img_size, img_size), np.uint8)
+    """Images as one uint8 array (N, 3, H, W), each read as by `read_image`; prints how many were resized.
+
+    Raises:
+        UserError: names the first images that cannot be read, and says how many there are.
+    """
+    pixels, errors = np.empty((len(paths), 3, img_size, img_size), np.uint8), {}
 
     def decode_one(i):
-        image = open_image(directory / paths[i], img_size)
+        try:
+            image = open_image(directory / paths[i], img_size)
+        except UserError as error:
+            errors[i] = str(error)
+            return None
         pixels[i] = square(image, img_size)
         return image.size
 
@@ -381,6 +389,10 @@ def decode(directory, paths, img_size):
     with ThreadPool(cores) as pool:  # PIL lets other threads run while it decodes
         done = pool.imap(decode_one, range(len(paths)), chunksize=16)
         sizes = collections.Counter(tqdm(done, "decoding", len(paths), unit=" images", disable=None, delay=3))
+    if errors:
+        first, *more = sorted(errors)
+        told = ", ".join(str(directory / paths[i]) for i in more[:9]) + (" ..." if more[9:] else "")
+        raise UserError(errors[first] + (f" Nor can {len(more)} more be read: {told}." if more else ""))
     if resized := len(paths) - sizes[img_size, img_size]:
         cropped = sum(count for (width, height), count in sizes.items() if width != height)
         place = f"{len(paths)} images in {directory} to {img_size} x {img_size}"

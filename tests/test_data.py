@@ -430,14 +430,17 @@ def test_only_large_jpegs_are_decoded_smaller_and_look_the_same(tmp_path, size, 
     assert difference.abs().max() <= (0 if size == decoded else 12)
 
 
-def test_images_are_decoded_in_order_and_the_first_bad_one_is_named(image_folder):
+def test_images_are_decoded_in_order_and_all_bad_ones_are_told_at_once(image_folder):
     paths = sorted((image_folder / "train").glob("*/*")) * 40
     pixels = data.decode(image_folder, paths, 16)
     assert pixels[:, :, 0, 0].tolist() == [[100 * k, 40 * i, 200] for k in range(2) for i in range(3)] * 40
     for k in 70, 90, 200:
         paths[k] = image_folder / f"nowhere{k}.png"
-    with pytest.raises(UserError, match=r"nowhere70\.png"):
+    others = ", ".join(str(image_folder / f"nowhere{k}.png") for k in (90, 200))
+    with pytest.raises(UserError, match=rf"No file .*nowhere70\.png\. Nor can 2 more be read: {others}\.$"):
         data.decode(image_folder, paths, 16)
+    with pytest.raises(UserError, match=r"Nor can 99 more be read: ([^,]*, ){8}[^,]* \.\.\.\.$"):
+        data.decode(image_folder, [image_folder / f"{k}.jpg" for k in range(100)], 16)
 
 
 def test_files_that_are_not_read_are_counted_and_said_once(image_folder, capsys):
