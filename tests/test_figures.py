@@ -101,6 +101,14 @@ def test_epochs_are_marked_where_the_line_alone_says_too_little():
     plt.close()
 
 
+def test_one_epoch_is_a_whole_number_on_its_axis():
+    _, axes = plt.subplots()
+    figures.draw_curves(axes, [("", [1], [[0.5]])], "loss")
+    low, high = axes.get_xlim()
+    assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [1]
+    plt.close()
+
+
 def test_25_lines_differ_in_colour_or_dashes_the_first_ones_in_both():
     _, axes = plt.subplots()
     figures.draw_curves(axes, [("", [1], [[1.0]])] * 25, "loss")
