@@ -3,7 +3,10 @@
 python -m scripts.plot_curves logs/classifier/* --metric train/loss test/acc --output curves.png
 """
 
+import collections
+import functools
 import math
+import operator
 import os
 import sys
 from pathlib import Path
@@ -49,11 +52,11 @@ def short_names(runs):
     if len(runs) == 1:
         return [runs[0].name]
     kinds = [next(mark for mark in KINDS if mark in run.name) for run in runs]
-    parts = [str(run).replace(os.sep, "_").split("_") for run in runs]
+    parts = [collections.Counter(str(run).replace(os.sep, "_").split("_")) for run in runs]
     names = []
     for kind, words in zip(kinds, parts, strict=True):
-        shared = set.intersection(*(set(w) for k, w in zip(kinds, parts, strict=True) if k == kind))
-        own = [word for word in dict.fromkeys(words) if word not in shared]
+        shared = functools.reduce(operator.and_, (w for k, w in zip(kinds, parts, strict=True) if k == kind))
+        own = words - shared  # a seed is in a classifier's name and in its MAE's
         names.append(" ".join([KINDS[kind], *own] if len(set(kinds)) > 1 else own))
     return names if all(names) and len(set(names)) == len(runs) else list(map(str, runs))
 

@@ -966,6 +966,7 @@ def test_a_picture_of_one_image_has_its_whole_title(start, monkeypatch):
             ["cls_b8_s1_from_mae_d4_s1", "cls_b8_s2_from_mae_d4_s2", "cls_b8_s1_scratch_i32"],
             ["pretrained s1", "pretrained s2", "from scratch"],
         ),
+        (["cls_s1_from_mae_s42", "cls_s42_from_mae_s42"], ["s1", "s42"]),
         (["mae_i32_d4_s1"], ["mae_i32_d4_s1"]),
         (["lr3e-4/mae_d4", "pretrain/mae_d4"], ["lr3e-4", "pretrain"]),
         (["cls_s1_from_mae_s2", "cls_s2_from_mae_s1"], ["logs/cls_s1_from_mae_s2", "logs/cls_s2_from_mae_s1"]),
