@@ -158,7 +158,7 @@ class Run:
             with processes.together():
                 session.check_same_start()
             if self.writer:
-                session.announce(start)
+                session.announce(start, config["starts"][-1] if config else start)
             try:
                 yield session
             except BaseException:
@@ -338,12 +338,19 @@ class Session:
         self._print_epoch(epoch, metrics)
         self._save_or_stop(last=self._steps() == self.plan.total_steps)
 
-    def announce(self, start):
-        """Print where the run is, what it computes and on what; how far it is, if it is continued."""
+    def announce(self, start, last):
+        """Print where the run is, what it computes and on what; if it is continued, how far it is, and by other code.
+
+        Args:
+            start, last: what is known of this start and of the one before.
+        """
         what = f"{self.facts['parameters']:,} parameters, {self.facts['precision']} on {start['device']}"
         self._print(f"{self.run.directory}: {self.epochs} epochs of {self.plan.steps_per_epoch} steps, {what}")
         if self.steps_before:
             self._print("Continued: {epoch} epochs and {step} steps are done".format(**self.progress))
+            before, now = (f"{s.get('commit')}{'' if s.get('clean') else ' with changes'}" for s in (last, start))
+            if before != now:
+                self._print(f"The code may be another: it was commit {before}, now it is {now}")
 
     def _print_epoch(self, epoch, metrics):
         shown = [f"{name} {metrics[name]:.4f}" for name in SHOWN if not math.isnan(metrics.get(name, math.nan))]

@@ -250,6 +250,14 @@ def test_a_run_says_where_it_is_and_how_each_epoch_went(tmp_path, capsys):
     assert lines[0] == f"{tmp_path / 'toy'}: 4 epochs of 2 steps, 2,040 parameters, float32 on cpu"
     assert re.fullmatch(r"epoch 1 of 4: train/loss 0\.5000, test/acc 0\.2500, 00:\d\d left", lines[1])
     assert lines[2:] == [lines[0], "Continued: 1 epochs and 0 steps are done"]
+    for commit, clean in (("abc", True), ("abc", False), ("abc", False)):
+        with opened(tmp_path, start={**START, "commit": commit, "clean": clean}):
+            pass
+    said = [line for line in capsys.readouterr().out.splitlines() if "code" in line]
+    assert said == [
+        "The code may be another: it was commit None with changes, now it is abc",
+        "The code may be another: it was commit abc, now it is abc with changes",
+    ]
 
 
 def test_a_repeated_signal_is_one_and_a_later_one_ends_the_process_at_once(monkeypatch):
