@@ -424,6 +424,8 @@ def open_image(path, img_size):
         raise
     except FileNotFoundError as error:
         raise UserError(f"No file {path}.") from error
+    except IsADirectoryError as error:
+        raise UserError(f"{path} is a directory; name image files.") from error
     except Exception as error:  # PIL raises many kinds on damaged files
         raise UserError(f"Cannot read {path} as an image: {error}. Repair or delete it, then run again.") from error
 

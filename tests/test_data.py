@@ -412,6 +412,11 @@ def test_an_image_with_damaged_exif_is_taken_as_it_lies(tmp_path):
     assert torch.equal(data.read_image(tmp_path / "0.webp", 16), data.read_image(photo(16, 16), 16))
 
 
+def test_a_directory_is_no_image(image_folder):
+    with pytest.raises(UserError, match=f"{image_folder} is a directory; name image files"):
+        data.read_image(image_folder, 16)
+
+
 def test_read_image_gives_the_pixels_of_the_folder(image_folder):
     path = image_folder / "train" / "cat" / "1.jpg"
     photo(500, 375).save(path)
