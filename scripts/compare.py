@@ -151,7 +151,8 @@ def label_all(results):
     Returns:
         {label: [Result, ...]}; {label: {name: value} of the arguments that vary}; the values that labels leave out.
     """
-    labels = {labels_of(r) for r in results if r.classifier} or {labels_of(r) for r in results if r.features}
+    classifiers = [r for r in results if r.classifier and is_finished(r.classifier)]
+    labels = set(map(labels_of, classifiers or (r for r in results if r.features)))  # as find_results tells them apart
     settings = without_twins([arguments_of(result, by_labels=len(labels) > 1) for result in results])
     varied, pretrained = what_varies(settings), [is_pretrained(result) for result in results]
     settings = [{name: setting[name] for name in varied if name in setting} for setting in settings]

@@ -111,7 +111,7 @@ def main(grids):
     Raises:
         UserError: different settings would be runs of the same name.
     """
-    sys.argv[0], jobs, seen = "sweep.sh", {}, {}
+    sys.argv[0], jobs = "sweep.sh", {}
     settings = [setting for grid in grids for setting in combinations(grid)]
     for seed in variable("SEEDS"):
         for make in [scratch_job, mae_job] if variable("SCRATCH") else [mae_job]:
@@ -119,16 +119,15 @@ def main(grids):
                 commands, directory = make(setting, seed)
                 if not commands:
                     continue
-                jobs.setdefault(directory, commands)
-                words, arguments = shlex.join(words_of(setting)), parsed(*commands[0])
-                first, others = seen.setdefault(directory, (words, arguments))
+                arguments, words = parsed(*commands[0]), shlex.join(words_of(setting))
+                _, others, first = jobs.setdefault(directory, (commands, arguments, words))
                 if arguments != others:
                     sys.argv[0] = "sweep.sh"
                     raise UserError(
                         f"{first!r} and {words!r} would both be the run {directory}. Let run_name of the training "
                         f"script tell them apart."
                     )
-    for commands in jobs.values():
+    for commands, _, _ in jobs.values():
         for command in commands[1:]:
             checked(*command)
         print(" && ".join(f"{os.environ['START']} {shlex.join(command)}" for command in commands))
