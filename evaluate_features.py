@@ -19,15 +19,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import data
 import utils
-from checkpoints import digest, load_model
-from errors import UserError, as_user_error, exit_in_one_line
-from features import FROZEN_MEASURES, POOLS, extract_features, knn_predict, linear_probe
-from figures import draw_blocks, save
-from files import replacing
+from engine.checkpoints import digest, load_model
+from engine.device import autocast, environment, generator, peak_memory_mb, pick_device, pick_precision, tune
+from engine.errors import UserError, as_user_error, exit_in_one_line
+from engine.features import FROZEN_MEASURES, POOLS, extract_features, knn_predict, linear_probe
+from engine.figures import draw_blocks, save
+from engine.files import replacing
+from engine.run import csv_text
+from images import data
 from model import MAE_ViT, ViT_Classifier
-from runs import csv_text
 
 BATCH = {"cuda": 1000, "cpu": 100, "mps": 100}  # images at once; on a CPU 250 are slower
 CACHE_BYTES = 1200 * 10**6  # of features at once, at least one block's; the default model's 12 blocks fit
@@ -75,7 +76,7 @@ def measure(features, labels, queries, query_labels, num_classes, seed):
     neighbours = knn_predict(features, labels, queries, num_classes)
     knn_acc = (neighbours == query_labels).cpu().double().mean().item()  # waits for the device
     halfway = time.monotonic()
-    held_out = utils.generator("cpu", seed, "held out")
+    held_out = generator("cpu", seed, "held out")
     predicted, weight_decay = linear_probe(features, labels, queries, num_classes, held_out)
     linear_acc = (predicted == query_labels).cpu().double().mean().item()
     return {
@@ -106,7 +107,7 @@ def rows_of(encoder, train, test, args, precision, add):
     train_labels, test_labels = train.labels.to(device), test.labels.to(device)
 
     def features_of(images, layers):
-        with utils.autocast(precision, device):
+        with autocast(precision, device):
             return extract_features(
                 encoder, images, lambda part: data.normalize(part.to(device)), layers, args.pool, BATCH[device.type]
             )
@@ -204,8 +205,8 @@ def write_files(place, rows, facts, args):
 
 def evaluate(path, model, content, args):
     """Measure one model, if that is not done already: print its table row by row, and write its files."""
-    started, device, model_args = time.monotonic(), utils.pick_device(args.device), content["model_args"]
-    precision = utils.pick_precision(args.precision, device, model_args["embed_dim"])
+    started, device, model_args = time.monotonic(), pick_device(args.device), content["model_args"]
+    precision = pick_precision(args.precision, device, model_args["embed_dim"])
     dataset, data_dir = args.dataset or content["dataset"], args.data_dir or content["data_dir"]
     place = place_of(path, args)
     facts = {"name": content["run_name"], "kind": content["kind"], "model_digest": digest(content["model"])}
@@ -224,7 +225,7 @@ def evaluate(path, model, content, args):
     with npz_file(args.save) as add:
         for name, model in models.items():
             encoder = getattr(model, "encoder", model).to(device).eval()  # a MAE's; a classifier is one
-            utils.tune(encoder, device, precision, len(encoder.pos_embedding))
+            tune(encoder, device, precision, len(encoder.pos_embedding))
             for row in rows_of(encoder, train, test, args, precision, add if name == "trained" else ignore):
                 rows.append({"encoder": name, **row})
                 print_row(rows[-1])
@@ -233,7 +234,7 @@ def evaluate(path, model, content, args):
     facts |= {"arguments": vars(args), "model_args": model_args, "data_dir": data_dir}
     facts |= {"train_images": len(train.images), "test_images": len(test.images)}
     facts |= {"device": device.type, "seconds": time.monotonic() - started}
-    facts |= {"memory/peak_mb": utils.peak_memory_mb(device), **utils.environment(device)}
+    facts |= {"memory/peak_mb": peak_memory_mb(device), **environment(device)}
     write_files(place, rows, facts, args)
 
 

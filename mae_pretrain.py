@@ -14,16 +14,28 @@ import math
 import torch
 from torchvision.utils import make_grid
 
-import augmentation
-import data
-import processes
-import training
 import utils
-from checkpoints import digest, load_model
-from errors import exit_in_one_line
-from features import extract_features, knn_predict
+from engine import processes, training
+from engine.checkpoints import digest, load_model
+from engine.device import (
+    autocast,
+    count_parameters,
+    epoch_order,
+    generator,
+    loss_scaler,
+    maybe_compiled,
+    peak_memory_mb,
+    pick_device,
+    pick_precision,
+    placed,
+    this_start,
+    tune,
+)
+from engine.errors import exit_in_one_line
+from engine.features import extract_features, knn_predict
+from engine.run import Run
+from images import augmentation, data
 from model import MASK_STRATEGIES, POSITIONS, MAE_ViT, mae_loss
-from runs import Run
 
 SIZE = ("img_size", "patch_size", "embed_dim", "encoder_depth", "num_heads", "decoder_depth")
 WARMUP = 0.1  # of all epochs
@@ -101,21 +113,21 @@ def draw_batch(images, shuffle, args, ids, epoch, step):
     """The images ids (B,) of (N, 3, H, W) uint8, augmented where asked, and their masks as ids_shuffle (B, N)."""
     batch = images[ids]
     device = batch.device
-    batch = augmentation.AUGMENTATIONS[args.augment](batch, utils.generator(device, args.seed, epoch, step, "augment"))
-    return batch, shuffle(len(batch), utils.generator(device, args.seed, epoch, step, "masks"), device)
+    batch = augmentation.AUGMENTATIONS[args.augment](batch, generator(device, args.seed, epoch, step, "augment"))
+    return batch, shuffle(len(batch), generator(device, args.seed, epoch, step, "masks"), device)
 
 
 def loss_of(forward, precision, images, ids_shuffle, norm_pix_loss=False):
     """Mean loss of images (b, 3, H, W) uint8 under masks; forward: the model, compiled or not."""
     images = data.normalize(images)
-    with utils.autocast(precision, images.device):
+    with autocast(precision, images.device):
         pred, mask = forward(images, ids_shuffle)
     return mae_loss(pred, images, mask, norm_pix_loss)  # each image has equally many hidden patches
 
 
 def mask_digest(shuffle, count=100):
     """16 hex digits that change where a strategy of this name draws other masks."""
-    return digest({"masks": shuffle(count, utils.generator("cpu", "digest"))})
+    return digest({"masks": shuffle(count, generator("cpu", "digest"))})
 
 
 def probe_interval(args, plan, bank_size):
@@ -138,9 +150,9 @@ def probe(model, train, test, precision, batch_size):
         train, test: ImageSets, the bank of the k-NN and what it is asked; batch_size: images at once.
     """
     device, layer = test.images.device, len(model.encoder.transformer)
-    ids_shuffle = model.shuffle(len(test.images), utils.generator(device, "probe"), device)
+    ids_shuffle = model.shuffle(len(test.images), generator(device, "probe"), device)
     loss = torch.zeros((), device=device)
-    with utils.autocast(precision, device):
+    with autocast(precision, device):
         for part in processes.shared_out(len(test.images), batch_size):
             x = data.normalize(test.images[part])
             pred, mask = model(x, ids_shuffle[part])
@@ -166,7 +178,7 @@ def reconstruction_grid(model, images):
     Returns:
         (3, H, W) uint8.
     """
-    ids_shuffle = model.shuffle(len(images), utils.generator(images.device, "shown"), images.device)
+    ids_shuffle = model.shuffle(len(images), generator(images.device, "shown"), images.device)
     rows = data.to_pixels(torch.cat([*model.reconstruct(images, ids_shuffle), images]))
     times = math.ceil(96 / rows.shape[-1])
     rows = rows.repeat_interleave(times, 2).repeat_interleave(times, 3)
@@ -180,14 +192,14 @@ def load_images(args, device):
         images; banks: the training and the test ImageSet of a probe; shown: 16 test images, normalised; digests.
     """
     train, test = data.load_dataset(args.dataset, args.data_dir, args.img_size, args.train_images, labelled=False)
-    banks = [data.draw(*bank, utils.generator("cpu", "probe")).to(device) for bank in ((train, 5000), (test, 1000))]
-    shown = data.normalize(data.draw(test, 16, utils.generator("cpu", "shown")).images.to(device))
-    return utils.placed(device, train)[0].images, banks, shown, {"images": train.digest(), "test_set": test.digest()}
+    banks = [data.draw(*bank, generator("cpu", "probe")).to(device) for bank in ((train, 5000), (test, 1000))]
+    shown = data.normalize(data.draw(test, 16, generator("cpu", "shown")).images.to(device))
+    return placed(device, train)[0].images, banks, shown, {"images": train.digest(), "test_set": test.digest()}
 
 
 def pretrain(args):
     """Train one run to its end, on from where it stopped; returns its directory."""
-    device = utils.pick_device(args.device)
+    device = pick_device(args.device)
     rank, world_size = processes.join(device)
     with processes.together():
         run = Run(args.log_dir, run_name(args), vars(args), args.overwrite, rank == 0, defaults=vars(parse_args([])))
@@ -203,25 +215,25 @@ def pretrain(args):
 
     at_once = args.max_device_batch_size or DEVICE_BATCH_SIZE[device.type]
     plan = training.plan_training(args, len(images), WARMUP, at_once, rank, world_size)
-    precision = utils.pick_precision(args.precision, device, args.embed_dim)
-    utils.tune(model, device, precision, model.shuffle.grid_size**2)
+    precision = pick_precision(args.precision, device, args.embed_dim)
+    tune(model, device, precision, model.shuffle.grid_size**2)
     optimizer = build_optimizer(model, plan.peak_lr, args.weight_decay)
     draw = functools.partial(draw_batch, images, model.shuffle, args)
-    forward = utils.compiled(model, args.compile, device, plan.num_images)
+    forward = maybe_compiled(model, args.compile, device, plan.num_images)
     loss = functools.partial(loss_of, forward, precision, norm_pix_loss=args.norm_pix_loss)
-    scaler = utils.loss_scaler(precision, device)
+    scaler = loss_scaler(precision, device)
     every = probe_interval(args, plan, sum(len(bank.images) for bank in banks))
     look = functools.partial(probe, model, *banks, precision, at_once)
     not_probed = dict.fromkeys(PROBED if banks[0].classes else PROBED[:1], math.nan)
 
-    facts = {"parameters": utils.count_parameters(model), "precision": precision, **digests, **plan.facts()}
-    start = utils.this_start(device, world_size, plan) if rank == 0 else {}
+    facts = {"parameters": count_parameters(model), "precision": precision, **digests, **plan.facts()}
+    start = this_start(device, world_size, plan) if rank == 0 else {}
     with run.open(model, optimizer, plan, facts, start) as session:
         for epoch in range(session.progress["epoch"], args.total_epoch):
-            order = utils.epoch_order(len(images), args.seed, epoch, images.device)
+            order = epoch_order(len(images), args.seed, epoch, images.device)
             metrics = training.train_one_epoch(model, optimizer, plan, order, draw, loss, session, scaler)
             session.check_finite(metrics["train/loss"])
-            metrics["memory/peak_mb"] = utils.peak_memory_mb(device)
+            metrics["memory/peak_mb"] = peak_memory_mb(device)
             last = epoch + 1 == args.total_epoch
             if every:
                 metrics |= look() if last or (epoch + 1) % every == 0 else not_probed

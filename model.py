@@ -16,7 +16,7 @@ from timm.layers import trunc_normal_
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from errors import UserError
+from engine.errors import UserError
 
 # --- patches ---
 

@@ -14,15 +14,27 @@ import torch
 import torch.nn.functional as F
 from timm.optim import param_groups_layer_decay
 
-import augmentation
-import data
-import processes
-import training
 import utils
-from checkpoints import digest, load_model
-from errors import UserError, exit_in_one_line
+from engine import processes, training
+from engine.checkpoints import digest, load_model
+from engine.device import (
+    autocast,
+    count_parameters,
+    epoch_order,
+    generator,
+    loss_scaler,
+    maybe_compiled,
+    peak_memory_mb,
+    pick_device,
+    pick_precision,
+    placed,
+    this_start,
+    tune,
+)
+from engine.errors import UserError, exit_in_one_line
+from engine.run import Run, read_metrics
+from images import augmentation, data
 from model import MAE_ViT, ViT_Classifier, drop_path_scales
-from runs import Run, read_metrics
 
 SIZE = ("img_size", "patch_size", "embed_dim", "encoder_depth", "num_heads")
 WARMUP = 0.05  # of all epochs
@@ -151,13 +163,13 @@ def draw_batch(train, args, ids, epoch, step):
     """
     batch, labels = train.images[ids], train.labels[ids]
     device = batch.device
-    batch = augmentation.AUGMENTATIONS[args.augment](batch, utils.generator(device, args.seed, epoch, step, "augment"))
+    batch = augmentation.AUGMENTATIONS[args.augment](batch, generator(device, args.seed, epoch, step, "augment"))
     if args.mixup or args.cutmix:
-        seed = utils.generator("cpu", args.seed, epoch, step, "mixup").initial_seed()
+        seed = generator("cpu", args.seed, epoch, step, "mixup").initial_seed()
         batch, labels = augmentation.mix(batch, labels, len(train.classes), args.mixup, args.cutmix, seed)
     if not args.drop_path:
         return batch, labels
-    draw = utils.generator(device, args.seed, epoch, step, "drop path")
+    draw = generator(device, args.seed, epoch, step, "drop path")
     return batch, labels, drop_path_scales(len(batch), args.encoder_depth, args.drop_path, draw, device)
 
 
@@ -167,7 +179,7 @@ def loss_of(forward, precision, images, labels, scales=None, label_smoothing=0.0
     Args:
         forward: the model, compiled or not; scales: (b, depth, 2), its drop path.
     """
-    with utils.autocast(precision, images.device):
+    with autocast(precision, images.device):
         logits = forward(data.normalize(images), scales)
     return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
 
@@ -185,7 +197,7 @@ def evaluate(model, images, precision, at_once, name="test"):
     device = labels.device
     loss, correct = torch.zeros((), device=device), torch.zeros(len(labels), device=device)
     for part in processes.shared_out(len(labels), EVAL_BATCH):
-        with utils.autocast(precision, device):
+        with autocast(precision, device):
             logits = torch.cat([model(data.normalize(some)).float() for some in pixels[part].split(at_once)])
         correct[part] = (logits.argmax(dim=1) == labels[part]).float()
         loss += F.cross_entropy(logits, labels[part], reduction="sum")
@@ -236,7 +248,7 @@ def load_images(args, device):
     digests, val = {"images": train.digest(), "test_set": test.digest()}, None
     if args.val_images:
         train, val = data.hold_out(train, args.val_images, args.train_images)
-    return *utils.placed(device, train, val, test), digests
+    return *placed(device, train, val, test), digests
 
 
 def scores_of_epoch(model, val, test, precision, at_once, session, last):
@@ -258,7 +270,7 @@ def scores_of_epoch(model, val, test, precision, at_once, session, last):
 
 def train_classifier(args):
     """Train one run to its end, on from where it stopped; returns its directory."""
-    device = utils.pick_device(args.device)
+    device = pick_device(args.device)
     rank, world_size = processes.join(device)
     with processes.together():
         pretrained, args = load_pretrained(args)
@@ -279,26 +291,26 @@ def train_classifier(args):
     if pretrained:
         model.load_encoder(pretrained["model"])
     model = model.to(device)
-    precision = utils.pick_precision(args.precision, device, args.embed_dim)
-    utils.tune(model, device, precision, (args.img_size // args.patch_size) ** 2)
+    precision = pick_precision(args.precision, device, args.embed_dim)
+    tune(model, device, precision, (args.img_size // args.patch_size) ** 2)
     optimizer = build_optimizer(model, plan.peak_lr, args.weight_decay, args.layer_decay, args.decay_matrices_only)
     draw = functools.partial(draw_batch, train, args)
-    forward = utils.compiled(model, args.compile, device, plan.num_images)
+    forward = maybe_compiled(model, args.compile, device, plan.num_images)
     loss = functools.partial(loss_of, forward, precision, label_smoothing=args.label_smoothing)
-    scaler = utils.loss_scaler(precision, device)
+    scaler = loss_scaler(precision, device)
 
-    facts = {"parameters": utils.count_parameters(model), "precision": precision, **digests, **plan.facts()}
+    facts = {"parameters": count_parameters(model), "precision": precision, **digests, **plan.facts()}
     if pretrained:
         facts["pretraining"] = pretrained.get("arguments", pretrained["model_args"])
-    start = utils.this_start(device, world_size, plan) if rank == 0 else {}
+    start = this_start(device, world_size, plan) if rank == 0 else {}
     with run.open(model, optimizer, plan, facts, start) as session:
         for epoch in range(session.progress["epoch"], args.total_epoch):
-            order = utils.epoch_order(len(train.images), args.seed, epoch, train.images.device)
+            order = epoch_order(len(train.images), args.seed, epoch, train.images.device)
             metrics = training.train_one_epoch(
                 model, optimizer, plan, order, draw, loss, session, scaler, args.clip_grad
             )
             session.check_finite(metrics["train/loss"])
-            metrics["memory/peak_mb"] = utils.peak_memory_mb(device)
+            metrics["memory/peak_mb"] = peak_memory_mb(device)
             last = epoch + 1 == args.total_epoch
             session.end_epoch(scores_of_epoch(model, val, test, precision, at_once, session, last) | metrics)
         trained_on = {"dataset": args.dataset, "data_dir": args.data_dir, "classes": train.classes}

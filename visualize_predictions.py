@@ -12,12 +12,13 @@ from pathlib import Path
 
 import torch
 
-import data
-import figures
 import utils
-from checkpoints import load_model
-from errors import UserError, as_user_error, exit_in_one_line
-from figures import draw_rows, draw_title, plt, save
+from engine import figures
+from engine.checkpoints import load_model
+from engine.device import generator
+from engine.errors import UserError, as_user_error, exit_in_one_line
+from engine.figures import draw_rows, draw_title, plt, save
+from images import data
 from model import MASK_STRATEGIES, MAE_ViT, PatchShuffle, ViT_Classifier, mae_loss
 
 DRAWS = 1000  # masks behind a strategy's visibility map
@@ -74,7 +75,7 @@ def draw_reconstructions(model, images, names, args):
     for i, (strategy, ratio) in enumerate(settings):
         mask_args = args.mask_args or (trained.mask_args if strategy == trained.mask_strategy else None)
         model.shuffle = PatchShuffle(trained.grid_size, ratio, strategy, mask_args)
-        ids_shuffle = model.shuffle(len(images), utils.generator("cpu", args.seed, "masks"))
+        ids_shuffle = model.shuffle(len(images), generator("cpu", args.seed, "masks"))
         masked, reconstructed = model.reconstruct(images, ids_shuffle)
         with torch.no_grad():
             pred, mask = model(images, ids_shuffle)
@@ -110,7 +111,7 @@ def load_images(args, content, is_mae):
     _, test = data.load_dataset(dataset, data_dir, img_size, labelled=not is_mae)
     if not is_mae and test.classes != content["classes"]:
         raise UserError(f"{args.model_path} tells {content['classes']} apart, {dataset} has {test.classes}.")
-    chosen = torch.randperm(len(test.images), generator=utils.generator("cpu", args.seed, "images"))
+    chosen = torch.randperm(len(test.images), generator=generator("cpu", args.seed, "images"))
     chosen = chosen[: args.num_images or (8 if is_mae else 32)]
     return test.images[chosen], [""] * len(chosen), test.labels[chosen]
 
@@ -135,7 +136,7 @@ def draw_masks(args, columns=6):
     visible = {}  # (DRAWS, g, g) float of each strategy, 1 where visible
     for strategy in strategies:
         shuffle = PatchShuffle(args.grid_size, ratio, strategy, args.mask_args)
-        seen = shuffle(DRAWS, utils.generator("cpu", args.seed, strategy)).argsort(1) < shuffle.num_visible
+        seen = shuffle(DRAWS, generator("cpu", args.seed, strategy)).argsort(1) < shuffle.num_visible
         visible[strategy] = seen.view(DRAWS, args.grid_size, args.grid_size).float()
     draw_rows(axes[:, :-1], {strategy: maps[:columns] for strategy, maps in visible.items()})
     for place, maps in zip(axes[:, -1], visible.values(), strict=True):

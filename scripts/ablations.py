@@ -1,8 +1,8 @@
 """The settings that the ablations compare, and their runs by setting."""
 
-from errors import UserError
+from engine.errors import UserError
+from engine.run import read_config
 from model import MASK_STRATEGIES
-from runs import read_config
 from scripts.results import by_setting, check_alike, common_accuracy, find_results, is_pretrained, tables_of
 
 BASE, SCRATCH = "depth 4, random", "from scratch"

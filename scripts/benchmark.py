@@ -25,10 +25,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-import processes as group
 import utils
-from errors import UserError, as_user_error, exit_in_one_line
-from figures import STYLES, plt, save
+from engine import processes as group
+from engine.device import PRECISIONS, environment, peak_memory_mb, pick_device, pick_precision
+from engine.errors import UserError, as_user_error, exit_in_one_line
+from engine.figures import STYLES, plt, save
 from model import MAE_ViT
 from scripts.benchmark_paths import PATHS, default_batch_size
 from scripts.cost import gflop_per_image
@@ -70,14 +71,14 @@ def serve(name, device, batch_size, model_args, rank, processes, meeting, pipe):
     """
     warnings.simplefilter("ignore")  # of other libraries
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes; the first ends the others
-    before = utils.peak_memory_mb(torch.device("cpu"))
+    before = peak_memory_mb(torch.device("cpu"))
     way = PATHS[name]
     precision, model_args = way.precision, way.sizes(model_args)
     if processes > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // processes))
         dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=processes)
     if precision == "best":
-        precision = utils.pick_precision("auto", device, model_args["embed_dim"])
+        precision = pick_precision("auto", device, model_args["embed_dim"])
     size = model_args["img_size"]
     images = torch.randint(256, (NUM_IMAGES, 3, size, size), dtype=torch.uint8, device=device)
     try:
@@ -89,7 +90,7 @@ def serve(name, device, batch_size, model_args, rank, processes, meeting, pipe):
     steps = itertools.count()
     while (wish := pipe.recv()) != "end":
         pipe.send(timed(step, next(steps), device) if wish == "step" else give_memory_back(device))
-    pipe.send((precision, utils.peak_memory_mb(device) - (0 if device.type == "cuda" else before)))
+    pipe.send((precision, peak_memory_mb(device) - (0 if device.type == "cuda" else before)))
     group.leave()
 
 
@@ -230,7 +231,7 @@ def row_of(name, batch_size, first, times, answers, model_args, gflops):
 def matmul_gflops(device, precision):
     """GFLOP/s of one large matrix product: what this machine's arithmetic gives."""
     n = 2048 if device.type == "cpu" else 8192
-    one = torch.randn(n, n, device=device, dtype=utils.PRECISIONS[precision])
+    one = torch.randn(n, n, device=device, dtype=PRECISIONS[precision])
     return 2 * n**3 / min(timed(lambda i: one @ one, i, device) for i in range(10)) / 1e9
 
 
@@ -259,7 +260,7 @@ def growth(device, model_args, seconds):
 def report(rows, path):
     """Print a table and write it as CSV, and where and from what it was measured as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    facts = utils.environment()
+    facts = environment()
     for name in ("transformers", "lightly"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             facts[name] = metadata.version(name)
@@ -293,7 +294,7 @@ def main(argv=None):
     args = parse_args(argv)
     model_args = {**utils.defaults(MAE_ViT), "embed_dim": args.embed_dim}
     with exit_in_one_line(), as_user_error(OSError):
-        device = utils.pick_device(args.device)
+        device = pick_device(args.device)
         if args.growth:
             rows = growth(device, model_args, args.seconds)
             report(rows, args.output / "growth.csv")

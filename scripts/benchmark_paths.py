@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-import data
 import mae_pretrain
 import train_classifier
-import training
 import utils
+from engine import training
+from engine.device import autocast, maybe_compiled, tune
+from images import data
 from model import MAE_Encoder, MAE_ViT, ViT_Classifier, mae_loss
 
 # --- (images, model arguments, batch size, precision, compiled) -> step(i) -> loss ---
@@ -39,10 +40,10 @@ def our_step(script, model, drawn_from, images, model_args, batch_size, precisio
         drawn_from: what the script's draw_batch takes before the arguments.
     """
     device, args = images.device, script.parse_args([])
-    utils.tune(model, device, precision, (model_args["img_size"] // model_args["patch_size"]) ** 2)
+    tune(model, device, precision, (model_args["img_size"] // model_args["patch_size"]) ** 2)
     slices = training.micro_batches(0, batch_size, script.DEVICE_BATCH_SIZE[device.type])
     optimizer, ids = script.build_optimizer(model, 1e-4, args.weight_decay), batches(images, batch_size)
-    loss = functools.partial(script.loss_of, utils.compiled(model, compiled, device), precision)
+    loss = functools.partial(script.loss_of, maybe_compiled(model, compiled, device), precision)
     draw = functools.partial(script.draw_batch, *drawn_from, args)
     return lambda i: training.update(model, optimizer, slices, 1e-4, loss, draw(ids(i), 0, i))
 
@@ -135,7 +136,7 @@ def huggingface_pretraining(images, model_args, batch_size, precision, compiled)
     ids = batches(images, batch_size)
 
     def step(i):
-        with utils.autocast(precision, images.device):
+        with autocast(precision, images.device):
             loss = forward(data.normalize(images[ids(i)])).loss
         return plain_step(optimizer, loss)
 
@@ -177,7 +178,7 @@ def lightly_pretraining(images, model_args, batch_size, precision, compiled):
     loss_of = torch.compile(loss_of) if compiled else loss_of
 
     def step(i):
-        with utils.autocast(precision, images.device):
+        with autocast(precision, images.device):
             loss = loss_of(data.normalize(images[ids(i)]))
         return plain_step(optimizer, loss)
 

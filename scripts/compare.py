@@ -13,9 +13,9 @@ import statistics
 from pathlib import Path
 
 import utils
-from errors import UserError, as_user_error, exit_in_one_line
+from engine.errors import UserError, as_user_error, exit_in_one_line
+from engine.run import csv_text, read_config
 from model import MAE_ViT
-from runs import csv_text, read_config
 from scripts.compare_figures import draw_all_curves, draw_measures
 from scripts.cost import gflop_per_image
 from scripts.results import (

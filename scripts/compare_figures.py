@@ -6,7 +6,7 @@ import statistics
 
 from matplotlib.ticker import MaxNLocator
 
-from figures import STYLES, draw_cells, draw_seeds, plt, save
+from engine.figures import STYLES, draw_cells, draw_seeds, plt, save
 from scripts.plot_curves import NAMES
 from scripts.results import common_accuracy, paired_difference, tables_of, written
 

@@ -7,6 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import utils
+from engine.device import count_parameters
 from model import MAE_ViT, ViT_Classifier
 
 
@@ -15,7 +16,7 @@ def num_classes(config):
     arguments = config["arguments"]
     sizes = {name: arguments[name] for name in utils.defaults(ViT_Classifier) if name in arguments}
     with torch.device("meta"):  # sizes, no weights
-        one_class = utils.count_parameters(ViT_Classifier(**sizes, num_classes=1))
+        one_class = count_parameters(ViT_Classifier(**sizes, num_classes=1))
     return 1 + (config["parameters"] - one_class) // (arguments["embed_dim"] + 1)  # a weight each and a bias
 
 

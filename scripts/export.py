@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 import utils
-from checkpoints import load_file, load_model, save_file
-from errors import UserError, as_user_error, exit_in_one_line
+from engine.checkpoints import load_file, load_model, save_file
+from engine.errors import UserError, as_user_error, exit_in_one_line
 from model import MAE_ViT, ViT_Classifier
 
 # names: ours to timm's, and timm's to transformers', which has q, k and v apart

@@ -13,8 +13,9 @@ import statistics
 from pathlib import Path
 
 import utils
-from errors import as_user_error, exit_in_one_line
-from runs import read_config, read_metrics
+from engine.device import pick_device
+from engine.errors import as_user_error, exit_in_one_line
+from engine.run import read_config, read_metrics
 from scripts.ablations import BASE, DEPTHS, MASKS, PRETRAINING, SCRATCH, SETTINGS, accuracy_by_epoch, collect
 from scripts.cost import gflop_per_image, num_classes
 from scripts.report_figures import draw_all
@@ -314,7 +315,7 @@ def clear(directory, wanted):
 def main(argv=None):
     args = parse_args(argv)
     with exit_in_one_line(), as_user_error(OSError):
-        device = utils.pick_device(args.device)
+        device = pick_device(args.device)
         results, left_out = collect(args.runs)
         args.output.mkdir(parents=True, exist_ok=True)
         captions = draw_all(results, args.output, args.images, device, kept_pictures(results, args.output))

@@ -15,9 +15,9 @@ if not __package__:  # started as python scripts/plot_curves.py, which puts scri
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import utils
-from errors import UserError, as_user_error, exit_in_one_line
-from figures import draw_curves, draw_legend, plt, save
-from runs import read_metrics
+from engine.errors import UserError, as_user_error, exit_in_one_line
+from engine.figures import draw_curves, draw_legend, plt, save
+from engine.run import read_metrics
 from scripts.results import common_accuracy
 
 NAMES = {

@@ -5,12 +5,11 @@ import math
 
 import torch
 
-import data
-import utils
-from checkpoints import load_model
-from errors import UserError
-from features import FROZEN_MEASURES
-from figures import (
+from engine.checkpoints import load_model
+from engine.device import generator
+from engine.errors import UserError
+from engine.features import FROZEN_MEASURES
+from engine.figures import (
     WRONG,
     curve,
     draw_blocks,
@@ -22,8 +21,9 @@ from figures import (
     save,
     show,
 )
+from engine.run import read_config
+from images import data
 from model import MASK_STRATEGIES, MAE_ViT, PatchShuffle, ViT_Classifier, mae_loss
-from runs import read_config
 from scripts.ablations import BASE, DEPTHS, MASKS, PRETRAINING, SCRATCH, accuracy_by_epoch
 from scripts.results import by_block, read_features, tables_of
 
@@ -60,7 +60,7 @@ def mask_matrix(results, trained, tested, images, device):
             model = model.to(device)
             for j, other in enumerate(tested):
                 shuffle = PatchShuffle(model.shuffle.grid_size, model.shuffle.mask_ratio, other)
-                masks = shuffle(len(images), utils.generator("cpu", "bank", other)).to(device)
+                masks = shuffle(len(images), generator("cpu", "bank", other)).to(device)
                 for x, ids in zip(images.to(device).split(100), masks.split(100), strict=True):
                     pred, mask = model(x, ids)
                     table[i, j] += mae_loss(pred, x, mask, model.norm_pix_loss).item() * len(x)
@@ -75,7 +75,7 @@ def draw_reconstructions(models, images, path):
     rows = {}
     for name, model in models.items():
         strategy = model.shuffle.mask_strategy
-        masks = model.shuffle(len(images), utils.generator("cpu", "report", strategy))
+        masks = model.shuffle(len(images), generator("cpu", "report", strategy))
         rows[f"{strategy}\nmask"], rows[name] = model.reconstruct(images, masks)
     rows["original"] = images
     figure, axes = plt.subplots(len(rows), len(images), figsize=(1.15 * len(images) + 1.4, 1.2 * len(rows) + 0.4))
@@ -94,7 +94,7 @@ def draw_disagreements(test, one, other, path, columns=8):
             place.set_xticks([])
             place.set_yticks([])
             place.set_frame_on(False)
-        order = torch.randperm(len(chosen), generator=utils.generator("cpu", "report"))
+        order = torch.randperm(len(chosen), generator=generator("cpu", "report"))
         for place, i in zip(places, order[chosen[order]].tolist(), strict=False):
             place.set_frame_on(True)
             show(place, test.images[i])
@@ -268,7 +268,7 @@ def draw_all(results, output, bank, device, kept):
     whole = drawable.keys() == results.keys()
     test, reason = images_for_pictures(drawable) if whole else (None, f"{without} has no model.pt")
     if test:
-        chosen = torch.randperm(len(test.images), generator=utils.generator("cpu", "report"))
+        chosen = torch.randperm(len(test.images), generator=generator("cpu", "report"))
         images = data.normalize(test.images[chosen[:bank]])
         captions |= draw_all_reconstructions(drawable, images, output, device)
         captions |= draw_answers(drawable, test, chosen, output, device)

@@ -2,7 +2,7 @@
 
 import statistics
 
-from runs import read_metrics
+from engine.run import read_metrics
 from scripts.ablations import BASE, DEPTHS, MASKS, SCRATCH, accuracy_by_epoch
 from scripts.results import MEASURES, Measure, difference
 

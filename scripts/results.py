@@ -12,13 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import data
 import utils
-from checkpoints import digest, load_file
-from errors import UserError
-from features import FROZEN_MEASURES
+from engine.checkpoints import digest, load_file
+from engine.errors import UserError
+from engine.features import FROZEN_MEASURES
+from engine.run import FREE_ARGUMENTS, read_config, read_metrics
+from images import data
 from model import MAE_ViT
-from runs import FREE_ARGUMENTS, read_config, read_metrics
 from train_classifier import PRESETS
 
 # 97.5 % points of Student's t for 1, 2, ... degrees of freedom; beyond, the last one, which is a little wide

@@ -14,9 +14,9 @@ import evaluate_features
 import mae_pretrain
 import train_classifier
 import utils
-from errors import UserError, exit_in_one_line
+from engine.errors import UserError, exit_in_one_line
+from engine.training import plan_training
 from model import MAE_ViT
-from training import plan_training
 
 SET_BY = {"dataset": "DATASET", "data_dir": "DATA_DIR", "seed": "SEEDS", "log_dir": "LOGS"}
 SCRIPTS = {f"{module.__name__}.py": module for module in (mae_pretrain, evaluate_features, train_classifier)}

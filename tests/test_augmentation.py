@@ -4,14 +4,14 @@ import pytest
 import torch
 from torchvision.transforms import functional
 
-import augmentation
-import utils
+from engine.device import generator
+from images import augmentation
 
 
 @pytest.mark.parametrize("padding", [2, 3])
 def test_flip_and_shift_only_moves_and_mirrors(padding):
     image = torch.arange(64).view(1, 1, 8, 8).expand(200, 3, -1, -1)  # each pixel tells where it was
-    moved = augmentation.flip_and_shift(image, utils.generator("cpu", 0), padding)
+    moved = augmentation.flip_and_shift(image, generator("cpu", 0), padding)
     mirrored = moved[:, 0, 4, 3] > moved[:, 0, 4, 4]
     assert 60 < mirrored.sum() < 140
     straight = torch.where(mirrored[:, None, None, None], moved.flip(3), moved)
@@ -47,10 +47,10 @@ def cropped_one_by_one(images, draw, tries=10):
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (16, 24)])
 @pytest.mark.parametrize("tries", [10, 1])  # with one, many images stay whole
 def test_random_resized_crop_is_torchvisions_image_by_image(height, width, tries):
-    images = torch.randint(256, (300, 3, height, width), dtype=torch.uint8, generator=utils.generator("cpu", "pixels"))
-    cropped = augmentation.random_resized_crop(images, utils.generator("cpu", 0), tries=tries)
+    images = torch.randint(256, (300, 3, height, width), dtype=torch.uint8, generator=generator("cpu", "pixels"))
+    cropped = augmentation.random_resized_crop(images, generator("cpu", 0), tries=tries)
     assert cropped.dtype == torch.uint8
-    off = (cropped - cropped_one_by_one(images, utils.generator("cpu", 0), tries)).abs()
+    off = (cropped - cropped_one_by_one(images, generator("cpu", 0), tries)).abs()
     assert off.max() <= 1  # where a value lies between two
     assert (off > 0).float().mean() < 1e-3
     whole = (cropped == images).flatten(1).all(1) | (cropped == images.flip(3)).flatten(1).all(1)
@@ -58,7 +58,7 @@ def test_random_resized_crop_is_torchvisions_image_by_image(height, width, tries
 
 
 def test_a_batch_is_cropped_in_parts_that_change_nothing(monkeypatch):
-    images = torch.randint(256, (5, 3, 16, 16), dtype=torch.uint8, generator=utils.generator("cpu", "pixels"))
-    whole = augmentation.random_resized_crop(images, utils.generator("cpu", 0))
+    images = torch.randint(256, (5, 3, 16, 16), dtype=torch.uint8, generator=generator("cpu", "pixels"))
+    whole = augmentation.random_resized_crop(images, generator("cpu", 0))
     monkeypatch.setattr(augmentation, "PART", 2)
-    assert torch.equal(augmentation.random_resized_crop(images, utils.generator("cpu", 0)), whole)
+    assert torch.equal(augmentation.random_resized_crop(images, generator("cpu", 0)), whole)

@@ -3,7 +3,7 @@ import os
 import pytest
 import torch
 
-from checkpoints import digest, load_file, save_file
+from engine.checkpoints import digest, load_file, save_file
 
 
 def test_a_saved_file_comes_back_and_leaves_nothing_beside_it(tmp_path):

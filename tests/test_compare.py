@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from test_report import change, few_shapes, keep_classifier, keep_features, keep_mae  # noqa: F401
 
-from figures import draw_matrix, plt
+from engine.figures import draw_matrix, plt
 from scripts import compare, compare_figures
 from scripts.results import Result
 

@@ -9,9 +9,9 @@ import torch
 
 import mae_pretrain
 import train_classifier
-import utils
-from checkpoints import load_file
-from runs import Session, read_config, read_metrics
+from engine.checkpoints import load_file
+from engine.device import generator, peak_memory_mb
+from engine.run import Session, read_config, read_metrics
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -87,7 +87,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(start, precision, monkeypatch):
 def test_a_generator_follows_from_its_key():
     gpu = torch.device("cuda")
     one, same, other = (
-        torch.rand(9, generator=utils.generator(gpu, step, "masks"), device=gpu).tolist() for step in (1, 1, 2)
+        torch.rand(9, generator=generator(gpu, step, "masks"), device=gpu).tolist() for step in (1, 1, 2)
     )
     assert one == same != other
 
@@ -106,4 +106,4 @@ def test_evaluating_takes_no_more_memory_than_training():
     torch.cuda.reset_peak_memory_stats()
     run = classify("--max_device_batch_size 4 --img_size 64 --patch_size 4 --total_epoch 1")
     trained = read_metrics(run)[-1]["memory/peak_mb"]  # noted before the epoch's evaluation
-    assert utils.peak_memory_mb(torch.device("cuda")) <= 1.05 * trained
+    assert peak_memory_mb(torch.device("cuda")) <= 1.05 * trained

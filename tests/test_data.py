@@ -14,9 +14,9 @@ import torch
 from PIL import ExifTags, Image
 from torchvision import datasets
 
-import data
-import files
-from errors import UserError
+from engine import files
+from engine.errors import UserError
+from images import data
 
 
 def test_shapes_are_balanced_and_follow_from_the_seed():

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from errors import UserError, as_user_error, exit_in_one_line
+from engine.errors import UserError, as_user_error, exit_in_one_line
 
 
 def test_what_a_user_can_mend_gets_one_line_and_exit_code_2(capsys, monkeypatch):

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-import data
 import evaluate_features
-import features
-import utils
-from checkpoints import save_file
+from engine import features
+from engine.checkpoints import save_file
+from engine.device import generator
+from engine.figures import plt
 from evaluate_features import main
-from figures import plt
+from images import data
 from model import MAE_ViT, ViT_Classifier
 
 ROOT = Path(__file__).parents[1]
@@ -73,7 +73,7 @@ def test_the_table_is_of_the_models_features_and_stands_beside_it(capsys):
             torch.testing.assert_close(found, features.POOLS[row["pool"]](tokens[part]), rtol=1e-5, atol=1e-5)
         predicted = features.knn_predict(x, train.labels, queries, 10)
         assert float(row["knn/acc"]) == (predicted == test.labels).double().mean().item()
-        held_out = utils.generator("cpu", 42, "held out")
+        held_out = generator("cpu", 42, "held out")
         predicted, weight_decay = features.linear_probe(x, train.labels, queries, 10, held_out)
         assert float(row["linear/acc"]) == (predicted == test.labels).double().mean().item()
         assert float(row["linear/weight_decay"]) == weight_decay
@@ -100,7 +100,7 @@ def test_every_block_is_measured_and_drawn_beside_an_untrained_encoder(monkeypat
     monkeypatch.setattr(evaluate_features, "save", lambda figure, path: drawn.append((figure, path)))
     command = ["--layers", "all", "--seed", "5", "--precision", "bf16", "--save", "features.npz"]
     main(["--model_path", "run", "--untrained", *command])
-    assert seeds == {utils.generator("cpu", 5, "held out").initial_seed()}
+    assert seeds == {generator("cpu", 5, "held out").initial_seed()}
     with np.load("features.npz") as one:
         both = {name: one[name] for name in one.files}
     main(["--model_path", "run/model.pt", *command])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from checkpoints import load_file, load_model, save_file
+from engine.checkpoints import load_file, load_model, save_file
 from model import MAE_ViT, ViT_Classifier
 from scripts import export
 

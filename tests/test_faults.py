@@ -22,14 +22,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import data
 import mae_pretrain
-import runs
 import train_classifier
 import visualize_predictions
-from checkpoints import load_file, load_model, save_file
+from engine import run as runs
+from engine.checkpoints import load_file, load_model, save_file
+from engine.run import Run, read_config, read_metrics
+from images import data
 from model import MASK_STRATEGIES, MAE_ViT, PatchShuffle, ViT_Classifier
-from runs import Run, read_config, read_metrics
 
 ROOT = Path(__file__).parents[1]
 MAE, CLS, VIS = "mae_pretrain", "train_classifier", "visualize_predictions"

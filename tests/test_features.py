@@ -5,9 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import data
-import features
-from features import extract_features, fit_linear, knn_predict, linear_probe
+from engine import features
+from engine.features import extract_features, fit_linear, knn_predict, linear_probe
+from images import data
 from model import MAE_ViT, ViT_Classifier
 
 SIZE = {"img_size": 8, "patch_size": 4, "embed_dim": 12, "encoder_depth": 3, "num_heads": 2}

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-import figures
-from figures import STYLES, plt
+from engine import figures
+from engine.figures import STYLES, plt
 
 
 def test_an_image_is_shown_upright_and_grey_from_0_to_1():

@@ -13,11 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import augmentation
-import data
 import mae_pretrain
-import utils
-from errors import UserError
+from engine.device import autocast, maybe_compiled, tune
+from engine.errors import UserError
+from images import augmentation, data
 from model import (
     MASK_STRATEGIES,
     MAE_Encoder,
@@ -596,14 +595,14 @@ def test_the_fast_paths_have_the_plain_ones_loss_and_gradients(precision, compil
     images = torch.randint(256, (4, 3, 8, 8), generator=seeded(), dtype=torch.uint8)
 
     def loss_and_norm(model, precision, compiled=False):
-        forward = utils.compiled(model, compiled, images.device)
+        forward = maybe_compiled(model, compiled, images.device)
         loss = mae_pretrain.loss_of(forward, precision, images, model.shuffle(4, seeded()))
         loss.backward()
         norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
         return loss.item(), norm.item()
 
     plain, fast = small_mae(encoder_depth=1), small_mae(encoder_depth=1)
-    utils.tune(fast, images.device, precision, num_patches=16)
+    tune(fast, images.device, precision, num_patches=16)
     assert [model.encoder.transformer[0].attn.fused_attn for model in (plain, fast)] == [True, False]
     assert loss_and_norm(fast, precision, compiled) == pytest.approx(loss_and_norm(plain, "float32"), rel=tolerance)
     assert "Cannot compile" not in capsys.readouterr().err
@@ -671,14 +670,14 @@ def test_the_classifier_has_the_loss_and_gradients_of_computing_all_tokens(preci
 
     def loss_and_gradients(forward, precision):
         model.zero_grad()
-        with utils.autocast(precision, images.device):
+        with autocast(precision, images.device):
             logits = forward(images)
         loss = F.cross_entropy(logits.float(), labels)
         loss.backward()
         return loss.detach(), torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
     plain = loss_and_gradients(whole, "float32")
-    fast = loss_and_gradients(utils.compiled(model, compiled, images.device), precision)
+    fast = loss_and_gradients(maybe_compiled(model, compiled, images.device), precision)
     for ours, theirs in zip(fast, plain, strict=True):
         assert (ours - theirs).norm() <= tolerance * theirs.norm()
     assert "Cannot compile" not in capsys.readouterr().err

@@ -10,12 +10,12 @@ import pytest
 import torch
 from test_scripts import classify, few_shapes, picture_size, pretrain  # noqa: F401
 
-import data
-import utils
-from checkpoints import load_model
-from figures import plt
+from engine.checkpoints import load_model
+from engine.device import count_parameters
+from engine.figures import plt
+from engine.run import csv_text, read_config, read_metrics
+from images import data
 from model import MASK_STRATEGIES, MAE_ViT, ViT_Classifier, mae_loss
-from runs import csv_text, read_config, read_metrics
 from scripts import make_report, report_figures, report_findings
 from scripts.ablations import BASE, SCRATCH, collect
 from scripts.results import MEASURES, Difference, Result, difference, spread, values_of
@@ -121,7 +121,7 @@ def keep_run(directory, rows, parameters=1, **arguments):
 
 def keep_classifier(seed, mae, accuracy, classes=10, first=None, **arguments):
     """A classifier of two epochs; first: metrics of the first one, by name."""
-    parameters = utils.count_parameters(ViT_Classifier(**SIZES, num_classes=classes))
+    parameters = count_parameters(ViT_Classifier(**SIZES, num_classes=classes))
     name = f"cls_s{seed}_from_{mae.name}" if mae else f"cls_s{seed}_scratch"
     rows = [{"test/acc": acc, "test/acc_mean_of_batches": acc + 0.001} for acc in (0.1, accuracy)]
     rows[0] |= first or {}

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from checkpoints import digest, save_file
+from engine.checkpoints import digest, save_file
 from scripts import results
 from scripts.results import paired_difference
 

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import runs
-from checkpoints import load_file
-from runs import Run, read_config, read_metrics, start_of
+from engine import run as runs
+from engine.checkpoints import load_file
+from engine.run import Run, read_config, read_metrics, start_of
 
 FACTS = {"parameters": 2040, "precision": "float32", "images": "aa", "masks": "bb"}
 START = {"device": "cpu", "processes": 1, "threads": 1}

@@ -23,18 +23,17 @@ import torch
 import torch.nn.functional as F
 from PIL import ExifTags, Image
 
-import data
 import evaluate_features
 import mae_pretrain
-import processes
 import train_classifier
-import training
 import utils
 import visualize_predictions
-from checkpoints import digest, load_file, load_model
-from errors import exit_in_one_line
+from engine import processes, training
+from engine.checkpoints import digest, load_file, load_model
+from engine.errors import exit_in_one_line
+from engine.run import Session, read_config, read_metrics
+from images import data
 from model import MASK_STRATEGIES, MAE_ViT, ViT_Classifier, mae_loss
-from runs import Session, read_config, read_metrics
 from scripts import benchmark, compare, export, make_report, plot_curves, sweep_jobs
 from scripts.ablations import BASE
 from scripts.report_figures import mask_matrix

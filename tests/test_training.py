@@ -22,16 +22,14 @@ from PIL import Image
 from test_augmentation import cropped_one_by_one
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-import data
 import mae_pretrain
-import processes
 import train_classifier
-import training
-import utils
-from checkpoints import load_file, load_model
-from errors import UserError
+from engine import processes, training
+from engine.checkpoints import load_file, load_model
+from engine.errors import UserError
+from engine.run import Session, read_metrics
+from images import data
 from model import MAE_Encoder, MAE_ViT, PatchShuffle, ViT_Classifier
-from runs import Session, read_metrics
 
 SIZE = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "encoder_depth": 2, "num_heads": 3}
 SEED, BATCH, EPOCHS, STEPS, WARMUP = 5, 14, 2, 3, 3  # 50 images: 3 steps an epoch, 8 images left over
@@ -320,7 +318,7 @@ def test_images_that_stay_in_main_memory_train_the_same(script, few_shapes, monk
     flags = f"{RUN} {SIZE_FLAGS} --augment {'--decoder_depth 1' if script == 'mae_pretrain' else '--val_images 10'}"
     flags = flags.replace("--train_images 50", "--train_images 40")
     on_device, copied = start(f"{flags} --log_dir on_device"), []
-    monkeypatch.setattr(utils, "free_memory", lambda device: 1000)
+    monkeypatch.setattr("engine.device.free_memory", lambda device: 1000)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: copied.append(len(tensor)) or tensor)  # for a GPU
     in_main_memory = start(f"{flags} --log_dir in_main_memory")
     assert capsys.readouterr().out.count("they stay in main memory") == 1
@@ -469,7 +467,7 @@ def test_a_stopped_run_in_fp16_goes_on_with_its_scale(script, few_shapes, monkey
     start = {"mae_pretrain": pretrain, "train_classifier": classify}[script]
     flags = f"{RUN} {SIZE_FLAGS} {'--decoder_depth 1' if script == 'mae_pretrain' else ''} --precision fp16"
     scaler = functools.partial(torch.amp.GradScaler, "cpu", init_scale=2.0**40, backoff_factor=2.0**-30)
-    monkeypatch.setattr(utils, "loss_scaler", lambda *_: scaler(growth_interval=2))
+    monkeypatch.setattr(f"{script}.loss_scaler", lambda *_: scaler(growth_interval=2))
     whole, tick, steps = start(f"{flags} --log_dir whole"), Session.tick, []
 
     def stop_after_4(self):

@@ -9,15 +9,30 @@ import pytest
 import torch
 from torch._inductor import compile_fx
 
-import data
 import utils
+from engine.device import (
+    COMPILE_FROM,
+    PRECISIONS,
+    InMainMemory,
+    autocast,
+    environment,
+    generator,
+    loss_scaler,
+    maybe_compiled,
+    peak_memory_mb,
+    pick_device,
+    pick_precision,
+    placed,
+    this_start,
+)
+from images import data
 
 ROOT = Path(__file__).parents[1]
 
 
 def test_generators_follow_from_their_key_alone():
     def draw(*key):
-        return torch.rand(4, generator=utils.generator("cpu", *key)).tolist()
+        return torch.rand(4, generator=generator("cpu", *key)).tolist()
 
     assert draw(42, 1, "masks") == draw(42, 1, "masks")
     draws = [
@@ -28,15 +43,15 @@ def test_generators_follow_from_their_key_alone():
 
 def test_device_and_precision():
     cpu = torch.device("cpu")
-    assert utils.pick_device("cpu") == cpu
+    assert pick_device("cpu") == cpu
     with pytest.raises(ValueError, match=r"--device cuda:9 is not there; this machine has cpu"):
-        utils.pick_device("cuda:9")
-    assert utils.pick_precision("bf16", cpu, 96) == "bf16"
-    assert utils.pick_precision("auto", cpu, 32) == "float32"  # whatever the processor
-    for name, dtype in utils.PRECISIONS.items():
-        with utils.autocast(name, cpu):
+        pick_device("cuda:9")
+    assert pick_precision("bf16", cpu, 96) == "bf16"
+    assert pick_precision("auto", cpu, 32) == "float32"  # whatever the processor
+    for name, dtype in PRECISIONS.items():
+        with autocast(name, cpu):
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
-        assert utils.loss_scaler(name, cpu).is_enabled() == (name == "fp16")
+        assert loss_scaler(name, cpu).is_enabled() == (name == "fp16")
 
 
 @pytest.mark.parametrize(
@@ -45,18 +60,18 @@ def test_device_and_precision():
 )
 def test_a_gpu_computes_in_what_its_tensor_cores_have(capability, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert utils.pick_precision("auto", torch.device("cuda"), 96) == expected
-    assert utils.pick_precision("float32", torch.device("cuda"), 96) == "float32"
+    assert pick_precision("auto", torch.device("cuda"), 96) == expected
+    assert pick_precision("float32", torch.device("cuda"), 96) == "float32"
 
 
 def test_mps_is_taken_where_it_is_asked_for_and_in_float32(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(ValueError, match="--device mps is not there; this machine has cpu"):
-        utils.pick_device("mps")
+        pick_device("mps")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert utils.pick_device("mps") == torch.device("mps")
-    assert utils.pick_device("auto") == torch.device("cpu")
-    assert utils.pick_precision("auto", torch.device("mps"), 96) == "float32"
+    assert pick_device("mps") == torch.device("mps")
+    assert pick_device("auto") == torch.device("cpu")
+    assert pick_precision("auto", torch.device("mps"), 96) == "float32"
 
 
 def test_a_process_that_cannot_tell_its_gpu_says_so(monkeypatch):
@@ -64,9 +79,9 @@ def test_a_process_that_cannot_tell_its_gpu_says_so(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     with pytest.raises(ValueError, match="RANK is set and LOCAL_RANK is not"):
-        utils.pick_device("cuda")
+        pick_device("cuda")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert utils.pick_device("auto") == torch.device("cuda:1")
+    assert pick_device("auto") == torch.device("cuda:1")
 
 
 @pytest.fixture
@@ -84,7 +99,7 @@ def without_a_compiler(monkeypatch):
 
 def test_where_compiling_fails_one_line_says_why_and_the_run_goes_on_without(without_a_compiler, capsys):
     model, x = torch.nn.Linear(2, 2), torch.rand(3, 2)
-    forward = utils.compiled(model, True, x.device)
+    forward = maybe_compiled(model, True, x.device)
     for _ in range(2):
         assert torch.equal(forward(x), model(x))
     assert torch.equal(forward(x[:1]), model(x[:1]))  # a size that would be compiled anew
@@ -105,7 +120,7 @@ def test_where_compiling_the_backward_pass_fails_the_run_goes_on_without(monkeyp
     monkeypatch.setattr(compile_fx, "fx_codegen_and_compile", fail)
     model, x = torch.nn.Linear(2, 2), torch.rand(3, 2)
     with torch._inductor.utils.fresh_cache():  # where a test before has not left the backward pass
-        utils.compiled(model, True, x.device)(x).sum().backward()
+        maybe_compiled(model, True, x.device)(x).sum().backward()
     assert torch.equal(model.bias.grad, torch.full((2,), 3.0))
     assert "Cannot compile the model (RuntimeError: out of shared memory)" in capsys.readouterr().err
 
@@ -124,7 +139,7 @@ def test_a_mistake_in_a_compiled_model_keeps_its_traceback(mistake, kind, messag
             return mistake(x + 1)
 
     with pytest.raises(kind, match=message) as error:
-        utils.compiled(Mistaken(), True, torch.device("cpu"))(torch.rand(3, 2))
+        maybe_compiled(Mistaken(), True, torch.device("cpu"))(torch.rand(3, 2))
     assert "mistake(x + 1)" in str(error.getrepr())
     assert "Cannot compile" not in capsys.readouterr().err
 
@@ -132,8 +147,8 @@ def test_a_mistake_in_a_compiled_model_keeps_its_traceback(mistake, kind, messag
 @pytest.mark.parametrize(
     ("choice", "device", "num_images", "expected"),
     [
-        (None, "cuda", utils.COMPILE_FROM, True),
-        (None, "cuda", utils.COMPILE_FROM - 1, False),
+        (None, "cuda", COMPILE_FROM, True),
+        (None, "cuda", COMPILE_FROM - 1, False),
         (None, "cpu", 10**9, False),
         (True, "cpu", 1, True),
         (False, "cuda", 10**9, False),
@@ -141,18 +156,18 @@ def test_a_mistake_in_a_compiled_model_keeps_its_traceback(mistake, kind, messag
 )
 def test_a_model_is_compiled_where_that_was_asked_or_pays(choice, device, num_images, expected):
     model = torch.nn.Linear(2, 2)
-    assert (utils.compiled(model, choice, torch.device(device), num_images) is not model) == expected
+    assert (maybe_compiled(model, choice, torch.device(device), num_images) is not model) == expected
 
 
 def test_images_may_take_half_of_the_free_memory(monkeypatch, capsys):
     train = data.ImageSet(torch.zeros(10, 3, 4, 4, dtype=torch.uint8), torch.arange(10), [])
-    monkeypatch.setattr(utils, "free_memory", lambda device: 2 * 3 * 480)
+    monkeypatch.setattr("engine.device.free_memory", lambda device: 2 * 3 * 480)
     cpu = torch.device("cpu")
-    for part in utils.placed(cpu, train, train, train):
+    for part in placed(cpu, train, train, train):
         assert part.images is train.images
     assert not capsys.readouterr().out
-    first, none, *_ = utils.placed(cpu, train, None, train, train, train)
-    assert isinstance(first.images, utils.InMainMemory)
+    first, none, *_ = placed(cpu, train, None, train, train, train)
+    assert isinstance(first.images, InMainMemory)
     assert torch.equal(first.labels, train.labels)
     assert none is None
     assert capsys.readouterr().out.count("they stay in main memory") == 1
@@ -163,36 +178,36 @@ def test_a_run_records_the_processor_that_it_uses(device, name, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: f"GPU {device.index if device else 0}")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(utils, "cpu_name", lambda: "a CPU")
+    monkeypatch.setattr("engine.device.cpu_name", lambda: "a CPU")
     device = torch.device(device)
-    for found in (utils.environment(device), utils.this_start(device, 1, SimpleNamespace(slices=[]))):
+    for found in (environment(device), this_start(device, 1, SimpleNamespace(slices=[]))):
         assert found["processor"] == name
         assert found["cuda"] == ("13.0" if device.type == "cuda" else None)
-    assert utils.environment()["processor"] == "GPU 0"
+    assert environment()["processor"] == "GPU 0"
 
 
 def test_peak_memory_is_this_processs_own():
     large = torch.ones(100 * 2**18)  # 100 MB, which the child does not have
-    code = "import torch, utils; print(utils.peak_memory_mb(torch.device('cpu')))"
+    code = "import torch; from engine.device import peak_memory_mb; print(peak_memory_mb(torch.device('cpu')))"
     child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    mine = utils.peak_memory_mb(torch.device("cpu"))
+    mine = peak_memory_mb(torch.device("cpu"))
     assert 100 < float(child.stdout) < mine - 50
     del large
 
 
 def test_a_machine_without_git_runs_too(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    environment = utils.environment()
-    assert environment["commit"] is None
-    assert environment["clean"] is None
+    found = environment()
+    assert found["commit"] is None
+    assert found["clean"] is None
 
 
 def test_a_run_is_clean_where_no_file_of_the_program_was_changed(tmp_path):
-    shutil.copy(utils.__file__, tmp_path)
+    shutil.copytree(ROOT / "engine", tmp_path / "engine", ignore=shutil.ignore_patterns("__pycache__"))
     git = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=b"]
     for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "c"]):
         subprocess.run([*git, *command], check=True)
-    code = "import sys; sys.path.append(sys.argv[1]); import utils; print(utils.environment()['clean'])"
+    code = "from engine.device import environment; print(environment()['clean'])"
 
     def clean():
         command = [sys.executable, "-c", code, ROOT]
@@ -200,14 +215,16 @@ def test_a_run_is_clean_where_no_file_of_the_program_was_changed(tmp_path):
 
     (tmp_path / "masks.png").touch()  # what a command of the README leaves
     assert clean() == "True"
-    with open(tmp_path / "utils.py", "a") as file:
+    with open(tmp_path / "engine" / "device.py", "a") as file:
         file.write("\n")
     assert clean() == "False"
 
 
 def test_the_command_of_a_run_is_the_one_that_was_typed(tmp_path):
     (tmp_path / "scripts").mkdir()
-    (tmp_path / "scripts" / "tell.py").write_text("import utils; print(utils.environment()['command'])")
+    (tmp_path / "scripts" / "tell.py").write_text(
+        "from engine.device import environment; print(environment()['command'])"
+    )
     typed = [sys.executable, "-m", "scripts.tell", "--output", "a b"]
     paths = {**os.environ, "PYTHONPATH": str(Path(utils.__file__).parent)}
     said = subprocess.check_output(typed, cwd=tmp_path, env=paths, text=True)

@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import processes
-from checkpoints import load_file, save_file
-from errors import UserError, as_user_error
-from files import locked, replacing
+from engine import processes
+from engine.checkpoints import load_file, save_file
+from engine.errors import UserError, as_user_error
+from engine.files import locked, replacing
 
 # May differ when a run is continued: where things are and how they are computed, not what. What --precision auto
 # comes to is compared all the same, as one of the facts given to Run.open.

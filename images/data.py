@@ -22,9 +22,9 @@ from PIL import Image, ImageOps
 from torchvision import datasets
 from tqdm import tqdm
 
-import processes
-from errors import UserError, as_user_error
-from files import locked
+from engine import processes
+from engine.errors import UserError, as_user_error
+from engine.files import locked
 
 DECODER = 3  # part of a cache's key: raise it whenever the same file gives other pixels
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".webp", ".tif", ".tiff"}

@@ -8,7 +8,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from errors import UserError, as_user_error
+from engine.errors import UserError, as_user_error
 
 LONGEST_WAIT = timedelta(hours=2)  # for each other: one may have a large folder of images to decode
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from errors import UserError, as_user_error
-from files import replacing
+from engine.errors import UserError, as_user_error
+from engine.files import replacing
 
 DIRECTORY = 0x10  # of the attributes of a zip archive's records
 FIELDS = {"MAE_ViT": {"run_name", "dataset", "data_dir"}}  # of a finished model's file, beside the model

@@ -7,7 +7,7 @@ Axes in the comments: N images, Q query images, D width, C classes, K candidates
 import torch
 import torch.nn.functional as F
 
-from errors import UserError
+from engine.errors import UserError
 
 POOLS = {
     "cls": lambda tokens: tokens[:, 0],

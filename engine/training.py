@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-import processes
-from errors import UserError
+from engine import processes
+from engine.errors import UserError
 
 UNSCALED = torch.amp.GradScaler("cpu", enabled=False)  # does nothing
 SMALLEST_SCALE = 2.0**-14  # of a loss in fp16: 30 halvings after the first, no step can be taken any more

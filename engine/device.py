@@ -1,0 +1,247 @@
+"""The device that computes: which one, its precision and its speed, its random generators; what machine it is in."""
+
+import contextlib
+import ctypes
+import hashlib
+import math
+import os
+import platform
+import re
+import resource
+import shlex
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from engine import processes
+from engine.errors import UserError
+
+# --- randomness ---
+
+
+def generator(device, *key):
+    """A torch.Generator that follows from the key alone, as in generator("cpu", seed, epoch, step, "masks")."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def epoch_order(num_images, seed, epoch, device):
+    """The order in which an epoch takes the images, (N,) int64; drawn on the CPU, so that it is the same everywhere."""
+    return torch.randperm(num_images, generator=generator("cpu", seed, epoch, "order")).to(device)
+
+
+# --- device and precision ---
+
+PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
+COMPILE_FROM = 2_000_000  # images for a GPU to train on: an estimate of where a minute of compiling pays
+
+
+def pick_device(name):
+    """torch.device for "auto" (CUDA if any), "cpu", "cuda" (of torchrun's processes one each), "cuda:1" or "mps".
+
+    Raises:
+        UserError: there is no such device here, or RANK is set without LOCAL_RANK, which says whose GPU is whose.
+    """
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    found = ["cpu", *gpus, *(["mps"] if torch.backends.mps.is_available() else [])]
+    if name == "auto":
+        name = "cuda" if gpus else "cpu"
+    if name == "cuda":
+        if "RANK" in os.environ and "LOCAL_RANK" not in os.environ:
+            raise UserError(
+                "RANK is set and LOCAL_RANK is not, so this process cannot tell which GPU is its own. Start with "
+                "torchrun, which sets both; or set LOCAL_RANK (in a job of srun: to $SLURM_LOCALID)."
+            )
+        name = f"cuda:{os.environ['LOCAL_RANK'] if 'RANK' in os.environ else 0}"
+    if name not in found:
+        raise UserError(f"--device {name} is not there; this machine has {', '.join(found)}.")
+    return torch.device(name)
+
+
+def pick_precision(name, device, embed_dim):
+    """One of PRECISIONS; for "auto" the fastest on this device.
+
+    On CUDA that is what its tensor cores compute in: bf16 from capability 8.0 on, fp16 from 7.0 on. On a CPU with bf16
+    arithmetic (Zen 4), after `tune`, bf16 was measured 1.7 times as fast at width 96, 1.1 to 1.5 at 64, equal at 32.
+    """
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        return "bf16" if capability >= (8, 0) else "fp16" if capability >= (7, 0) else "float32"
+    if device.type != "cpu":
+        return "float32"
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text().split() if cpuinfo.exists() else []
+    return "bf16" if embed_dim >= 64 and {"avx512_bf16", "amx_bf16"} & set(flags) else "float32"
+
+
+def maybe_compiled(model, choice, device, num_images=math.inf):
+    """The model's forward pass through torch.compile, or the model as it is.
+
+    Where compiling fails (no compiler, too old a GPU, a damaged cache), one line says why, and the run goes on without.
+
+    Args:
+        choice: whether to compile; None: on CUDA, from COMPILE_FROM images on.
+        num_images: that this device will train on, each epoch counted.
+    """
+    if not (device.type == "cuda" and num_images >= COMPILE_FROM if choice is None else choice):
+        return model
+    from torch._dynamo.exc import ShortenTraceback  # slow; errors of the compiler, never the model's own
+
+    fast, tried = torch.compile(model, dynamic=False), False
+
+    def forward(*inputs):
+        nonlocal fast, tried
+        try:
+            if torch.is_grad_enabled() and not tried:
+                try_backward(model, fast(*inputs))
+                tried = True
+            return fast(*inputs)
+        except ShortenTraceback as error:
+            cause = getattr(error, "inner_exception", error)
+            why = f"{type(cause).__name__}: {cause}".splitlines()[0]
+            print(f"Cannot compile the model ({why}); the run goes on without torch.compile.", file=sys.stderr)
+        fast = model
+        return model(*inputs)
+
+    return forward
+
+
+def try_backward(model, outputs):
+    """Take a compiled model's backward pass, which is compiled only now, and drop the gradients."""
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    total = sum(output.sum() for output in outputs if output.requires_grad)
+    torch.autograd.grad(total, list(model.parameters()), allow_unused=True)
+
+
+def autocast(precision, device):
+    """Context of the forward pass: matrix products in bf16 or fp16, or plain float32."""
+    return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "float32")
+
+
+def loss_scaler(precision, device):
+    """For fp16, scales the loss up, as small gradients would become 0; for other precisions, does nothing."""
+    return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+
+
+def tune(model, device, precision, num_patches):
+    """Settings that change the speed of a step, in place; measured on 2 cores of a Zen 4 CPU, default MAE, batch 32.
+
+    glibc gives each large block back to the system when it is freed, and the next step pays for every page again:
+    kept, a float32 step is up to 1.28 times as fast. Attention as plain matrix products is faster than the fused
+    kernel, whose backward pass is slow here: in bf16 1.3 to 2.8 times a whole step, at up to 256 patches, as plain
+    products take memory with their square; in float32 0.97 to 1.2 times at up to 64.
+    """
+    if device.type != "cpu":
+        return
+    with contextlib.suppress(AttributeError, OSError):  # not glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_TOP_PAD, 256 * 2**20)
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):  # timm's Attention
+            module.fused_attn = num_patches > (256 if precision == "bf16" else 64)
+
+
+class InMainMemory:
+    """Images (N, 3, H, W) that stay where they are: indexed like a tensor, but a batch of them comes to the device."""
+
+    def __init__(self, images, batch_device):
+        self.images, self.batch_device = images, batch_device
+        self.device = images.device  # where an index should be
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, ids):
+        return self.images[ids].pin_memory().to(self.batch_device, non_blocking=True)
+
+
+def free_memory(device):
+    """Bytes that a GPU has left; of other devices no limit."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+
+
+def placed(device, *sets):
+    """The ImageSets on the device; None stays None.
+
+    Images that would take over half of its free memory stay in main memory, said in one line: the other half is for
+    the model and its activations.
+    """
+    needed, free, put = sum(part.images.nbytes for part in sets if part), free_memory(device), torch.Tensor.to
+    if needed > free / 2:
+        put = InMainMemory
+        if processes.is_first():
+            print(
+                f"The images ({needed / 2**20:,.0f} MB) would take over half of the {free / 2**20:,.0f} MB free on "
+                f"{device}: they stay in main memory, and each batch is copied to {device}."
+            )
+    return [part and part._replace(images=put(part.images, device), labels=part.labels.to(device)) for part in sets]
+
+
+def count_parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def peak_memory_mb(device):
+    """The most memory so far: of the device on CUDA, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, where ru_maxrss would begin with what the parent process had
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS: bytes
+
+
+# --- where a run is at work ---
+
+
+def environment(device=None):
+    """Where and from what a run was started: command, time, commit, versions, machine.
+
+    Args:
+        device: the one that computes; None: the one that --device auto takes.
+    """
+    source = Path(__file__).parent
+
+    def git(*command):
+        try:
+            return subprocess.check_output(
+                ["git", "-C", source, *command], stderr=subprocess.DEVNULL, text=True
+            ).strip()
+        except (OSError, subprocess.CalledProcessError):  # no git, or no repository
+            return None
+
+    commit = git("rev-parse", "HEAD")
+    cuda = device.type == "cuda" if device else torch.cuda.is_available()
+    return {
+        "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "commit": commit,
+        "clean": git("status", "--porcelain", "--untracked-files=no") == "" if commit else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": metadata.version("timm"),
+        "cuda": torch.version.cuda if cuda else None,
+        "processor": torch.cuda.get_device_name(device) if cuda else cpu_name(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def this_start(device, world_size, plan):
+    """What config.json keeps of each start of a run."""
+    return {**environment(device), "device": device.type, "processes": world_size, "micro_batches": len(plan.slices)}
+
+
+def cpu_name():
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} cores" if names else platform.processor() or platform.machine()

@@ -1,0 +1,1 @@
+"""What becomes uint8 tensors: image sets, and random changes of a batch."""
