@@ -27,7 +27,6 @@ from engine.device import (
     peak_memory_mb,
     pick_device,
     pick_precision,
-    placed,
     this_start,
     tune,
 )
@@ -194,7 +193,7 @@ def load_images(args, device):
     train, test = data.load_dataset(args.dataset, args.data_dir, args.img_size, args.train_images, labelled=False)
     banks = [data.draw(*bank, generator("cpu", "probe")).to(device) for bank in ((train, 5000), (test, 1000))]
     shown = data.normalize(data.draw(test, 16, generator("cpu", "shown")).images.to(device))
-    return placed(device, train)[0].images, banks, shown, {"images": train.digest(), "test_set": test.digest()}
+    return train.images.to(device), banks, shown, {"images": train.digest(), "test_set": test.digest()}
 
 
 def pretrain(args):

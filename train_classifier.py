@@ -27,7 +27,6 @@ from engine.device import (
     peak_memory_mb,
     pick_device,
     pick_precision,
-    placed,
     this_start,
     tune,
 )
@@ -248,7 +247,7 @@ def load_images(args, device):
     digests, val = {"images": train.digest(), "test_set": test.digest()}, None
     if args.val_images:
         train, val = data.hold_out(train, args.val_images, args.train_images)
-    return *placed(device, train, val, test), digests
+    return *(part and part.to(device) for part in (train, val, test)), digests
 
 
 def scores_of_epoch(model, val, test, precision, at_once, session, last):

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 
-from engine import processes
 from engine.errors import UserError
 
 # --- randomness ---
@@ -148,42 +147,6 @@ def tune(model, device, precision, num_patches):
     for module in model.modules():
         if hasattr(module, "fused_attn"):  # timm's Attention
             module.fused_attn = num_patches > (256 if precision == "bf16" else 64)
-
-
-class InMainMemory:
-    """Images (N, 3, H, W) that stay where they are: indexed like a tensor, but a batch of them comes to the device."""
-
-    def __init__(self, images, batch_device):
-        self.images, self.batch_device = images, batch_device
-        self.device = images.device  # where an index should be
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, ids):
-        return self.images[ids].pin_memory().to(self.batch_device, non_blocking=True)
-
-
-def free_memory(device):
-    """Bytes that a GPU has left; of other devices no limit."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
-
-
-def placed(device, *sets):
-    """The ImageSets on the device; None stays None.
-
-    Images that would take over half of its free memory stay in main memory, said in one line: the other half is for
-    the model and its activations.
-    """
-    needed, free, put = sum(part.images.nbytes for part in sets if part), free_memory(device), torch.Tensor.to
-    if needed > free / 2:
-        put = InMainMemory
-        if processes.is_first():
-            print(
-                f"The images ({needed / 2**20:,.0f} MB) would take over half of the {free / 2**20:,.0f} MB free on "
-                f"{device}: they stay in main memory, and each batch is copied to {device}."
-            )
-    return [part and part._replace(images=put(part.images, device), labels=part.labels.to(device)) for part in sets]
 
 
 def count_parameters(model):

@@ -92,16 +92,6 @@ def test_a_generator_follows_from_its_key():
     assert one == same != other
 
 
-@both_scripts
-def test_images_that_stay_in_main_memory_train_the_same(start, monkeypatch, capsys):
-    flags = "--augment --precision float32 --log_dir"
-    on_device = start(f"{flags} on_device")
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 10**9))
-    in_main_memory = start(f"{flags} in_main_memory")
-    assert "they stay in main memory" in capsys.readouterr().out
-    assert losses(in_main_memory) == pytest.approx(losses(on_device), rel=1e-4)
-
-
 def test_evaluating_takes_no_more_memory_than_training():
     torch.cuda.reset_peak_memory_stats()
     run = classify("--max_device_batch_size 4 --img_size 64 --patch_size 4 --total_epoch 1")

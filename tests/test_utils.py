@@ -13,7 +13,6 @@ import utils
 from engine.device import (
     COMPILE_FROM,
     PRECISIONS,
-    InMainMemory,
     autocast,
     environment,
     generator,
@@ -22,10 +21,8 @@ from engine.device import (
     peak_memory_mb,
     pick_device,
     pick_precision,
-    placed,
     this_start,
 )
-from images import data
 
 ROOT = Path(__file__).parents[1]
 
@@ -157,20 +154,6 @@ def test_a_mistake_in_a_compiled_model_keeps_its_traceback(mistake, kind, messag
 def test_a_model_is_compiled_where_that_was_asked_or_pays(choice, device, num_images, expected):
     model = torch.nn.Linear(2, 2)
     assert (maybe_compiled(model, choice, torch.device(device), num_images) is not model) == expected
-
-
-def test_images_may_take_half_of_the_free_memory(monkeypatch, capsys):
-    train = data.ImageSet(torch.zeros(10, 3, 4, 4, dtype=torch.uint8), torch.arange(10), [])
-    monkeypatch.setattr("engine.device.free_memory", lambda device: 2 * 3 * 480)
-    cpu = torch.device("cpu")
-    for part in placed(cpu, train, train, train):
-        assert part.images is train.images
-    assert not capsys.readouterr().out
-    first, none, *_ = placed(cpu, train, None, train, train, train)
-    assert isinstance(first.images, InMainMemory)
-    assert torch.equal(first.labels, train.labels)
-    assert none is None
-    assert capsys.readouterr().out.count("they stay in main memory") == 1
 
 
 @pytest.mark.parametrize(("device", "name"), [("cuda:1", "GPU 1"), ("cuda:0", "GPU 0"), ("cpu", "a CPU")])
