@@ -83,40 +83,12 @@ def pick_precision(name, device, embed_dim):
 def maybe_compiled(model, choice, device, num_images=math.inf):
     """The model's forward pass through torch.compile, or the model as it is.
 
-    Where compiling fails (no compiler, too old a GPU, a damaged cache), one line says why, and the run goes on without.
-
     Args:
         choice: whether to compile; None: on CUDA, from COMPILE_FROM images on.
         num_images: that this device will train on, each epoch counted.
     """
-    if not (device.type == "cuda" and num_images >= COMPILE_FROM if choice is None else choice):
-        return model
-    from torch._dynamo.exc import ShortenTraceback  # slow; errors of the compiler, never the model's own
-
-    fast, tried = torch.compile(model, dynamic=False), False
-
-    def forward(*inputs):
-        nonlocal fast, tried
-        try:
-            if torch.is_grad_enabled() and not tried:
-                try_backward(model, fast(*inputs))
-                tried = True
-            return fast(*inputs)
-        except ShortenTraceback as error:
-            cause = getattr(error, "inner_exception", error)
-            why = f"{type(cause).__name__}: {cause}".splitlines()[0]
-            print(f"Cannot compile the model ({why}); the run goes on without torch.compile.", file=sys.stderr)
-        fast = model
-        return model(*inputs)
-
-    return forward
-
-
-def try_backward(model, outputs):
-    """Take a compiled model's backward pass, which is compiled only now, and drop the gradients."""
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    total = sum(output.sum() for output in outputs if output.requires_grad)
-    torch.autograd.grad(total, list(model.parameters()), allow_unused=True)
+    worth_it = device.type == "cuda" and num_images >= COMPILE_FROM
+    return torch.compile(model, dynamic=False) if (worth_it if choice is None else choice) else model
 
 
 def autocast(precision, device):

@@ -61,7 +61,6 @@ def test_losses_are_about_those_of_float32(start, how, capsys):
         pytest.skip("too old a GPU for bf16")
     fast, plain = start(f"{how} --log_dir fast"), start("--precision float32 --log_dir plain")
     assert losses(fast) == pytest.approx(losses(plain), rel=0.05)
-    assert "Cannot compile" not in capsys.readouterr().err
 
 
 @both_scripts

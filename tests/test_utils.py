@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch._inductor import compile_fx
 
 import utils
 from engine.device import (
@@ -79,66 +78,6 @@ def test_a_process_that_cannot_tell_its_gpu_says_so(monkeypatch):
         pick_device("cuda")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert pick_device("auto") == torch.device("cuda:1")
-
-
-@pytest.fixture
-def without_a_compiler(monkeypatch):
-    """What is compiled is counted, and compiling fails."""
-    asked = []
-
-    def fail(*args, **kwargs):
-        asked.append(args)
-        raise RuntimeError("No working C++ compiler found\nand more")
-
-    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", fail)
-    return asked
-
-
-def test_where_compiling_fails_one_line_says_why_and_the_run_goes_on_without(without_a_compiler, capsys):
-    model, x = torch.nn.Linear(2, 2), torch.rand(3, 2)
-    forward = maybe_compiled(model, True, x.device)
-    for _ in range(2):
-        assert torch.equal(forward(x), model(x))
-    assert torch.equal(forward(x[:1]), model(x[:1]))  # a size that would be compiled anew
-    assert len(without_a_compiler) == 1
-    line = "Cannot compile the model (RuntimeError: No working C++ compiler found); "
-    assert capsys.readouterr().err == f"{line}the run goes on without torch.compile.\n"
-
-
-@pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile on a CPU needs a C++ compiler")
-def test_where_compiling_the_backward_pass_fails_the_run_goes_on_without(monkeypatch, capsys):
-    compile_graph = compile_fx.fx_codegen_and_compile
-
-    def fail(*args, is_backward, **kwargs):
-        if is_backward:
-            raise RuntimeError("out of shared memory")
-        return compile_graph(*args, is_backward=is_backward, **kwargs)
-
-    monkeypatch.setattr(compile_fx, "fx_codegen_and_compile", fail)
-    model, x = torch.nn.Linear(2, 2), torch.rand(3, 2)
-    with torch._inductor.utils.fresh_cache():  # where a test before has not left the backward pass
-        maybe_compiled(model, True, x.device)(x).sum().backward()
-    assert torch.equal(model.bias.grad, torch.full((2,), 3.0))
-    assert "Cannot compile the model (RuntimeError: out of shared memory)" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("mistake", "kind", "message"),
-    [
-        (lambda x: x.view(4), RuntimeError, "view|shape"),
-        (lambda x: [][1], IndexError, "list index out of range"),
-        (lambda x: missing(x), NameError, "missing"),  # noqa: F821
-    ],
-)
-def test_a_mistake_in_a_compiled_model_keeps_its_traceback(mistake, kind, message, without_a_compiler, capsys):
-    class Mistaken(torch.nn.Module):
-        def forward(self, x):
-            return mistake(x + 1)
-
-    with pytest.raises(kind, match=message) as error:
-        maybe_compiled(Mistaken(), True, torch.device("cpu"))(torch.rand(3, 2))
-    assert "mistake(x + 1)" in str(error.getrepr())
-    assert "Cannot compile" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
