@@ -77,7 +77,6 @@ def parse_args(argv=None):
     group = parser.add_argument_group("masking")
     group.add_argument("--mask_ratio", type=float, help="fraction of patches hidden, in (0, 1)")
     group.add_argument("--mask_strategy", choices=MASK_STRATEGIES, help="which patches are hidden")
-    utils.add_mask_args(group)
     utils.add_optimisation_arguments(parser, WARMUP, DEVICE_BATCH_SIZE)
     utils.add_run_arguments(parser, log_dir="logs/pretrain").add_argument(
         "--probe_every",
@@ -98,7 +97,7 @@ def run_name(args):
     size += f"_dw{args.decoder_embed_dim}" if args.decoder_embed_dim else ""
     size += f"_{args.positions}" if args.positions != "learned" else ""
     augmented = {False: "", True: "_aug", "crop": "_augcrop"}[args.augment]
-    masks = f"{args.mask_strategy}{utils.named(args.mask_args)}_r{args.mask_ratio}"
+    masks = f"{args.mask_strategy}_r{args.mask_ratio}"
     masks += "_normpix" if args.norm_pix_loss else ""
     rest = f"ep{args.total_epoch}_b{args.batch_size}_s{args.seed}{augmented}"
     return f"mae_{data.name_of(args)}_{size}_{masks}_{rest}"

@@ -93,43 +93,6 @@ def fraction(text):
     return value
 
 
-class NamedValues(argparse.Action):
-    """NAME=VALUE ... as a dictionary of numbers and words, by name; None where nothing is given."""
-
-    def __call__(self, parser, namespace, texts, option_string=None):
-        values = {}
-        for text in texts:
-            name, _, value = text.partition("=")
-            if not re.fullmatch(r"[a-zA-Z]\w*=[\w.+-]+", text, re.ASCII) or name in values:
-                parser.error(f"argument {option_string}: {text!r} is not NAME=VALUE, or given twice")
-            values[name] = number_or_word(value)
-        setattr(namespace, self.dest, dict(sorted(values.items())))
-
-
-def number_or_word(text):
-    """An int, else a finite float, else the text itself."""
-    for kind in (int, float):
-        with contextlib.suppress(ValueError, OverflowError):
-            if math.isfinite(kind(text)):
-                return kind(text)
-    return text
-
-
-def named(values):
-    """Such a dictionary, or None, as part of a name: "_width=0.3"."""
-    return "".join(f"_{name}={value}" for name, value in (values or {}).items())
-
-
-def add_mask_args(group, what=""):
-    group.add_argument(
-        "--mask_args",
-        nargs="+",
-        action=NamedValues,
-        metavar="NAME=VALUE",
-        help=f"the strategy's own parameters, as in smallest=0.2 of blockwise{what}",
-    )
-
-
 DATA_DEFAULTS = {"dataset": "cifar10", "data_dir": "data"}
 
 
