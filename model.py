@@ -185,10 +185,11 @@ class PatchShuffle(nn.Module):
         """
         score, shape = MASK_STRATEGIES[self.mask_strategy], (batch_size, self.grid_size**2)
         scores = score(batch_size, self.grid_size, self.num_visible, generator, device)
-        if scores.shape != shape or scores.is_complex():
+        if not isinstance(scores, torch.Tensor) or scores.shape != shape or scores.is_complex():
+            found = f"{tuple(scores.shape)} {scores.dtype}" if isinstance(scores, torch.Tensor) else type(scores)
             raise ValueError(
                 f"mask_strategy {self.mask_strategy!r} must give real scores (images, patches), here {shape}; it gave "
-                f"{tuple(scores.shape)} {scores.dtype}."
+                f"{found}."
             )
         if scores.device.type == "cpu" and not scores.isfinite().all():  # a GPU would have to be waited for
             raise ValueError(f"mask_strategy {self.mask_strategy!r} gave nan or infinite scores.")
@@ -364,6 +365,19 @@ class MAE_ViT(nn.Module):
         pred = self.decoder(features, ids_restore)  # (B, N, P)
         return pred, ids_restore >= self.shuffle.num_visible
 
+    def loss(self, images, ids_shuffle=None):
+        """Mean squared error over hidden pixels only, in float32 (MAE paper, section 3, "Reconstruction target").
+
+        Args: as `forward` takes them. To train on another loss, change it here.
+        """
+        pred, mask = self(images, ids_shuffle)
+        target = patchify(images, self.patch_size)  # (B, N, P)
+        if self.norm_pix_loss:
+            mean, std = mean_and_std(target)
+            target = (target - mean) / std
+        error = (pred.float() - target).square().mean(dim=-1)  # (B, N)
+        return (error * mask).sum() / mask.sum()  # each image has equally many hidden patches
+
     @torch.no_grad()
     def reconstruct(self, images, ids_shuffle):
         """What the model was shown and what it makes of it.
@@ -382,21 +396,6 @@ class MAE_ViT(nn.Module):
             pred = pred * std + mean
         masked, reconstructed = patches.masked_fill(mask, 0), torch.where(mask, pred, patches)
         return unpatchify(masked, self.patch_size), unpatchify(reconstructed, self.patch_size)
-
-
-def mae_loss(pred, images, mask, norm_pix_loss=False):
-    """Mean squared error over hidden pixels only, in float32 (MAE paper, section 3, "Reconstruction target").
-
-    Args:
-        pred: (B, N, P) predicted patches; images: (B, 3, H, W); mask: (B, N) bool, True where hidden.
-        norm_pix_loss: the model's; whether each patch's target is normalised by its mean and variance.
-    """
-    target = patchify(images, patch_size=math.isqrt(pred.shape[-1] // 3))  # (B, N, P)
-    if norm_pix_loss:
-        mean, std = mean_and_std(target)
-        target = (target - mean) / std
-    error = (pred.float() - target).square().mean(dim=-1)  # (B, N)
-    return (error * mask).sum() / mask.sum()
 
 
 def drop_path_scales(batch_size, depth, rate, generator, device):

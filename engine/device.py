@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import hashlib
-import math
 import os
 import platform
 import re
@@ -18,20 +17,6 @@ from pathlib import Path
 import torch
 
 from engine.errors import UserError
-
-# --- randomness ---
-
-
-def generator(device, *key):
-    """A torch.Generator that follows from the key alone, as in generator("cpu", seed, epoch, step, "masks")."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
-
-
-def epoch_order(num_images, seed, epoch, device):
-    """The order in which an epoch takes the images, (N,) int64; drawn on the CPU, so that it is the same everywhere."""
-    return torch.randperm(num_images, generator=generator("cpu", seed, epoch, "order")).to(device)
-
 
 # --- device and precision ---
 
@@ -80,15 +65,15 @@ def pick_precision(name, device, embed_dim):
     return "bf16" if embed_dim >= 64 and {"avx512_bf16", "amx_bf16"} & set(flags) else "float32"
 
 
-def maybe_compiled(model, choice, device, num_images=math.inf):
-    """The model's forward pass through torch.compile, or the model as it is.
+def maybe_compiled(function, choice, device, num_images):
+    """The function through torch.compile, or as it is.
 
     Args:
         choice: whether to compile; None: on CUDA, from COMPILE_FROM images on.
         num_images: that this device will train on, each epoch counted.
     """
     worth_it = device.type == "cuda" and num_images >= COMPILE_FROM
-    return torch.compile(model, dynamic=False) if (worth_it if choice is None else choice) else model
+    return torch.compile(function, dynamic=False) if (worth_it if choice is None else choice) else function
 
 
 def autocast(precision, device):
@@ -121,10 +106,6 @@ def tune(model, device, precision, num_patches):
             module.fused_attn = num_patches > (256 if precision == "bf16" else 64)
 
 
-def count_parameters(model):
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def peak_memory_mb(device):
     """The most memory so far: of the device on CUDA, else of this process."""
     if device.type == "cuda":
@@ -133,6 +114,15 @@ def peak_memory_mb(device):
     if status.exists():  # Linux, where ru_maxrss would begin with what the parent process had
         return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS: bytes
+
+
+# --- randomness ---
+
+
+def generator(device, *key):
+    """A torch.Generator that follows from the key alone, as in generator("cpu", seed, epoch, step, "masks")."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
 # --- where a run is at work ---
@@ -168,11 +158,6 @@ def environment(device=None):
         "processor": torch.cuda.get_device_name(device) if cuda else cpu_name(),
         "threads": torch.get_num_threads(),
     }
-
-
-def this_start(device, world_size, plan):
-    """What config.json keeps of each start of a run."""
-    return {**environment(device), "device": device.type, "processes": world_size, "micro_batches": len(plan.slices)}
 
 
 def cpu_name():

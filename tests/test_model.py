@@ -415,7 +415,7 @@ def test_a_refused_mask_ratio_is_told_the_range_that_is_accepted(grid_size):
     least, most = map(float, re.search(r"use (\d\.\d{1,3}) to (\d\.\d{1,3})\.$", str(error.value)).groups())
     assert 0 < PatchShuffle(grid_size, least, "random").num_visible < grid_size**2
     assert PatchShuffle(grid_size, most, "random").num_visible == 1
-    with pytest.raises(ValueError, match="does not split"):
+    with pytest.raises(ValueError, match="must leave at least one"):
         PatchShuffle(grid_size, most + 0.001, "random")
 
 
