@@ -8,34 +8,22 @@ Recipe: He et al. 2021 (arXiv:2111.06377), appendix A.1, at CIFAR size.
 """
 
 import argparse
-import functools
 import math
 
 import torch
 from torchvision.utils import make_grid
 
 import utils
-from engine import processes, training
+from engine import processes
 from engine.checkpoints import digest, load_model
-from engine.device import (
-    autocast,
-    count_parameters,
-    epoch_order,
-    generator,
-    loss_scaler,
-    maybe_compiled,
-    peak_memory_mb,
-    pick_device,
-    pick_precision,
-    placed,
-    this_start,
-    tune,
-)
+from engine.device import autocast, generator
 from engine.errors import exit_in_one_line
 from engine.features import extract_features, knn_predict
-from engine.run import Run
-from images import augmentation, data
-from model import MASK_STRATEGIES, POSITIONS, MAE_ViT, mae_loss
+from engine.training import train
+from images.augmentation import AUGMENTATIONS
+from images.load import load_dataset, sample
+from images.pixels import normalize, to_pixels
+from model import MASK_STRATEGIES, POSITIONS, MAE_ViT, PatchShuffle
 
 SIZE = ("img_size", "patch_size", "embed_dim", "encoder_depth", "num_heads", "decoder_depth")
 WARMUP = 0.1  # of all epochs
@@ -43,23 +31,34 @@ WARMUP = 0.1  # of all epochs
 DEVICE_BATCH_SIZE = {"cuda": 512, "cpu": 128, "mps": 128}
 IMAGE_LOGS = 50  # reconstructions shown in TensorBoard over a run
 PROBES, PROBE_SHARE = 20, 0.03  # over a run: at most so many, on at most this share of the images trained on
-PROBED = ("test/loss", "knn/acc")  # the second with labels only
 # Recipes for --preset: values of flags by name. What a row leaves out is as in the first.
 PRESETS = {
     "reference": {
         "total_epoch": 2000,
         "batch_size": 4096,
         "base_learning_rate": 1.5e-4,
-        "augment": False,
+        "augment": "none",
         **utils.defaults(MAE_ViT),
     },
-    "strong": {"norm_pix_loss": True},
+    "features": {"norm_pix_loss": True},  # better features: logs/report/RESULTS.md
 }
+# What a run's name says, in this order: each flag's word, and its value. Those of ALWAYS at their default, too.
+NAME_WORDS = {"dataset": "", "train_images": "n", "img_size": "i", "patch_size": "p", "embed_dim": "w"}
+NAME_WORDS |= {"encoder_depth": "e", "num_heads": "h", "decoder_depth": "d", "decoder_embed_dim": "dw", "positions": ""}
+NAME_WORDS |= {
+    "mask_strategy": "",
+    "mask_ratio": "r",
+    "norm_pix_loss": "normpix",
+    "augment": "aug",
+    "total_epoch": "ep",
+}
+NAME_WORDS |= {"warmup_epoch": "wu", "batch_size": "b", "base_learning_rate": "lr", "weight_decay": "wd", "seed": "s"}
+ALWAYS = {"dataset", "decoder_depth", "mask_strategy", "mask_ratio", "total_epoch", "seed"}
 
 
 def parse_args(argv=None):
     parser = utils.Parser(description=__doc__.split("\n")[0])
-    utils.add_data_arguments(parser, data.DATASETS)
+    utils.add_data_arguments(parser)
     group = parser.add_argument_group("model")
     utils.add_size_arguments(group, SIZE)
     group.add_argument(
@@ -78,7 +77,6 @@ def parse_args(argv=None):
     group = parser.add_argument_group("masking")
     group.add_argument("--mask_ratio", type=float, help="fraction of patches hidden, in (0, 1)")
     group.add_argument("--mask_strategy", choices=MASK_STRATEGIES, help="which patches are hidden")
-    utils.add_mask_args(group)
     utils.add_optimisation_arguments(parser, WARMUP, DEVICE_BATCH_SIZE)
     utils.add_run_arguments(parser, log_dir="logs/pretrain").add_argument(
         "--probe_every",
@@ -86,48 +84,71 @@ def parse_args(argv=None):
         help=f"epochs between probes (k-NN accuracy, reconstruction error of test images); 0: never; default: about "
         f"{PROBES} probes in a run, fewer where they would take more than {100 * PROBE_SHARE:.0f} %% of its time",
     )
-    parser.add_argument_group("output").add_argument(
-        "--model_path", type=utils.file_path, help="copy the finished model.pt to this file"
-    )
     utils.add_presets(parser, PRESETS, argv)
     return parser.parse_args(argv)
 
 
 def run_name(args):
-    """For example mae_cifar10_i32_p2_w192_e12_h3_d4_random_r0.75_ep2000_b4096_s42; a switch that is off has no part."""
-    size = "i{img_size}_p{patch_size}_w{embed_dim}_e{encoder_depth}_h{num_heads}_d{decoder_depth}".format(**vars(args))
-    size += f"_dw{args.decoder_embed_dim}" if args.decoder_embed_dim else ""
-    size += f"_{args.positions}" if args.positions != "learned" else ""
-    augmented = {False: "", True: "_aug", "crop": "_augcrop"}[args.augment]
-    masks = f"{args.mask_strategy}{utils.named(args.mask_args)}_r{args.mask_ratio}"
-    masks += "_normpix" if args.norm_pix_loss else ""
-    rest = f"ep{args.total_epoch}_b{args.batch_size}_s{args.seed}{augmented}"
-    return f"mae_{data.name_of(args)}_{size}_{masks}_{rest}"
+    """For example mae_cifar10_d4_random_r0.75_ep2000_s42, the run of all defaults."""
+    return utils.joined(["mae", *utils.name_parts(utils.settings_of(args), NAME_WORDS, vars(parse_args([])), ALWAYS)])
 
 
-def build_optimizer(model, lr, weight_decay):
-    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
+class Pretraining:
+    """What this script trains: an experiment as `engine.training.train` describes it.
 
+    A batch is (images (B, 3, H, W) uint8, ids_shuffle (B, N)): which patches are hidden.
+    """
 
-def draw_batch(images, shuffle, args, ids, epoch, step):
-    """The images ids (B,) of (N, 3, H, W) uint8, augmented where asked, and their masks as ids_shuffle (B, N)."""
-    batch = images[ids]
-    device = batch.device
-    batch = augmentation.AUGMENTATIONS[args.augment](batch, generator(device, args.seed, epoch, step, "augment"))
-    return batch, shuffle(len(batch), generator(device, args.seed, epoch, step, "masks"), device)
+    warmup, device_batch_size = WARMUP, DEVICE_BATCH_SIZE
 
+    def __init__(self, args):
+        self.args, self.arguments = args, utils.free_arguments(args)
+        self.model_args = {name: getattr(args, name) for name in utils.defaults(MAE_ViT)}
+        with torch.device("meta"):
+            MAE_ViT(**self.model_args)  # bad sizes and masks end here, before the images are read
+        self.identity = {"kind": "mae", "name": run_name(args), "settings": utils.settings_of(args), "parent": None}
 
-def loss_of(forward, precision, images, ids_shuffle, norm_pix_loss=False):
-    """Mean loss of images (b, 3, H, W) uint8 under masks; forward: the model, compiled or not."""
-    images = data.normalize(images)
-    with autocast(precision, images.device):
-        pred, mask = forward(images, ids_shuffle)
-    return mae_loss(pred, images, mask, norm_pix_loss)  # each image has equally many hidden patches
+    def load(self, device):
+        args = self.args
+        train, test = load_dataset(args.dataset, args.data_dir, args.img_size, args.train_images, labelled=False)
+        shuffle = PatchShuffle(args.img_size // args.patch_size, args.mask_ratio, args.mask_strategy)
+        masks = digest({"masks": shuffle(100, generator("cpu", "digest"))})  # another where the strategy was edited
+        self.digests = {"images": train.digest(), "test_set": test.digest(), "masks": masks}
+        sizes = ((train, 5000), (test, 1000))
+        self.banks = [sample(images, count, generator("cpu", "probe")).to(device) for images, count in sizes]
+        self.shown = normalize(sample(test, 16, generator("cpu", "shown")).images.to(device))
+        self.images, self.num_images = train.images.to(device), len(train.images)
 
+    def build(self):
+        self.model = MAE_ViT(**self.model_args)
+        return self.model
 
-def mask_digest(shuffle, count=100):
-    """16 hex digits that change where a strategy of this name draws other masks."""
-    return digest({"masks": shuffle(count, generator("cpu", "digest"))})
+    def build_optimizer(self, lr):
+        decay = self.args.weight_decay
+        return torch.optim.AdamW(self.model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=decay, fused=True)
+
+    def draw_batch(self, ids, epoch, step):
+        key, batch = (self.args.seed, epoch, step), self.images[ids]
+        batch = AUGMENTATIONS[self.args.augment](batch, generator(batch.device, *key, "augment"))
+        return batch, self.model.shuffle(len(batch), generator(batch.device, *key, "masks"), batch.device)
+
+    def loss(self, images, ids_shuffle):
+        return self.model.loss(normalize(images), ids_shuffle)
+
+    def evaluate(self, session, setup):
+        """Test loss and k-NN accuracy where a probe is due; now and then reconstructions for TensorBoard."""
+        args, last = self.args, session.epoch == self.args.total_epoch
+        if last or (session.epoch - 1) % max(1, args.total_epoch // IMAGE_LOGS) == 0:
+            borrowed = " with each patch's true mean and variance" if args.norm_pix_loss else ""
+            session.log_image(f"reconstruction{borrowed}", reconstruction_grid(self.model, self.shown))
+        every = probe_interval(args, setup.plan, sum(len(bank.images) for bank in self.banks))
+        if every and (last or session.epoch % every == 0):
+            return probe(self.model, *self.banks, setup.precision, setup.at_once)
+        measures = ("test/loss", "probe/knn_acc") if self.banks[0].classes else ("test/loss",)
+        return dict.fromkeys(measures, math.nan) if every else {}
+
+    def content(self):
+        return {"kind": "MAE_ViT", "model_args": self.model_args}
 
 
 def probe_interval(args, plan, bank_size):
@@ -154,9 +175,8 @@ def probe(model, train, test, precision, batch_size):
     loss = torch.zeros((), device=device)
     with autocast(precision, device):
         for part in processes.shared_out(len(test.images), batch_size):
-            x = data.normalize(test.images[part])
-            pred, mask = model(x, ids_shuffle[part])
-            loss += mae_loss(pred, x, mask, model.norm_pix_loss) * len(x)
+            x = normalize(test.images[part])
+            loss += model.loss(x, ids_shuffle[part]) * len(x)
         loss = processes.sum_over_ranks(loss).item() / len(test.images)
         if not train.classes:
             return {"test/loss": loss}
@@ -164,12 +184,12 @@ def probe(model, train, test, precision, batch_size):
         for name, images in (("train", train.images), ("test", test.images)):
             features[name] = torch.zeros(len(images), model.encoder.cls_token.shape[-1], device=device)
             for part in processes.shared_out(len(images), batch_size):
-                found = extract_features(model.encoder, images[part], data.normalize, [layer], ["mean"], batch_size)
+                found = extract_features(model.encoder, images[part], normalize, [layer], ["mean"], batch_size)
                 features[name][part] = found[layer, "mean"]
             processes.sum_over_ranks(features[name])
     predicted = knn_predict(features["train"], train.labels, features["test"], len(train.classes))
     right = (predicted == test.labels).cpu().double().mean().item()
-    return {"test/loss": loss, "knn/acc": right}
+    return {"test/loss": loss, "probe/knn_acc": right}
 
 
 def reconstruction_grid(model, images):
@@ -179,72 +199,15 @@ def reconstruction_grid(model, images):
         (3, H, W) uint8.
     """
     ids_shuffle = model.shuffle(len(images), generator(images.device, "shown"), images.device)
-    rows = data.to_pixels(torch.cat([*model.reconstruct(images, ids_shuffle), images]))
+    rows = to_pixels(torch.cat([*model.reconstruct(images, ids_shuffle), images]))
     times = math.ceil(96 / rows.shape[-1])
     rows = rows.repeat_interleave(times, 2).repeat_interleave(times, 3)
     return make_grid(rows, nrow=len(images), padding=4)
 
 
-def load_images(args, device):
-    """The images to train on, (N, 3, H, W) uint8, and others to look at, all on the device; the digests of both sets.
-
-    Returns:
-        images; banks: the training and the test ImageSet of a probe; shown: 16 test images, normalised; digests.
-    """
-    train, test = data.load_dataset(args.dataset, args.data_dir, args.img_size, args.train_images, labelled=False)
-    banks = [data.draw(*bank, generator("cpu", "probe")).to(device) for bank in ((train, 5000), (test, 1000))]
-    shown = data.normalize(data.draw(test, 16, generator("cpu", "shown")).images.to(device))
-    return placed(device, train)[0].images, banks, shown, {"images": train.digest(), "test_set": test.digest()}
-
-
 def pretrain(args):
     """Train one run to its end, on from where it stopped; returns its directory."""
-    device = pick_device(args.device)
-    rank, world_size = processes.join(device)
-    with processes.together():
-        run = Run(args.log_dir, run_name(args), vars(args), args.overwrite, rank == 0, defaults=vars(parse_args([])))
-        torch.manual_seed(args.seed)
-        model_args = {name: getattr(args, name) for name in utils.defaults(MAE_ViT)}
-        model = MAE_ViT(**model_args).to(device)  # bad sizes and masks end here, before the data is read
-        masks = mask_digest(model.shuffle)
-        images, banks, shown, digests = load_images(args, device)
-        digests["masks"] = masks
-        finished = run.is_finished(digests)
-    if processes.broadcast([int(finished)])[0]:
-        return run.pass_over(args.model_path)
-
-    at_once = args.max_device_batch_size or DEVICE_BATCH_SIZE[device.type]
-    plan = training.plan_training(args, len(images), WARMUP, at_once, rank, world_size)
-    precision = pick_precision(args.precision, device, args.embed_dim)
-    tune(model, device, precision, model.shuffle.grid_size**2)
-    optimizer = build_optimizer(model, plan.peak_lr, args.weight_decay)
-    draw = functools.partial(draw_batch, images, model.shuffle, args)
-    forward = maybe_compiled(model, args.compile, device, plan.num_images)
-    loss = functools.partial(loss_of, forward, precision, norm_pix_loss=args.norm_pix_loss)
-    scaler = loss_scaler(precision, device)
-    every = probe_interval(args, plan, sum(len(bank.images) for bank in banks))
-    look = functools.partial(probe, model, *banks, precision, at_once)
-    not_probed = dict.fromkeys(PROBED if banks[0].classes else PROBED[:1], math.nan)
-
-    facts = {"parameters": count_parameters(model), "precision": precision, **digests, **plan.facts()}
-    start = this_start(device, world_size, plan) if rank == 0 else {}
-    with run.open(model, optimizer, plan, facts, start) as session:
-        for epoch in range(session.progress["epoch"], args.total_epoch):
-            order = epoch_order(len(images), args.seed, epoch, images.device)
-            metrics = training.train_one_epoch(model, optimizer, plan, order, draw, loss, session, scaler)
-            session.check_finite(metrics["train/loss"])
-            metrics["memory/peak_mb"] = peak_memory_mb(device)
-            last = epoch + 1 == args.total_epoch
-            if every:
-                metrics |= look() if last or (epoch + 1) % every == 0 else not_probed
-            if last or epoch % max(1, args.total_epoch // IMAGE_LOGS) == 0:
-                borrowed = " with each patch's true mean and variance" if args.norm_pix_loss else ""
-                session.log_image(f"reconstruction{borrowed}", reconstruction_grid(model, shown))
-            session.end_epoch(metrics)
-        trained_on = {"dataset": args.dataset, "data_dir": args.data_dir}
-        session.finish({"kind": "MAE_ViT", "model_args": model_args, "model": model.state_dict(), **trained_on})
-    run.export(args.model_path)
-    return run.directory
+    return train(args, Pretraining)
 
 
 @exit_in_one_line()

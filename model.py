@@ -6,7 +6,6 @@ an encoder that sees only the visible patches, a light decoder that sees them al
 Axes in the comments: B images, N patches, V visible patches, D width, P = 3 * patch_size**2 numbers in a patch.
 """
 
-import inspect
 import math
 
 import torch
@@ -45,8 +44,8 @@ def take(tokens, ids):
 # --- mask strategies: score(batch_size, grid_size, num_visible, generator, device) -> (B, N) float ---
 #
 # A strategy scores the patches of a grid_size x grid_size grid in raster order; the num_visible lowest of each
-# image stay visible (`PatchShuffle`). To add one: write such a function and name it in MASK_STRATEGIES. Further
-# arguments with defaults are its own parameters (mask_args); it refuses a value by raising UserError.
+# image stay visible (`PatchShuffle`). To add one: write such a function and name it in MASK_STRATEGIES. One with other
+# parameters is one more line there: "blockwise_small": functools.partial(blockwise_scores, smallest=0.1).
 
 
 def random_scores(batch_size, grid_size, num_visible, generator, device):
@@ -105,8 +104,6 @@ def blockwise_scores(batch_size, grid_size, num_visible, generator, device, num_
     fraction of the image) to all that is to be hidden, aspect ratios from 0.3 to 1 / 0.3. BEiT stops at "enough"; here
     the last block is cut along a line in a random direction, so that the count is exact.
     """
-    if not (1 <= num_blocks <= 1000 and 0 < smallest <= 1):
-        raise UserError("num_blocks must be 1 to 1000, and smallest above 0 and at most 1")
     num_patches = grid_size**2
 
     def uniform(low, high, *shape):
@@ -160,11 +157,10 @@ class PatchShuffle(nn.Module):
     tensor([[False,  True,  True, False]])
 
     Raises:
-        UserError: the strategy or one of mask_args is unknown or refused, there is one patch only, or mask_ratio leaves
-            nothing visible or hidden.
+        UserError: the strategy is unknown, there is one patch only, or mask_ratio leaves nothing visible or hidden.
     """
 
-    def __init__(self, grid_size, mask_ratio, mask_strategy, mask_args=None):
+    def __init__(self, grid_size, mask_ratio, mask_strategy):
         super().__init__()
         if mask_strategy not in MASK_STRATEGIES:
             raise UserError(f"mask_strategy {mask_strategy!r} is unknown; choose from {', '.join(MASK_STRATEGIES)}.")
@@ -175,53 +171,29 @@ class PatchShuffle(nn.Module):
         if not 0 < self.num_visible < num_patches:
             least = math.ceil(1000 / num_patches) / 1000
             raise UserError(
-                f"mask_ratio {mask_ratio} does not split {num_patches} patches: at least one must stay visible and one "
-                f"be hidden; use {least} to {1 - least:.3f}."
+                f"mask_ratio {mask_ratio} must leave at least one of {num_patches} patches visible and hide at least "
+                f"one; use {least} to {1 - least:.3f}."
             )
         self.grid_size, self.mask_ratio, self.mask_strategy = grid_size, mask_ratio, mask_strategy
-        self.mask_args = mask_args or {}
-        defaults = self.own_parameters()
-        for name, value in self.mask_args.items():
-            if name not in defaults:
-                self.refuse(f"has no parameter {name!r}")
-            default = defaults[name]
-            if isinstance(value, str) != isinstance(default, str):
-                self.refuse(f"takes a {'word' if isinstance(default, str) else 'number'} as {name}, not {value!r}")
-            if isinstance(value, float) and isinstance(default, int):
-                self.refuse(f"takes a whole number as {name}, not {value}")
-
-    def own_parameters(self):
-        """The strategy's own parameters, those after the five of every strategy: {name: default}."""
-        parameters = list(inspect.signature(MASK_STRATEGIES[self.mask_strategy]).parameters.values())[5:]
-        return {parameter.name: parameter.default for parameter in parameters}
-
-    def refuse(self, reason):
-        defaults = ", ".join(f"{name}={default}" for name, default in self.own_parameters().items())
-        raise UserError(f"mask_strategy {self.mask_strategy!r} {reason}. Its parameters: {defaults or 'none'}.")
 
     def forward(self, batch_size, generator=None, device=None):
         """Draw a mask for each image: ids_shuffle (B, N) int64, the visible patches in its first num_visible columns.
 
         Raises:
-            UserError: the strategy refuses one of mask_args.
-            ValueError: the strategy's scores have another shape, or are no finite real numbers.
+            ValueError: the strategy's scores have another shape, or are no finite real numbers; they would sort into
+                wrong masks without an error.
         """
-        score = MASK_STRATEGIES[self.mask_strategy]
-        try:
-            scores = score(batch_size, self.grid_size, self.num_visible, generator, device, **self.mask_args)
-        except UserError as error:
-            self.refuse(f"refuses its mask_args: {error}")
-        self.check(scores, (batch_size, self.grid_size**2))
-        return scores.argsort(dim=1, stable=True)  # (B, N)
-
-    def check(self, scores, shape):
-        """Refuse scores that would sort into wrong masks without an error."""
-        name = f"mask_strategy {self.mask_strategy!r}"
+        score, shape = MASK_STRATEGIES[self.mask_strategy], (batch_size, self.grid_size**2)
+        scores = score(batch_size, self.grid_size, self.num_visible, generator, device)
         if not isinstance(scores, torch.Tensor) or scores.shape != shape or scores.is_complex():
             found = f"{tuple(scores.shape)} {scores.dtype}" if isinstance(scores, torch.Tensor) else type(scores)
-            raise ValueError(f"{name} must give real scores (images, patches), here {shape}; it gave {found}.")
+            raise ValueError(
+                f"mask_strategy {self.mask_strategy!r} must give real scores (images, patches), here {shape}; it gave "
+                f"{found}."
+            )
         if scores.device.type == "cpu" and not scores.isfinite().all():  # a GPU would have to be waited for
-            raise ValueError(f"{name} gave nan or infinite scores.")
+            raise ValueError(f"mask_strategy {self.mask_strategy!r} gave nan or infinite scores.")
+        return scores.argsort(dim=1, stable=True)  # (B, N)
 
 
 # --- model ---
@@ -344,7 +316,7 @@ class MAE_ViT(nn.Module):
         embed_dim, num_heads: of the encoder; of the decoder, too, where decoder_embed_dim is None.
         encoder_depth, decoder_depth: transformer blocks.
         mask_ratio: fraction of patches hidden, in (0, 1); int(N * (1 - mask_ratio)) stay visible.
-        mask_strategy: a key of MASK_STRATEGIES; mask_args: the strategy's own parameters, {name: number or word}.
+        mask_strategy: a key of MASK_STRATEGIES.
         norm_pix_loss: predict each patch's pixels normalised by their mean and variance (MAE paper, table 1d).
         decoder_embed_dim: as `MAE_Decoder` takes it (table 1b).
         positions: "learned", or "sincos" for a fixed table (appendix A.1), of encoder and decoder.
@@ -363,7 +335,6 @@ class MAE_ViT(nn.Module):
         decoder_depth=4,
         mask_ratio=0.75,
         mask_strategy="random",
-        mask_args=None,
         norm_pix_loss=False,
         decoder_embed_dim=None,
         positions="learned",
@@ -371,7 +342,7 @@ class MAE_ViT(nn.Module):
         super().__init__()
         self.patch_size, self.norm_pix_loss = patch_size, norm_pix_loss
         self.encoder = MAE_Encoder(img_size, patch_size, embed_dim, encoder_depth, num_heads, positions)
-        self.shuffle = PatchShuffle(img_size // patch_size, mask_ratio, mask_strategy, mask_args)
+        self.shuffle = PatchShuffle(img_size // patch_size, mask_ratio, mask_strategy)
         self.decoder = MAE_Decoder(
             img_size, patch_size, embed_dim, decoder_depth, num_heads, decoder_embed_dim, positions
         )
@@ -394,6 +365,19 @@ class MAE_ViT(nn.Module):
         pred = self.decoder(features, ids_restore)  # (B, N, P)
         return pred, ids_restore >= self.shuffle.num_visible
 
+    def loss(self, images, ids_shuffle=None):
+        """Mean squared error over hidden pixels only, in float32 (MAE paper, section 3, "Reconstruction target").
+
+        Args: as `forward` takes them. To train on another loss, change it here.
+        """
+        pred, mask = self(images, ids_shuffle)
+        target = patchify(images, self.patch_size)  # (B, N, P)
+        if self.norm_pix_loss:
+            mean, std = mean_and_std(target)
+            target = (target - mean) / std
+        error = (pred.float() - target).square().mean(dim=-1)  # (B, N)
+        return (error * mask).sum() / mask.sum()  # each image has equally many hidden patches
+
     @torch.no_grad()
     def reconstruct(self, images, ids_shuffle):
         """What the model was shown and what it makes of it.
@@ -412,21 +396,6 @@ class MAE_ViT(nn.Module):
             pred = pred * std + mean
         masked, reconstructed = patches.masked_fill(mask, 0), torch.where(mask, pred, patches)
         return unpatchify(masked, self.patch_size), unpatchify(reconstructed, self.patch_size)
-
-
-def mae_loss(pred, images, mask, norm_pix_loss=False):
-    """Mean squared error over hidden pixels only, in float32 (MAE paper, section 3, "Reconstruction target").
-
-    Args:
-        pred: (B, N, P) predicted patches; images: (B, 3, H, W); mask: (B, N) bool, True where hidden.
-        norm_pix_loss: the model's; whether each patch's target is normalised by its mean and variance.
-    """
-    target = patchify(images, patch_size=math.isqrt(pred.shape[-1] // 3))  # (B, N, P)
-    if norm_pix_loss:
-        mean, std = mean_and_std(target)
-        target = (target - mean) / std
-    error = (pred.float() - target).square().mean(dim=-1)  # (B, N)
-    return (error * mask).sum() / mask.sum()
 
 
 def drop_path_scales(batch_size, depth, rate, generator, device):

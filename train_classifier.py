@@ -7,7 +7,6 @@ End-to-end fine-tuning (He et al. 2021, arXiv:2111.06377, section 4), at CIFAR s
 """
 
 import argparse
-import functools
 import math
 
 import torch
@@ -15,28 +14,17 @@ import torch.nn.functional as F
 from timm.optim import param_groups_layer_decay
 
 import utils
-from engine import processes, training
+from engine import processes
 from engine.checkpoints import digest, load_model
-from engine.device import (
-    autocast,
-    count_parameters,
-    epoch_order,
-    generator,
-    loss_scaler,
-    maybe_compiled,
-    peak_memory_mb,
-    pick_device,
-    pick_precision,
-    placed,
-    this_start,
-    tune,
-)
+from engine.device import autocast, generator
 from engine.errors import UserError, exit_in_one_line
-from engine.run import Run, read_metrics
-from images import augmentation, data
+from engine.records import read_metrics
+from engine.training import train
+from images.augmentation import AUGMENTATIONS, mix
+from images.load import hold_out, load_dataset
+from images.pixels import normalize
 from model import MAE_ViT, ViT_Classifier, drop_path_scales
 
-SIZE = ("img_size", "patch_size", "embed_dim", "encoder_depth", "num_heads")
 WARMUP = 0.05  # of all epochs
 DEVICE_BATCH_SIZE = {"cuda": 256, "cpu": 128, "mps": 128}  # images at once on a device
 EVAL_BATCH = 500  # images whose losses are summed at once
@@ -47,7 +35,7 @@ PRESETS = {
         "total_epoch": 100,
         "batch_size": 128,
         "base_learning_rate": 1e-3,
-        "augment": False,
+        "augment": "none",
         "pool": "cls",
         "decay_matrices_only": False,
         "layer_decay": 1.0,
@@ -57,9 +45,9 @@ PRESETS = {
         "mixup": 0.0,
         "cutmix": 0.0,
     },
-    "strong": {"augment": True, "pool": "mean"},  # wins in 30 epochs: logs/report/RESULTS.md
+    "augmented": {"augment": "shift", "pool": "mean"},  # wins in 30 epochs: logs/report/RESULTS.md
     "official": {  # after the official MAE's fine-tuning (He et al. 2021, table 9), for long training
-        "augment": True,
+        "augment": "shift",
         "pool": "mean",
         "decay_matrices_only": True,
         "layer_decay": 0.75,
@@ -69,23 +57,25 @@ PRESETS = {
         "cutmix": 1.0,
     },
 }
-IN_NAME = {  # what a run's name says of a flag, if its value is not the preset's
-    "augment": "aug",
+# What a run's name says, in this order: each flag's word, and its value. Those of ALWAYS at their default, too.
+NAME_WORDS = {"dataset": "", "train_images": "n", "val_images": "val", "augment": "aug", "total_epoch": "ep"}
+NAME_WORDS |= {
+    "warmup_epoch": "wu",
+    "batch_size": "b",
+    "base_learning_rate": "lr",
+    "weight_decay": "wd",
     "pool": "pool",
-    "decay_matrices_only": "matrices",
-    "layer_decay": "ld",
-    "clip_grad": "clip",
-    "drop_path": "dp",
-    "label_smoothing": "ls",
-    "mixup": "mixup",
-    "cutmix": "cutmix",
 }
+NAME_WORDS |= {"decay_matrices_only": "matrices", "layer_decay": "ld", "clip_grad": "clip", "drop_path": "dp"}
+NAME_WORDS |= {"label_smoothing": "ls", "mixup": "mixup", "cutmix": "cutmix", "seed": "s"}
+SIZE_WORDS = {"img_size": "i", "patch_size": "p", "embed_dim": "w", "encoder_depth": "e", "num_heads": "h"}
+ALWAYS = {"dataset", "total_epoch", "seed"}
 NOT_TESTED = dict.fromkeys(("test/loss", "test/acc", "test/acc_mean_of_batches", "chosen_epoch"), math.nan)
 
 
 def parse_args(argv=None):
     parser = utils.Parser(description=__doc__.split("\n")[0])
-    utils.add_data_arguments(parser, data.DATASETS, pretrained=True).add_argument(
+    utils.add_data_arguments(parser, pretrained=True).add_argument(
         "--val_images",
         type=utils.positive_int,
         help="hold out so many training images, equally many of each class, keep the epoch that is best on them and "
@@ -93,7 +83,7 @@ def parse_args(argv=None):
     )
     group = parser.add_argument_group("model")
     group.add_argument("--pretrained_model_path", help="model.pt or run directory of a MAE; default: from scratch")
-    utils.add_size_arguments(group, SIZE, from_scratch=utils.defaults(ViT_Classifier))
+    utils.add_size_arguments(group, SIZE_WORDS, from_scratch=utils.defaults(ViT_Classifier))
     group.add_argument("--pool", choices=("cls", "mean"), help="what the head sees: the cls token or the patches' mean")
     group = utils.add_optimisation_arguments(parser, WARMUP, DEVICE_BATCH_SIZE)
     group.add_argument(
@@ -122,66 +112,129 @@ def parse_args(argv=None):
         "--cutmix", type=utils.non_negative_float, help=f"the same with a rectangle; {alpha}; both: each step draws one"
     )
     utils.add_run_arguments(parser, log_dir="logs/classifier")
-    parser.add_argument_group("output").add_argument(
-        "--output_model_path", type=utils.file_path, help="copy the finished model.pt to this file"
-    )
     utils.add_presets(parser, PRESETS, argv)
     return parser.parse_args(argv)
 
 
-def run_name(args, encoder_name):
-    """For example cls_cifar10_ep100_b128_s42_from_mae_..., or cls_cifar10_..._poolmean_scratch_i32_p2_w192_e12_h3.
+def run_name(args, parent=None):
+    """For example cls_cifar10_ep100_s42_from_mae_..., or cls_cifar10_ep100_s42_scratch, the run of all defaults.
 
     Args:
-        encoder_name: the run the encoder comes from; None: from scratch.
+        parent: the name of the run that the encoder comes from; None: from scratch.
     """
-    size = "scratch_i{img_size}_p{patch_size}_w{embed_dim}_e{encoder_depth}_h{num_heads}".format(**vars(args))
-    val = f"_val{args.val_images}" if args.val_images else ""
-    name = f"cls_{data.name_of(args)}{val}_ep{args.total_epoch}_b{args.batch_size}_s{args.seed}"
-    name += "" if args.preset == "reference" else f"_{args.preset}"
-    for flag, value in {**PRESETS["reference"], **PRESETS[args.preset]}.items():
-        if flag in IN_NAME and (given := getattr(args, flag)) != value:
-            text = "" if given is True else str(given).removesuffix(".0")
-            name += f"_no{IN_NAME[flag]}" if given is False else f"_{IN_NAME[flag]}{text}"
-    return f"{name}_{f'from_{encoder_name}' if encoder_name else size}"
+    settings, defaults = utils.settings_of(args), {**utils.defaults(ViT_Classifier), **vars(parse_args([]))}
+    parts = utils.name_parts(settings, NAME_WORDS, defaults, ALWAYS)
+    if parent:
+        return utils.joined(["cls", *parts, "from", parent])
+    sizes = utils.name_parts(settings, SIZE_WORDS, utils.defaults(ViT_Classifier))
+    return utils.joined(["cls", *parts, "scratch", *sizes])
 
 
-def build_optimizer(model, lr, weight_decay, layer_decay=1.0, decay_matrices_only=False):
-    parameters = model.parameters()
-    if layer_decay < 1 or decay_matrices_only:
-        tokens = ("cls_token", "pos_embedding") if decay_matrices_only else ()
-        parameters = param_groups_layer_decay(
-            model, weight_decay, tokens, weight_decay_exclude_1d=decay_matrices_only, layer_decay=layer_decay
-        )
-    return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.999), weight_decay=weight_decay, fused=True)
+def load_pretrained(args):
+    """The MAE file named on the command line, and the arguments completed by its sizes and data; (None, ...) without.
 
-
-def draw_batch(train, args, ids, epoch, step):
-    """The images ids (B,) of an ImageSet as (B, 3, H, W) pixels, augmented where asked, and their labels (B,).
-
-    Mixed images have labels (B, classes). With drop path also what it multiplies the blocks by, (B, depth, 2).
+    Raises:
+        UserError: no such file, not a MAE, or a size flag that contradicts it.
     """
-    batch, labels = train.images[ids], train.labels[ids]
-    device = batch.device
-    batch = augmentation.AUGMENTATIONS[args.augment](batch, generator(device, args.seed, epoch, step, "augment"))
-    if args.mixup or args.cutmix:
-        seed = generator("cpu", args.seed, epoch, step, "mixup").initial_seed()
-        batch, labels = augmentation.mix(batch, labels, len(train.classes), args.mixup, args.cutmix, seed)
-    if not args.drop_path:
-        return batch, labels
-    draw = generator(device, args.seed, epoch, step, "drop path")
-    return batch, labels, drop_path_scales(len(batch), args.encoder_depth, args.drop_path, draw, device)
+    if not args.pretrained_model_path:
+        sizes = {name: utils.defaults(ViT_Classifier)[name] for name in SIZE_WORDS}
+        return None, utils.fill_in(args, {**sizes, **utils.DATA_DEFAULTS})
+    _, pretrained = load_model(args.pretrained_model_path, MAE_ViT)
+    sizes = {name: pretrained["model_args"][name] for name in SIZE_WORDS}
+    for name, stored in sizes.items():
+        if getattr(args, name) not in (None, stored):
+            raise UserError(
+                f"{args.pretrained_model_path} has {name}={stored} but --{name} is {getattr(args, name)}. Leave the "
+                f"flag out to use the stored value."
+            )
+    source = {name: pretrained[name] for name in utils.DATA_DEFAULTS} if args.dataset is None else utils.DATA_DEFAULTS
+    return pretrained, utils.fill_in(args, {**sizes, **source})
 
 
-def loss_of(forward, precision, images, labels, scales=None, label_smoothing=0.0):
-    """Mean loss of images (b, 3, H, W) from 0 to 255 with labels (b,), or (b, classes) of mixed ones.
+class Classification:
+    """What this script trains: an experiment as `engine.training.train` describes it.
 
-    Args:
-        forward: the model, compiled or not; scales: (b, depth, 2), its drop path.
+    A batch is (images (B, 3, H, W) from 0 to 255, labels (B,), or (B, classes) of mixed images, with drop path also
+    what it multiplies the blocks by (B, depth, 2)).
     """
-    with autocast(precision, images.device):
-        logits = forward(data.normalize(images), scales)
-    return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+
+    warmup, device_batch_size = WARMUP, DEVICE_BATCH_SIZE
+
+    def __init__(self, args):
+        self.pretrained, args = load_pretrained(args)
+        self.args, self.arguments, parent = args, utils.free_arguments(args), None
+        self.model_args = {name: getattr(args, name) for name in (*SIZE_WORDS, "pool")}
+        with torch.device("meta"):
+            ViT_Classifier(**self.model_args)  # bad sizes end here, before the images are read
+        if self.pretrained:
+            parent = {name: self.pretrained[name] for name in ("name", "settings")}
+            parent["digest"] = digest(self.pretrained["model"])
+        name = run_name(args, parent and parent["name"])
+        self.identity = {"kind": "classifier", "name": name, "settings": utils.settings_of(args), "parent": parent}
+
+    def load(self, device):
+        args = self.args
+        count = None if args.val_images else args.train_images  # hold_out needs all
+        train, test = load_dataset(args.dataset, args.data_dir, args.img_size, count)
+        self.digests, self.val = {"images": train.digest(), "test_set": test.digest()}, None
+        if args.val_images:
+            train, val = hold_out(train, args.val_images, args.train_images)
+            self.val = val.to(device)
+        self.train, self.test, self.num_images = train.to(device), test.to(device), len(train.images)
+
+    def build(self):
+        self.model_args["num_classes"] = len(self.train.classes)
+        self.model = ViT_Classifier(**self.model_args)
+        if self.pretrained:
+            self.model.load_encoder(self.pretrained["model"])
+        return self.model
+
+    def build_optimizer(self, lr):
+        args, parameters = self.args, self.model.parameters()
+        if args.layer_decay < 1 or args.decay_matrices_only:
+            parameters = param_groups_layer_decay(
+                self.model,
+                args.weight_decay,
+                ("cls_token", "pos_embedding") if args.decay_matrices_only else (),
+                weight_decay_exclude_1d=args.decay_matrices_only,
+                layer_decay=args.layer_decay,
+            )
+        return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True)
+
+    def draw_batch(self, ids, epoch, step):
+        args, batch, labels = self.args, self.train.images[ids], self.train.labels[ids]
+        key, device = (args.seed, epoch, step), batch.device
+        batch = AUGMENTATIONS[args.augment](batch, generator(device, *key, "augment"))
+        if args.mixup or args.cutmix:
+            seed = generator("cpu", *key, "mixup").initial_seed()
+            batch, labels = mix(batch, labels, len(self.train.classes), args.mixup, args.cutmix, seed)
+        if not args.drop_path:
+            return batch, labels
+        draw = generator(device, *key, "drop path")
+        return batch, labels, drop_path_scales(len(batch), args.encoder_depth, args.drop_path, draw, device)
+
+    def loss(self, images, labels, scales=None):
+        logits = self.model(normalize(images), scales)
+        return F.cross_entropy(logits.float(), labels, label_smoothing=self.args.label_smoothing)
+
+    def evaluate(self, session, setup):
+        """Loss and accuracy of this epoch's weights on the test images or, where there are any, on the held-out ones.
+
+        With held-out images, the test images are used once: after the last epoch, the model gets the best epoch's
+        weights, is tested, and is saved with them.
+        """
+        if self.val is None:
+            return evaluate(self.model, self.test, setup.precision, setup.at_once)
+        scores = {**evaluate(self.model, self.val, setup.precision, setup.at_once, "val"), **NOT_TESTED}
+        best = best_of(session.progress.get("best"), self.model, session.epoch, scores["val/acc"])
+        session.progress["best"] = best
+        if session.epoch == self.args.total_epoch:
+            self.model.load_state_dict(best["model"])
+            scores |= evaluate(self.model, self.test, setup.precision, setup.at_once) | {"chosen_epoch": best["epoch"]}
+        return scores
+
+    def content(self):
+        return {"kind": "ViT_Classifier", "model_args": self.model_args, "classes": self.train.classes}
 
 
 @torch.no_grad()
@@ -198,7 +251,7 @@ def evaluate(model, images, precision, at_once, name="test"):
     loss, correct = torch.zeros((), device=device), torch.zeros(len(labels), device=device)
     for part in processes.shared_out(len(labels), EVAL_BATCH):
         with autocast(precision, device):
-            logits = torch.cat([model(data.normalize(some)).float() for some in pixels[part].split(at_once)])
+            logits = torch.cat([model(normalize(some)).float() for some in pixels[part].split(at_once)])
         correct[part] = (logits.argmax(dim=1) == labels[part]).float()
         loss += F.cross_entropy(logits, labels[part], reduction="sum")
     correct, loss = processes.sum_over_ranks(correct).cpu(), processes.sum_over_ranks(loss)  # MPS has no float64
@@ -220,103 +273,9 @@ def best_of(best, model, epoch, acc):
     return {"epoch": epoch, "acc": acc, "model": {name: tensor.clone() for name, tensor in model.state_dict().items()}}
 
 
-def load_pretrained(args):
-    """The MAE file named on the command line, and the arguments completed by its sizes and data; (None, ...) without.
-
-    Raises:
-        UserError: no such file, not a MAE, or a size flag that contradicts it.
-    """
-    if not args.pretrained_model_path:
-        sizes = {name: utils.defaults(ViT_Classifier)[name] for name in SIZE}
-        return None, utils.fill_in(args, {**sizes, **utils.DATA_DEFAULTS})
-    _, pretrained = load_model(args.pretrained_model_path, MAE_ViT)
-    sizes = {name: pretrained["model_args"][name] for name in SIZE}
-    for name, stored in sizes.items():
-        if getattr(args, name) not in (None, stored):
-            raise UserError(
-                f"{args.pretrained_model_path} has {name}={stored} but --{name} is {getattr(args, name)}. Leave the "
-                f"flag out to use the stored value."
-            )
-    source = {name: pretrained[name] for name in utils.DATA_DEFAULTS} if args.dataset is None else utils.DATA_DEFAULTS
-    return pretrained, utils.fill_in(args, {**sizes, **source, "encoder_digest": digest(pretrained["model"])})
-
-
-def load_images(args, device):
-    """(train, val, test) on the device, val None without --val_images; digests of both sets as they are on disk."""
-    loaded = None if args.val_images else args.train_images  # hold_out needs all
-    train, test = data.load_dataset(args.dataset, args.data_dir, args.img_size, loaded)
-    digests, val = {"images": train.digest(), "test_set": test.digest()}, None
-    if args.val_images:
-        train, val = data.hold_out(train, args.val_images, args.train_images)
-    return *placed(device, train, val, test), digests
-
-
-def scores_of_epoch(model, val, test, precision, at_once, session, last):
-    """Loss and accuracy of this epoch's weights, on the test images or, where there are any, on the held-out ones.
-
-    With held-out images, the test images are used once: after the last epoch, the model gets the best epoch's weights,
-    is tested, and is saved with them.
-    """
-    if val is None:
-        return evaluate(model, test, precision, at_once)
-    scores = {**evaluate(model, val, precision, at_once, "val"), **NOT_TESTED}
-    best = best_of(session.progress.get("best"), model, session.progress["epoch"] + 1, scores["val/acc"])
-    session.progress["best"] = best
-    if last:
-        model.load_state_dict(best["model"])
-        scores |= evaluate(model, test, precision, at_once) | {"chosen_epoch": best["epoch"]}
-    return scores
-
-
 def train_classifier(args):
     """Train one run to its end, on from where it stopped; returns its directory."""
-    device = pick_device(args.device)
-    rank, world_size = processes.join(device)
-    with processes.together():
-        pretrained, args = load_pretrained(args)
-        name = run_name(args, pretrained and pretrained["run_name"])
-        run = Run(args.log_dir, name, vars(args), args.overwrite, rank == 0, defaults=vars(parse_args([])))
-        model_args = {name: getattr(args, name) for name in (*SIZE, "pool")}
-        ViT_Classifier(**model_args)  # bad sizes end here, before the data is read
-        train, val, test, digests = load_images(args, device)
-        finished = run.is_finished(digests)
-    if processes.broadcast([int(finished)])[0]:
-        return run.pass_over(args.output_model_path)
-
-    at_once = args.max_device_batch_size or DEVICE_BATCH_SIZE[device.type]
-    plan = training.plan_training(args, len(train.images), WARMUP, at_once, rank, world_size)
-    torch.manual_seed(args.seed)
-    model_args["num_classes"] = len(train.classes)
-    model = ViT_Classifier(**model_args)
-    if pretrained:
-        model.load_encoder(pretrained["model"])
-    model = model.to(device)
-    precision = pick_precision(args.precision, device, args.embed_dim)
-    tune(model, device, precision, (args.img_size // args.patch_size) ** 2)
-    optimizer = build_optimizer(model, plan.peak_lr, args.weight_decay, args.layer_decay, args.decay_matrices_only)
-    draw = functools.partial(draw_batch, train, args)
-    forward = maybe_compiled(model, args.compile, device, plan.num_images)
-    loss = functools.partial(loss_of, forward, precision, label_smoothing=args.label_smoothing)
-    scaler = loss_scaler(precision, device)
-
-    facts = {"parameters": count_parameters(model), "precision": precision, **digests, **plan.facts()}
-    if pretrained:
-        facts["pretraining"] = pretrained.get("arguments", pretrained["model_args"])
-    start = this_start(device, world_size, plan) if rank == 0 else {}
-    with run.open(model, optimizer, plan, facts, start) as session:
-        for epoch in range(session.progress["epoch"], args.total_epoch):
-            order = epoch_order(len(train.images), args.seed, epoch, train.images.device)
-            metrics = training.train_one_epoch(
-                model, optimizer, plan, order, draw, loss, session, scaler, args.clip_grad
-            )
-            session.check_finite(metrics["train/loss"])
-            metrics["memory/peak_mb"] = peak_memory_mb(device)
-            last = epoch + 1 == args.total_epoch
-            session.end_epoch(scores_of_epoch(model, val, test, precision, at_once, session, last) | metrics)
-        trained_on = {"dataset": args.dataset, "data_dir": args.data_dir, "classes": train.classes}
-        session.finish({"kind": "ViT_Classifier", "model_args": model_args, "model": model.state_dict(), **trained_on})
-    run.export(args.output_model_path)
-    return run.directory
+    return train(args, Classification)
 
 
 @exit_in_one_line()

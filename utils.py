@@ -1,7 +1,8 @@
-"""What the scripts share: the command line, random generators, device and precision, and where a run is at work."""
+"""The command line that the scripts share: argument types, groups of flags, presets, and the name of a run."""
 
 import argparse
 import contextlib
+import hashlib
 import inspect
 import math
 import os
@@ -10,8 +11,10 @@ import tempfile
 from pathlib import Path
 
 from engine.device import COMPILE_FROM, PRECISIONS
+from images.augmentation import AUGMENTATIONS
+from images.load import DATASETS, data_name
 
-# --- command line ---
+# --- argument types ---
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -60,13 +63,6 @@ def file_path(text):
     return text
 
 
-def shift_or_crop(text):
-    """An argparse type: what augmentation.py has in AUGMENTATIONS for "shift" or "crop"."""
-    if text not in ("shift", "crop"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither shift nor crop")
-    return text == "shift" or text
-
-
 def non_negative_int(text):
     """An argparse type: 0, 1, 2, ..."""
     if not text.isdecimal():
@@ -93,47 +89,12 @@ def fraction(text):
     return value
 
 
-class NamedValues(argparse.Action):
-    """NAME=VALUE ... as a dictionary of numbers and words, by name; None where nothing is given."""
-
-    def __call__(self, parser, namespace, texts, option_string=None):
-        values = {}
-        for text in texts:
-            name, _, value = text.partition("=")
-            if not re.fullmatch(r"[a-zA-Z]\w*=[\w.+-]+", text, re.ASCII) or name in values:
-                parser.error(f"argument {option_string}: {text!r} is not NAME=VALUE, or given twice")
-            values[name] = number_or_word(value)
-        setattr(namespace, self.dest, dict(sorted(values.items())))
-
-
-def number_or_word(text):
-    """An int, else a finite float, else the text itself."""
-    for kind in (int, float):
-        with contextlib.suppress(ValueError, OverflowError):
-            if math.isfinite(kind(text)):
-                return kind(text)
-    return text
-
-
-def named(values):
-    """Such a dictionary, or None, as part of a name: "_width=0.3"."""
-    return "".join(f"_{name}={value}" for name, value in (values or {}).items())
-
-
-def add_mask_args(group, what=""):
-    group.add_argument(
-        "--mask_args",
-        nargs="+",
-        action=NamedValues,
-        metavar="NAME=VALUE",
-        help=f"the strategy's own parameters, as in smallest=0.2 of blockwise{what}",
-    )
-
+# --- groups of flags ---
 
 DATA_DEFAULTS = {"dataset": "cifar10", "data_dir": "data"}
 
 
-def add_data_arguments(parser, datasets, pretrained=False):
+def add_data_arguments(parser, pretrained=False):
     """Args: pretrained: a pretrained model brings its own defaults, which the script fills in."""
     group = parser.add_argument_group("data")
     texts = {
@@ -141,21 +102,17 @@ def add_data_arguments(parser, datasets, pretrained=False):
         "data_dir": "directory of the files, or to download them to; for npz the file",
     }
     for name, text in texts.items():
-        default, choices = DATA_DEFAULTS[name], datasets if name == "dataset" else None
+        default, choices = DATA_DEFAULTS[name], DATASETS if name == "dataset" else None
         if pretrained:
             default, text = None, f"{text} (default: the pretrained model's; from scratch {default})"
         group.add_argument(f"--{name}", choices=choices, default=default, help=text)
     group.add_argument("--train_images", type=positive_int, help="train on this many, equally many of each class")
     group.add_argument(
         "--augment",
-        nargs="?",
-        const=True,
-        type=shift_or_crop,
-        metavar="{shift,crop}",
-        help="mirroring, and random shifts by up to 4 pixels (shift, or no value) or random resized crops (crop; MAE "
-        "paper, table 1e)",
+        choices=AUGMENTATIONS,
+        help="mirroring, and random shifts by up to 4 pixels (shift) or random resized crops (crop; MAE paper, "
+        "table 1e)",
     )
-    group.add_argument("--no-augment", dest="augment", action="store_false", help="none (default: set by --preset)")
     return group
 
 
@@ -197,41 +154,6 @@ def add_optimisation_arguments(parser, warmup, device_batch_size):
     return group
 
 
-def add_presets(parser, presets, argv):
-    """Add --preset, whose row gives the other flags' defaults, so that a flag given by hand wins.
-
-    Args:
-        presets: {name: {flag: value}}; what a row leaves out is as in the first.
-        argv: the command line, to see now which row; None: sys.argv's.
-    """
-    first = next(iter(presets))
-    rows = ", ".join(f"{name}: {as_flags(presets[name])}" for name in presets if name != first)
-    early = Parser(add_help=False)
-    for each in (parser, early):
-        each.add_argument("--preset", choices=presets, default=first, help=f"defaults of the other flags; {rows}")
-    chosen = early.parse_known_args(argv)[0].preset
-    parser.set_defaults(**{**presets[first], **presets[chosen]})
-
-
-def as_flags(values):
-    """Values by name as one would type them: --augment --layer_decay 0.75."""
-    switch = {True: "--", False: "--no-"}
-    return " ".join(
-        f"{switch[value]}{name}" if isinstance(value, bool) else f"--{name} {value}" for name, value in values.items()
-    )
-
-
-def fill_in(args, values):
-    """The arguments with those of `values` that were not given."""
-    given = {name: value for name, value in vars(args).items() if value is not None}
-    return argparse.Namespace(**{**vars(args), **values, **given})
-
-
-def defaults(constructor):
-    """The defaults of a model's constructor, so that they are written in one place."""
-    return {name: parameter.default for name, parameter in inspect.signature(constructor).parameters.items()}
-
-
 def add_device_arguments(group, seed_help):
     group.add_argument("--seed", type=seed, default=42, help=seed_help)
     group.add_argument(
@@ -249,20 +171,61 @@ def add_device_arguments(group, seed_help):
 
 
 def add_run_arguments(parser, log_dir):
+    parser.add_argument_group("output").add_argument(
+        "--output_model_path", type=file_path, help="copy the finished model.pt to this file"
+    )
     group = parser.add_argument_group("run")
     add_device_arguments(group, "all random draws follow from it")
     group.add_argument("--log_dir", default=log_dir, help="the run's directory is made in here")
     group.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
-        help=f"torch.compile the model; default: on CUDA where a GPU has at least {COMPILE_FROM:,} images to train on, "
-        f"counted in each epoch, as compiling takes about a minute",
+        help=f"torch.compile the step; default: on CUDA where a GPU has at least {COMPILE_FROM:,} images to train on, "
+        f"each epoch counted, as compiling takes about a minute",
     )
     group.add_argument("--overwrite", action="store_true", help="start again where a run of this name exists")
     group.add_argument(
         "--dry_run", action="store_true", help="a few steps on generated images to test the program; keeps no file"
     )
     return group
+
+
+# --- presets and defaults ---
+
+
+def add_presets(parser, presets, argv):
+    """Add --preset, whose row gives the other flags' defaults, so that a flag given by hand wins.
+
+    Args:
+        presets: {name: {flag: value}}; what a row leaves out is as in the first.
+        argv: the command line, to see now which row; None: sys.argv's.
+    """
+    first = next(iter(presets))
+    rows = ", ".join(f"{name}: {as_flags(presets[name])}" for name in presets if name != first)
+    early = Parser(add_help=False)
+    for each in (parser, early):
+        each.add_argument("--preset", choices=presets, default=first, help=f"defaults of the other flags; {rows}")
+    chosen = early.parse_known_args(argv)[0].preset
+    parser.set_defaults(**{**presets[first], **presets[chosen]})
+
+
+def as_flags(values):
+    """Values by name as one would type them: --norm_pix_loss --layer_decay 0.75."""
+    switch = {True: "--", False: "--no-"}
+    return " ".join(
+        f"{switch[value]}{name}" if isinstance(value, bool) else f"--{name} {value}" for name, value in values.items()
+    )
+
+
+def fill_in(args, values):
+    """The arguments with those of `values` that were not given."""
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    return argparse.Namespace(**{**vars(args), **values, **given})
+
+
+def defaults(constructor):
+    """The defaults of a model's constructor, so that they are written in one place."""
+    return {name: parameter.default for name, parameter in inspect.signature(constructor).parameters.items()}
 
 
 @contextlib.contextmanager
@@ -276,6 +239,53 @@ def shrunk_if_dry(args):
     small |= {"batch_size": 8 * processes, "max_device_batch_size": 4}
     if vars(args).get("val_images"):
         small["val_images"] = 20
-    output = {name: None for name in ("model_path", "output_model_path") if name in vars(args)}
     with tempfile.TemporaryDirectory() as log_dir:
-        yield argparse.Namespace(**{**vars(args), **small, **output, "log_dir": log_dir})
+        yield argparse.Namespace(**{**vars(args), **small, "output_model_path": None, "log_dir": log_dir})
+
+
+# --- what identifies a run ---
+
+# Flags that say where and how a run computes, not what: neither in its name nor compared when it is continued. What
+# --precision auto comes to is compared all the same, among the facts of a run.
+FREE = {"data_dir", "device", "precision", "compile", "max_device_batch_size", "probe_every", "preset"}
+FREE |= {"log_dir", "overwrite", "dry_run", "pretrained_model_path", "output_model_path"}
+LONGEST_NAME = 255  # bytes, of file systems
+
+
+def settings_of(args):
+    """What is computed: {flag: value} of the arguments that are not FREE; a folder or file of images by its name."""
+    settings = {flag: value for flag, value in vars(args).items() if flag not in FREE}
+    return settings | {"dataset": data_name(args.dataset, args.data_dir)}
+
+
+def free_arguments(args):
+    """Where and how it is computed: {flag: value}, with the data set as it was typed."""
+    return {flag: value for flag, value in vars(args).items() if flag in FREE} | {"dataset": args.dataset}
+
+
+def name_parts(settings, words, defaults, always=()):
+    """What a run's name says of its settings, in the order of `words`.
+
+    Args:
+        settings, defaults: {flag: value}; words: {flag: what stands before its value}.
+        always: flags that are said at their default, too.
+    """
+    said = [flag for flag in words if flag in always or settings[flag] != defaults[flag]]
+    return [spelled(words[flag], settings[flag]) for flag in said]
+
+
+def spelled(word, value):
+    """A setting in a name: ep15, normpix, nonormpix."""
+    if isinstance(value, bool):
+        return word if value else f"no{word}"
+    return f"{word}{value}".removesuffix(".0")
+
+
+def joined(parts):
+    """The name of a run's directory; one that is too long for a file system ends in a digest of what is cut off."""
+    name = "_".join(parts).replace("/", "_").replace("\0", "_")  # a part may come from a file
+    encoded = os.fsencode(name)
+    if len(encoded) <= LONGEST_NAME:
+        return name
+    digest = hashlib.blake2b(encoded, digest_size=8).hexdigest()
+    return f"{os.fsdecode(encoded[: LONGEST_NAME - 17])}_{digest}"

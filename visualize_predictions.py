@@ -33,7 +33,6 @@ def parse_args(argv=None):
     group = parser.add_argument_group("masking")
     strategy = "one or several; default: the one the MAE was trained with; all for --masks"
     group.add_argument("--mask_strategy", nargs="+", choices=MASK_STRATEGIES, help=strategy)
-    utils.add_mask_args(group, "; default: as the MAE was trained, where the strategy is the same")
     ratio = "one or several; default: as the MAE was trained; 0.75 for --masks"
     group.add_argument("--mask_ratio", nargs="+", type=float, help=ratio)
     group.add_argument("--grid_size", type=utils.positive_int, default=16, help="patches along an edge, for --masks")
@@ -73,15 +72,14 @@ def draw_reconstructions(model, images, names, args):
     rows = 2 * len(settings) + 1
     figure, axes = plt.subplots(rows, len(images), figsize=(1.3 * len(images) + 1, 1.3 * rows + 0.6), squeeze=False)
     for i, (strategy, ratio) in enumerate(settings):
-        mask_args = args.mask_args or (trained.mask_args if strategy == trained.mask_strategy else None)
-        model.shuffle = PatchShuffle(trained.grid_size, ratio, strategy, mask_args)
+        model.shuffle = PatchShuffle(trained.grid_size, ratio, strategy)
         ids_shuffle = model.shuffle(len(images), generator("cpu", args.seed, "masks"))
         masked, reconstructed = model.reconstruct(images, ids_shuffle)
         with torch.no_grad():
             pred, mask = model(images, ids_shuffle)
         loss = mae_loss(pred, images, mask, model.norm_pix_loss)
         shown = {
-            f"{strategy}{utils.named(mask_args)}\n{mask.float().mean():.0%} hidden": data.to_pixels(masked),
+            f"{strategy}\n{mask.float().mean():.0%} hidden": data.to_pixels(masked),
             f"reconstruction\nerror {loss:.4f}": data.to_pixels(reconstructed),
         }
         draw_rows(axes[2 * i : 2 * i + 2], shown, fontsize=10)
@@ -91,7 +89,7 @@ def draw_reconstructions(model, images, names, args):
     borrowed = ", normalised (hidden patches shown with their true mean and variance)" if model.norm_pix_loss else ""
     draw_title(
         figure,
-        f"Trained with {trained.mask_strategy}{utils.named(trained.mask_args)} masks, ratio {trained.mask_ratio}. "
+        f"Trained with {trained.mask_strategy} masks, ratio {trained.mask_ratio}. "
         f"Error: mean square over hidden pixels{borrowed}. Seed {args.seed}",
     )
     return figure
@@ -135,7 +133,7 @@ def draw_masks(args, columns=6):
     )
     visible = {}  # (DRAWS, g, g) float of each strategy, 1 where visible
     for strategy in strategies:
-        shuffle = PatchShuffle(args.grid_size, ratio, strategy, args.mask_args)
+        shuffle = PatchShuffle(args.grid_size, ratio, strategy)
         seen = shuffle(DRAWS, generator("cpu", args.seed, strategy)).argsort(1) < shuffle.num_visible
         visible[strategy] = seen.view(DRAWS, args.grid_size, args.grid_size).float()
     draw_rows(axes[:, :-1], {strategy: maps[:columns] for strategy, maps in visible.items()})
@@ -161,13 +159,12 @@ def main(argv=None):
         else:
             model, content = load_model(args.model_path, MAE_ViT, ViT_Classifier)
             is_mae = isinstance(model, MAE_ViT)
-            if not is_mae and (args.mask_strategy or args.mask_args or args.mask_ratio):
+            if not is_mae and (args.mask_strategy or args.mask_ratio):
                 raise UserError(f"{args.model_path} is a classifier, which masks nothing: leave out --mask_*.")
             images, names, labels = load_images(args, content, is_mae)
             if is_mae:
                 figure, name = draw_reconstructions(model, images, names, args), "reconstructions"
                 name += "".join(f"_{strategy}" for strategy in args.mask_strategy or [])
-                name += utils.named(args.mask_args)
                 name += "".join(f"_r{ratio}" for ratio in args.mask_ratio or [])
             else:
                 figure = draw_predictions(model, content["classes"], images, names, labels, args)

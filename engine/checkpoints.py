@@ -12,7 +12,7 @@ from engine.errors import UserError, as_user_error
 from engine.files import replacing
 
 DIRECTORY = 0x10  # of the attributes of a zip archive's records
-FIELDS = {"MAE_ViT": {"run_name", "dataset", "data_dir"}}  # of a finished model's file, beside the model
+FIELDS = {"MAE_ViT": {"name", "settings", "dataset", "data_dir"}}  # of a finished model's file, beside the model
 FIELDS["ViT_Classifier"] = FIELDS["MAE_ViT"] | {"classes"}
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import hashlib
-import math
 import os
 import platform
 import re
@@ -17,22 +16,7 @@ from pathlib import Path
 
 import torch
 
-from engine import processes
 from engine.errors import UserError
-
-# --- randomness ---
-
-
-def generator(device, *key):
-    """A torch.Generator that follows from the key alone, as in generator("cpu", seed, epoch, step, "masks")."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
-
-
-def epoch_order(num_images, seed, epoch, device):
-    """The order in which an epoch takes the images, (N,) int64; drawn on the CPU, so that it is the same everywhere."""
-    return torch.randperm(num_images, generator=generator("cpu", seed, epoch, "order")).to(device)
-
 
 # --- device and precision ---
 
@@ -81,43 +65,15 @@ def pick_precision(name, device, embed_dim):
     return "bf16" if embed_dim >= 64 and {"avx512_bf16", "amx_bf16"} & set(flags) else "float32"
 
 
-def maybe_compiled(model, choice, device, num_images=math.inf):
-    """The model's forward pass through torch.compile, or the model as it is.
-
-    Where compiling fails (no compiler, too old a GPU, a damaged cache), one line says why, and the run goes on without.
+def maybe_compiled(function, choice, device, num_images):
+    """The function through torch.compile, or as it is.
 
     Args:
         choice: whether to compile; None: on CUDA, from COMPILE_FROM images on.
         num_images: that this device will train on, each epoch counted.
     """
-    if not (device.type == "cuda" and num_images >= COMPILE_FROM if choice is None else choice):
-        return model
-    from torch._dynamo.exc import ShortenTraceback  # slow; errors of the compiler, never the model's own
-
-    fast, tried = torch.compile(model, dynamic=False), False
-
-    def forward(*inputs):
-        nonlocal fast, tried
-        try:
-            if torch.is_grad_enabled() and not tried:
-                try_backward(model, fast(*inputs))
-                tried = True
-            return fast(*inputs)
-        except ShortenTraceback as error:
-            cause = getattr(error, "inner_exception", error)
-            why = f"{type(cause).__name__}: {cause}".splitlines()[0]
-            print(f"Cannot compile the model ({why}); the run goes on without torch.compile.", file=sys.stderr)
-        fast = model
-        return model(*inputs)
-
-    return forward
-
-
-def try_backward(model, outputs):
-    """Take a compiled model's backward pass, which is compiled only now, and drop the gradients."""
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    total = sum(output.sum() for output in outputs if output.requires_grad)
-    torch.autograd.grad(total, list(model.parameters()), allow_unused=True)
+    worth_it = device.type == "cuda" and num_images >= COMPILE_FROM
+    return torch.compile(function, dynamic=False) if (worth_it if choice is None else choice) else function
 
 
 def autocast(precision, device):
@@ -150,46 +106,6 @@ def tune(model, device, precision, num_patches):
             module.fused_attn = num_patches > (256 if precision == "bf16" else 64)
 
 
-class InMainMemory:
-    """Images (N, 3, H, W) that stay where they are: indexed like a tensor, but a batch of them comes to the device."""
-
-    def __init__(self, images, batch_device):
-        self.images, self.batch_device = images, batch_device
-        self.device = images.device  # where an index should be
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, ids):
-        return self.images[ids].pin_memory().to(self.batch_device, non_blocking=True)
-
-
-def free_memory(device):
-    """Bytes that a GPU has left; of other devices no limit."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
-
-
-def placed(device, *sets):
-    """The ImageSets on the device; None stays None.
-
-    Images that would take over half of its free memory stay in main memory, said in one line: the other half is for
-    the model and its activations.
-    """
-    needed, free, put = sum(part.images.nbytes for part in sets if part), free_memory(device), torch.Tensor.to
-    if needed > free / 2:
-        put = InMainMemory
-        if processes.is_first():
-            print(
-                f"The images ({needed / 2**20:,.0f} MB) would take over half of the {free / 2**20:,.0f} MB free on "
-                f"{device}: they stay in main memory, and each batch is copied to {device}."
-            )
-    return [part and part._replace(images=put(part.images, device), labels=part.labels.to(device)) for part in sets]
-
-
-def count_parameters(model):
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def peak_memory_mb(device):
     """The most memory so far: of the device on CUDA, else of this process."""
     if device.type == "cuda":
@@ -198,6 +114,15 @@ def peak_memory_mb(device):
     if status.exists():  # Linux, where ru_maxrss would begin with what the parent process had
         return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS: bytes
+
+
+# --- randomness ---
+
+
+def generator(device, *key):
+    """A torch.Generator that follows from the key alone, as in generator("cpu", seed, epoch, step, "masks")."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
 # --- where a run is at work ---
@@ -233,11 +158,6 @@ def environment(device=None):
         "processor": torch.cuda.get_device_name(device) if cuda else cpu_name(),
         "threads": torch.get_num_threads(),
     }
-
-
-def this_start(device, world_size, plan):
-    """What config.json keeps of each start of a run."""
-    return {**environment(device), "device": device.type, "processes": world_size, "micro_batches": len(plan.slices)}
 
 
 def cpu_name():

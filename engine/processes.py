@@ -1,8 +1,13 @@
-"""The processes that torchrun started, if any, and what they tell each other; with one process nothing happens."""
+"""The processes that torchrun started, if any, and what they tell each other; the signals that one gets.
+
+With one process nothing is told.
+"""
 
 import contextlib
 import os
+import signal
 import sys
+import time
 from datetime import timedelta
 
 import torch
@@ -10,23 +15,23 @@ import torch.distributed as dist
 
 from engine.errors import UserError, as_user_error
 
+REPEAT_SECONDS = 3  # torchrun sends a signal that its processes may have got already
 LONGEST_WAIT = timedelta(hours=2)  # for each other: one may have a large folder of images to decode
 
 
 def join(device):
-    """Join the processes that torchrun started, if any: (rank, world_size).
+    """Join the processes that torchrun started, if any.
 
     Raises:
         UserError: RANK is set, and what else torchrun sets is not.
     """
     if "RANK" not in os.environ:
-        return 0, 1
+        return
     gpu = device if device.type == "cuda" else None
     if gpu:
         torch.cuda.set_device(gpu)
     with as_user_error(ValueError):
         dist.init_process_group("nccl" if gpu else "gloo", timeout=LONGEST_WAIT, device_id=gpu)
-    return dist.get_rank(), dist.get_world_size()
 
 
 def leave():
@@ -40,7 +45,7 @@ def leave():
 def together():
     """A block that all processes pass, or none: a UserError in one process ends the others without a message.
 
-    Inside, no process may wait for another, except before the first line that can fail.
+    Inside, no process may wait for what another tells, except before the first line that can fail.
     """
     try:
         yield
@@ -51,14 +56,23 @@ def together():
         sys.exit(2)
 
 
+def rank():
+    """This process's place among the others, from 0."""
+    return int(os.environ.get("RANK", 0))
+
+
 def is_first():
-    return int(os.environ.get("RANK", 0)) == 0
+    """Whether this is the process that writes and prints."""
+    return rank() == 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def shared_out(count, largest):
     """Slices of at most `largest` that cover `count` things once; of several processes each gets its share of them."""
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
-    return [slice(start, start + largest) for start in range(rank() * largest, count, world_size * largest)]
+    return [slice(start, start + largest) for start in range(rank() * largest, count, world_size() * largest)]
 
 
 def sum_over_ranks(tensor):
@@ -77,7 +91,7 @@ def average_over_ranks(model, loss):
     if not dist.is_initialized():
         return loss
     tensors = [*(parameter.grad for parameter in model.parameters()), loss]
-    flat = sum_over_ranks(torch.cat([tensor.flatten() for tensor in tensors])) / dist.get_world_size()
+    flat = sum_over_ranks(torch.cat([tensor.flatten() for tensor in tensors])) / world_size()
     for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(mean.view_as(tensor))
     return loss
@@ -106,11 +120,34 @@ def broadcast(numbers):
     return first.tolist()
 
 
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
 def barrier():
     """Wait for the others."""
     if dist.is_initialized():
         dist.barrier()
+
+
+@contextlib.contextmanager
+def noted_signals():
+    """SIGINT and SIGTERM are only noted in the list that this yields; a later second one ends the process at once.
+
+    Repeats within a moment are one signal. One that came too late for the block to act on ends the program after it.
+    """
+    noted, noted_at = [], {}
+
+    def note(number, frame):
+        if number not in noted_at:
+            noted.append(number)
+            noted_at[number] = time.monotonic()
+            os.write(2, f"\n{signal.Signals(number).name}: finishing this step, then saving.\n".encode())
+        elif time.monotonic() - noted_at[number] > REPEAT_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if noted:
+        sys.exit(128 + max(noted))

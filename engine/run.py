@@ -1,20 +1,16 @@
-"""One run on disk: its config, metrics, TensorBoard events and checkpoints; continuing it; reading it back.
+"""One run on disk: its config, metrics, TensorBoard events and checkpoints; continuing it.
 
 A run is a directory `<log_dir>/<name>/` with config.json, metrics.csv, events.out.tfevents.*, checkpoint.pt and, at
 the end, model.pt. The name says what sets the run apart, so the same command again finds its run and continues it.
 """
 
 import contextlib
-import csv
-import io
 import json
 import math
 import os
-import signal
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -23,132 +19,38 @@ from engine import processes
 from engine.checkpoints import load_file, save_file
 from engine.errors import UserError, as_user_error
 from engine.files import locked, replacing
+from engine.records import csv_text, read_config, read_metrics
 
-# May differ when a run is continued: where things are and how they are computed, not what. What --precision auto
-# comes to is compared all the same, as one of the facts given to Run.open.
-FREE_ARGUMENTS = {"compile", "data_dir", "device", "log_dir", "max_device_batch_size", "overwrite", "precision"}
-FREE_ARGUMENTS |= {"model_path", "output_model_path", "pretrained_model_path", "probe_every"}
-FREE_ARGUMENTS |= {"preset"}  # it only sets other arguments
-# What else must be as it was, as digests: of a finished run, too
+# What must be as it was, beside the settings, as digests: of a finished run, too
 DIGESTS = {"images": "training images", "test_set": "test images", "masks": "masks from the strategy of this name"}
-DIGESTS |= {"encoder_digest": "weights of the pretrained encoder"}
+DIGESTS |= {"parent": "weights of the pretrained encoder"}
 SAVE_INTERVAL = 50  # times as long as a save takes; so saving takes under 2 % of the time
 LEAST_SAVE_INTERVAL = 60  # seconds: files of 100 MB would else wear the disk
-SHOWN = ("train/loss", "test/loss", "val/acc", "test/acc", "knn/acc")  # after each epoch
-REPEAT_SECONDS = 3  # torchrun sends a signal that its processes may have got already
+SHOWN = ("train/loss", "test/loss", "val/acc", "test/acc", "probe/knn_acc")  # after each epoch
 STEPS_BETWEEN_AGREEMENTS = 10  # of processes with a GPU each on whether to save; each waits for the GPUs
-
-# --- reading back ---
-
-
-class Record(NamedTuple):
-    """A run as it lies on disk, read once."""
-
-    directory: Path
-    kind: str  # "mae" or "classifier"
-    name: str
-    settings: dict  # what is computed: {flag: value}
-    parent: dict | None  # of the MAE that a classifier's encoder comes from: name, digest, settings
-    facts: dict  # what follows from the settings and the images
-    starts: list  # one for each time that it was started or continued
-    finished: bool
-    metrics: list  # of {column: number}, an epoch each
-    features: list  # what evaluate_features.py wrote in the run's directory, a file each
-
-
-def find_runs(*directories):
-    """[Record, ...] of all runs in and below some directories, each once, sorted by path.
-
-    Raises:
-        UserError: one of the directories is not there, or a file of a run cannot be read.
-    """
-    found = {}
-    for directory in map(Path, directories):
-        if not directory.is_dir():
-            raise UserError(f"No directory {directory}.")
-        for path in directory.rglob("config.json"):
-            found.setdefault(path.parent.resolve(), path.parent)
-    records = (record_of(directory, read_config(directory)) for directory in sorted(found.values()))
-    return [record for record in records if record]
-
-
-def read_run(directory):
-    """The Record of a run directory.
-
-    Raises:
-        UserError: there is none, or one of its files cannot be read.
-    """
-    if (record := record_of(Path(directory), read_config(directory))) is None:
-        raise UserError(f"{Path(directory) / 'config.json'} is not a run's; name a run's directory.")
-    return record
-
-
-def record_of(directory, config):
-    """The Record of a directory with this config.json; None where it is not a run's, but an exported model's, say."""
-    if not isinstance(config, dict) or not {"kind", "name", "finished", "settings"} <= config.keys():
-        return None
-    fields = {name: config.get(name) for name in ("kind", "name", "settings", "parent", "facts", "starts", "finished")}
-    features = [stored for path in sorted(directory.glob("*features*.json")) if "rows" in (stored := read_json(path))]
-    return Record(directory, **fields, metrics=read_metrics(directory), features=features)
-
-
-def read_config(directory):
-    """config.json of a run directory: kind, name, finished, settings, parent, facts and starts."""
-    return read_json(Path(directory) / "config.json")
-
-
-def read_json(path):
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"Cannot read {path}: {error}. Copy the file again, or make it again (--overwrite).") from error
-
-
-def read_metrics(directory):
-    """metrics.csv of a run directory: a list of one dictionary of floats an epoch; epoch is an int, from 1.
-
-    A last line that a crash has torn is left out.
-    """
-    path = Path(directory) / "metrics.csv"
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        lines = [line for line in file if line.endswith("\n")]
-    rows = csv.DictReader(lines)
-    try:
-        return [{key: int(v) if key == "epoch" else float(v) for key, v in row.items()} for row in rows]
-    except (TypeError, ValueError) as error:
-        raise UserError(f"Cannot read {path}: {error}. Copy the file again, or start again (--overwrite).") from error
-
-
-# --- the run itself ---
 
 
 class Run:
-    """A run's directory: what it holds, and whether that is the run of these arguments.
+    """A run's directory: what it holds, and whether that is the run of these settings.
+
+    Every process has one; only the first writes.
 
     Args:
-        log_dir, name: the run lives in log_dir/name.
-        arguments: the run's settings, plain values by name.
-        overwrite: start again, dropping what an earlier run of this name left.
-        writer: False on all processes but one; they read what it wrote and write nothing.
-        defaults: values by name that a run had whose config.json lacks them, as it was made before they were there.
+        identity: what config.json says of it from the first start to the end: kind ("mae" or "classifier"), name,
+            settings (what is computed, by flag), parent (None, or name, digest and settings of the MAE whose encoder it
+            starts from).
+        arguments: the other flags by name: where and how it computes. log_dir is where its directory is made,
+            overwrite starts it again, dropping what an earlier run of this name left, output_model_path gets a copy of
+            the finished model.
 
     Raises:
-        UserError: the name is no name of a directory, or the directory holds a run with other arguments.
+        UserError: the directory holds a run with other settings.
     """
 
-    def __init__(self, log_dir, name, arguments, overwrite=False, writer=True, defaults=None):
-        if name in ("", ".", "..") or set(name) & {"/", "\0"}:  # it may come from a file, and files are deleted in it
-            raise UserError(f"{name!r} cannot be the name of a run's directory.")
-        self.directory = Path(log_dir) / name
-        self.name, self.arguments, self.overwrite, self.writer = name, arguments, overwrite, writer
-        self.defaults = defaults or {}
+    def __init__(self, identity, arguments):
+        self.identity, self.name, self.arguments = identity, identity["name"], arguments
+        self.directory, self.overwrite = Path(arguments["log_dir"]) / self.name, arguments["overwrite"]
         self._checked_config({})
-
-    def settings(self):
-        """The arguments that say what is computed, not where and how."""
-        return {name: value for name, value in self.arguments.items() if name not in FREE_ARGUMENTS}
 
     def is_finished(self, facts):
         """Whether this process finds the run finished.
@@ -156,20 +58,23 @@ class Run:
         Raises:
             UserError: it was a run with other facts.
         """
-        return self._checked_config(facts) is not None and (self.directory / "model.pt").exists()
+        config = self._checked_config(facts)
+        return config is not None and config["finished"]
 
     def _checked_config(self, facts):
-        """The stored config, None for a new run; other arguments or facts than these are refused."""
-        with as_user_error(OSError):  # a name too long, say
+        """The stored config, None for a new run; other settings or facts than these are refused."""
+        with as_user_error(OSError):
             if self.overwrite or not (self.directory / "config.json").exists():
                 return None
         config = read_config(self.directory)
-        self._check_same(self.defaults | config["arguments"], self.arguments, skip=FREE_ARGUMENTS)
-        self._check_same(config, facts)
+        self._check_same(config["settings"], self.identity["settings"])
+        if self.identity["parent"]:
+            self._check_same(*({"parent": who["parent"]["digest"]} for who in (config, self.identity)))
+        self._check_same(config["facts"], facts)
         return config
 
-    def _check_same(self, stored, now, skip=frozenset()):
-        for key in sorted(stored.keys() & now.keys() - skip):
+    def _check_same(self, stored, now):
+        for key in sorted(stored.keys() & now.keys()):
             if stored[key] == now[key]:
                 continue
             if key in DIGESTS:
@@ -189,7 +94,7 @@ class Run:
         Args:
             model, optimizer: filled with what was saved last; from now on what is saved.
             plan: with batch_size, steps_per_epoch and total_steps.
-            facts: what follows from the arguments and the data; must be as it was when the run began.
+            facts: what follows from the settings and the data; must be as it was when the run began.
             start: what may differ each time the run is continued.
 
         Yields:
@@ -200,20 +105,21 @@ class Run:
                 run's, or not all processes see it.
         """
         with contextlib.ExitStack() as stack:
-            signals = stack.enter_context(noted_signals())
+            signals = stack.enter_context(processes.noted_signals())
             with processes.together():  # nobody reads what is still to be cleared
-                if self.writer:
+                if processes.is_first():
                     self._lock(stack)
                 config = self._checked_config(facts)
-                if self.writer:
+                if processes.is_first():
                     with as_user_error(OSError):
-                        self._write_config(facts, [*(config["starts"] if config else []), start])
+                        starts = [*(config["starts"] if config else []), {**start, "arguments": self.arguments}]
+                        self._begin(facts, starts)
             with processes.together():
-                session = Session(self, model, optimizer, plan, facts, signals)
+                session = Session(self, model, optimizer, plan, signals)
             with processes.together():
                 session.check_same_start()
-            if self.writer:
-                session.announce(start, config["starts"][-1] if config else start)
+            if processes.is_first():
+                session.announce(facts, start, config["starts"][-1] if config else start)
             try:
                 yield session
             except BaseException:
@@ -231,57 +137,32 @@ class Run:
             except BlockingIOError:
                 raise UserError(f"Another process is at work on {self.directory}; wait for it or stop it.") from None
 
-    def _write_config(self, facts, starts):
+    def _begin(self, facts, starts):
         if self.overwrite:
             for pattern in ("*.pt", "metrics.csv", "events.out.tfevents.*", "config.json"):
                 for path in self.directory.glob(pattern):
                     path.unlink()
-        config = {"name": self.name, "arguments": self.arguments, **facts, "starts": starts}
+        self.write_config({**self.identity, "finished": False, "facts": facts, "starts": starts})
+
+    def write_config(self, config):
         with replacing(self.directory / "config.json") as file:
             file.write(json.dumps(config, indent=1).encode())
 
-    def pass_over(self, path):
+    def pass_over(self):
         """Say that the run is finished, and export it; its directory."""
-        if self.writer:
+        if processes.is_first():
             print(f"Finished already: {self.directory}")
-        self.export(path)
+        self.export()
         return self.directory
 
-    def export(self, path):
+    def export(self):
         """Copy the finished model.pt to a path of the user's, if one was given."""
-        if path and self.writer:
+        if (path := self.arguments.get("output_model_path")) and processes.is_first():
             path = Path(path)
             with as_user_error(OSError):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with replacing(path) as file:
                     file.write((self.directory / "model.pt").read_bytes())
-
-
-@contextlib.contextmanager
-def noted_signals():
-    """SIGINT and SIGTERM are only noted in the list that this yields; a later second one ends the process at once.
-
-    Repeats within a moment are one signal. One that came too late for the block to act on ends the program after it.
-    """
-    noted, noted_at = [], {}
-
-    def note(number, frame):
-        if number not in noted_at:
-            noted.append(number)
-            noted_at[number] = time.monotonic()
-            os.write(2, f"\n{signal.Signals(number).name}: finishing this step, then saving.\n".encode())
-        elif time.monotonic() - noted_at[number] > REPEAT_SECONDS:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-
-    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield noted
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    if noted:
-        sys.exit(128 + max(noted))
 
 
 def start_of(epoch):
@@ -296,23 +177,22 @@ class Session:
     them), seconds (spent on them), and whatever a script adds to it.
     """
 
-    def __init__(self, run, model, optimizer, plan, facts, signals):
-        self.run, self.model, self.optimizer, self.plan = run, model, optimizer, plan
-        self.facts, self.signals = facts, signals
+    def __init__(self, run, model, optimizer, plan, signals):
+        self.run, self.model, self.optimizer, self.plan, self.signals = run, model, optimizer, plan, signals
         self.epochs = plan.total_steps // plan.steps_per_epoch
         self.columns = None  # of metrics.csv, None while it has no row
         self.saved = None  # epoch and step of the last save
         self.saved_at, self.save_seconds = time.monotonic(), 0.2
         self.progress = self._restore()
         self.started_at, self.steps_before = time.monotonic(), self._steps()
-        self.board = self._board() if run.writer else None
+        self.board = self._board() if processes.is_first() else None
         self.bar = tqdm(  # loss, images/s and the time left of the whole run, on a terminal
             total=plan.total_steps * plan.batch_size,
             initial=self.steps_before * plan.batch_size,
             desc=run.name.split("_")[0],
             unit="img",
             unit_scale=True,
-            disable=None if run.writer else True,
+            disable=None if processes.is_first() else True,
         )
 
     def _restore(self):
@@ -327,7 +207,7 @@ class Session:
             except (KeyError, RuntimeError, ValueError) as error:
                 raise UserError(f"{path} is of another run; start again with --overwrite. {error}") from error
             self.saved = {name: progress[name] for name in ("epoch", "step")}
-        if self.run.writer and (self.run.directory / "metrics.csv").exists():
+        if processes.is_first() and (self.run.directory / "metrics.csv").exists():
             rows = [row for row in read_metrics(self.run.directory) if row["epoch"] <= progress["epoch"]]
             with self.writing():
                 self._rewrite_metrics(rows)
@@ -379,6 +259,15 @@ class Session:
             return "There is no checkpoint yet."
         return "The last good checkpoint has {epoch} epochs and {step} steps.".format(**self.saved)
 
+    @property
+    def epoch(self):
+        """The current epoch, from 1."""
+        return self.progress["epoch"] + 1
+
+    def is_done(self):
+        """Whether all epochs are complete."""
+        return self.progress["epoch"] == self.epochs
+
     def tick(self):
         """One step is done: move the bar; save where that is due; leave where a signal asked for it."""
         self.bar.update(self.plan.batch_size)
@@ -393,13 +282,13 @@ class Session:
         self._print_epoch(epoch, metrics)
         self._save_or_stop(last=self._steps() == self.plan.total_steps)
 
-    def announce(self, start, last):
+    def announce(self, facts, start, last):
         """Print where the run is, what it computes and on what; if it is continued, how far it is, and by other code.
 
         Args:
-            start, last: what is known of this start and of the one before.
+            facts: of the run; start, last: what is known of this start and of the one before.
         """
-        what = f"{self.facts['parameters']:,} parameters, {self.facts['precision']} on {start['device']}"
+        what = f"{facts['parameters']:,} parameters, {facts['precision']} on {start['device']}"
         self._print(f"{self.run.directory}: {self.epochs} epochs of {self.plan.steps_per_epoch} steps, {what}")
         if self.steps_before:
             self._print("Continued: {epoch} epochs and {step} steps are done".format(**self.progress))
@@ -414,14 +303,14 @@ class Session:
         self._print(f"epoch {epoch} of {self.epochs}: {', '.join(shown)}, {left} left")
 
     def _print(self, line):
-        if self.run.writer:
+        if processes.is_first():
             tqdm.write(line)  # above the bar
             sys.stdout.flush()  # also where it goes to a file
 
     def _save_or_stop(self, last=False):
         """Save at the end, where the interval has passed or a signal came; all processes decide alike."""
         interval = max(SAVE_INTERVAL * self.save_seconds, LEAST_SAVE_INTERVAL)
-        due = last or (self.run.writer and time.monotonic() - self.saved_at >= interval)
+        due = last or (processes.is_first() and time.monotonic() - self.saved_at >= interval)
         due, stop_signal = processes.max_over_ranks(int(due), max(self.signals, default=0))
         if due or stop_signal:
             self.save()
@@ -441,7 +330,7 @@ class Session:
         self.check_finite(loss)
         if step:
             self.bar.set_postfix_str(f"epoch {self.progress['epoch'] + 1}, loss {loss:.4f}")
-        if self.run.writer:
+        if processes.is_first():
             started = time.monotonic()
             state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
             with self.writing():
@@ -468,14 +357,11 @@ class Session:
 
     def log(self, epoch, metrics):
         """Append one epoch's numbers (epoch from 1) to metrics.csv and, where they are not nan, to TensorBoard."""
-        if not self.run.writer:
+        if not processes.is_first():
             return
         path, row = self.run.directory / "metrics.csv", {"epoch": epoch, **metrics}
         with self.writing():
-            if self.columns and not row.keys() <= self.columns:  # begun by an older version of the program
-                missing = dict.fromkeys(row, math.nan)
-                self._rewrite_metrics([missing | old for old in read_metrics(self.run.directory)])
-            row = {name: row.get(name, math.nan) for name in self.columns or row}
+            row = {name: row[name] for name in self.columns or row}
             with open(path, "a", newline="") as file:
                 file.write(csv_text([row], header=not self.columns))
                 file.flush()
@@ -487,28 +373,26 @@ class Session:
 
     def log_image(self, tag, image):
         """Show an image (3, H, W) uint8 of the current epoch in TensorBoard."""
-        if self.run.writer:
+        if processes.is_first():
             with self.writing():
                 self.board.add_image(tag, image, self.progress["epoch"] + 1)
 
     def finish(self, content):
-        """Write model.pt, the mark of a finished run, and its settings and last metrics as hyper-parameters."""
-        if not self.run.writer:
+        """Write model.pt, then that the run is finished; its settings and last metrics as hyper-parameters.
+
+        Args:
+            content: of model.pt, beside the weights, the images' place and what config.json says of the run.
+        """
+        if not processes.is_first():
             return
-        settings = self.run.settings()
-        pretraining = {f"pretraining/{key}": value for key, value in self.facts.get("pretraining", {}).items()}
+        config, known = read_config(self.run.directory), self.run.identity
+        settings, parent = known["settings"], known["parent"]
+        pretraining = {f"parent/{key}": value for key, value in parent["settings"].items()} if parent else {}
         plain = {k: v for k, v in {**settings, **pretraining}.items() if isinstance(v, (bool, int, float, str))}
         last = {f"final/{key}": v for key, v in read_metrics(self.run.directory)[-1].items() if key != "epoch"}
         with self.writing():
             self.board.add_hparams(plain, last, run_name=".")
-            save_file(self.run.directory / "model.pt", {"run_name": self.run.name, "arguments": settings, **content})
-
-
-def csv_text(rows, header):
-    text = io.StringIO()
-    if rows:
-        writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-        if header:
-            writer.writeheader()
-        writer.writerows(rows)
-    return text.getvalue()
+            images = {flag: self.run.arguments[flag] for flag in ("dataset", "data_dir")}
+            own = {"name": self.run.name, "settings": settings, "parent": parent, "model": self.model.state_dict()}
+            save_file(self.run.directory / "model.pt", {**content, **images, **own})
+            self.run.write_config(config | {"finished": True})

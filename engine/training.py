@@ -1,6 +1,6 @@
-"""The training loop: the plan of a run, the schedule, one update, one epoch.
+"""The training loop: the plan of a run, the schedule, one update, one epoch, and a run from its start to its end.
 
-mae_pretrain.py and train_classifier.py decide what is trained, and on which loss.
+mae_pretrain.py and train_classifier.py say what is trained, on which batches and on which loss: an experiment each.
 """
 
 import itertools
@@ -11,7 +11,19 @@ from typing import NamedTuple
 import torch
 
 from engine import processes
+from engine.device import (
+    autocast,
+    environment,
+    generator,
+    loss_scaler,
+    maybe_compiled,
+    peak_memory_mb,
+    pick_device,
+    pick_precision,
+    tune,
+)
 from engine.errors import UserError
+from engine.run import Run
 
 UNSCALED = torch.amp.GradScaler("cpu", enabled=False)  # does nothing
 SMALLEST_SCALE = 2.0**-14  # of a loss in fp16: 30 halvings after the first, no step can be taken any more
@@ -102,68 +114,66 @@ def plan_training(args, num_images, warmup, at_once, rank, world_size):
 # --- steps ---
 
 
-def update(model, optimizer, slices, lr, loss_of, batch, scaler=UNSCALED, clip_grad=0.0):
+def epoch_order(num_images, seed, epoch, device):
+    """The order in which an epoch takes the images, (N,) int64; drawn on the CPU, so that it is the same everywhere."""
+    return torch.randperm(num_images, generator=generator("cpu", seed, epoch, "order")).to(device)
+
+
+def update(setup, model, optimizer, loss_of, batch, lr):
     """One step of the optimizer on the global batch: gradients of micro-batches added up, of processes averaged.
 
     Where scaled gradients are infinite or nan, weights and optimizer stay as they are, and the scale is halved.
 
     Args:
-        slices: this process's micro-batches; batch: tensors (B, ...); loss_of: takes a part of each of these tensors,
-            (b, ...), and returns the mean loss over its b images.
+        setup: has the plan with this process's micro-batches, the precision, the scaler of the loss (the same on all
+            processes), and clip_grad: a larger norm of all gradients together is scaled down to this; 0: never.
+        loss_of: takes a part of each tensor of the batch, (b, ...), and returns the mean loss over its b images.
+        batch: tensors (B, ...).
         lr: the learning rate; a group of the optimizer's parameters may have an lr_scale, by which it is multiplied.
-        scaler: a torch.amp.GradScaler; the same on all processes.
-        clip_grad: a larger norm of all gradients together is scaled down to this; 0: never.
 
     Returns:
         The mean loss over the global batch.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1)
+    slices = setup.plan.slices
     loss_sum, count = 0, slices[-1].stop - slices[0].start
     for part in slices:
-        loss = loss_of(*(tensor[part] for tensor in batch)) * ((part.stop - part.start) / count)
-        scaler.scale(loss).backward()
+        with autocast(setup.precision, setup.device):
+            loss = loss_of(*(tensor[part] for tensor in batch)) * ((part.stop - part.start) / count)
+        setup.scaler.scale(loss).backward()
         loss_sum += loss.detach()
     loss = processes.average_over_ranks(model, loss_sum)  # an infinite gradient becomes everyone's
-    if clip_grad:
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
-    scaler.step(optimizer)
-    scaler.update()
+    if setup.clip_grad:
+        setup.scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), setup.clip_grad)
+    setup.scaler.step(optimizer)
+    setup.scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return loss
 
 
-def train_one_epoch(model, optimizer, plan, order, draw_batch, loss_of, session, scaler=UNSCALED, clip_grad=0.0):
+def train_one_epoch(setup, experiment, optimizer, loss_of, session):
     """Take the remaining steps of the current epoch; its metrics.
 
     Args:
-        order: (N,) int64, the training images' indices in the order of this epoch, on their device.
-        draw_batch: (ids, epoch, step) -> the global batch of the images ids (B,), tensors (B, ...). Every draw in it
-            follows from (seed, epoch, step) and is made for the global batch: neither a stop in between nor the number
-            of processes changes which images are seen, and how.
-        loss_of: as `update` takes it.
+        experiment: as `train` takes it; loss_of: its loss, compiled or not.
         session: has progress, a dictionary kept up to date here (epoch and step to go on from, loss_sum and seconds so
             far, the scaler's state), and tick(), called after each step.
-        scaler, clip_grad: as `update` takes them.
     """
-    progress, started = session.progress, time.monotonic()
+    progress, started, plan, scaler = session.progress, time.monotonic(), setup.plan, setup.scaler
     if "scaler" in progress:
         scaler.load_state_dict(progress["scaler"])
     epoch = progress["epoch"]
+    order = epoch_order(experiment.num_images, experiment.args.seed, epoch, setup.device)
     for step in range(progress["step"], plan.steps_per_epoch):
-        batch = draw_batch(order[step * plan.batch_size : (step + 1) * plan.batch_size], epoch, step)
+        batch = experiment.draw_batch(order[step * plan.batch_size : (step + 1) * plan.batch_size], epoch, step)
         lr = plan.lr(epoch * plan.steps_per_epoch + step)
-        loss = update(model, optimizer, plan.slices, lr, loss_of, batch, scaler, clip_grad)
-        progress["loss_sum"] = progress["loss_sum"] + loss
+        progress["loss_sum"] = progress["loss_sum"] + update(setup, experiment.model, optimizer, loss_of, batch, lr)
         progress["step"] = step + 1
         if scaler.is_enabled():
             progress["scaler"] = scaler.state_dict()
-            if progress["scaler"]["scale"] < SMALLEST_SCALE:
-                raise UserError(
-                    f"Gradients are infinite or nan at epoch {epoch + 1}, step {step + 1}, at any scale of the loss. A "
-                    f"lower --base_learning_rate or --precision float32 may help."
-                )
+            check_scale(progress)
         progress["seconds"], started = progress["seconds"] + time.monotonic() - started, time.monotonic()
         session.tick()
     loss = float(progress["loss_sum"]) / plan.steps_per_epoch  # waits for the device
@@ -174,3 +184,96 @@ def train_one_epoch(model, optimizer, plan, order, draw_batch, loss_of, session,
         "speed/images_per_sec": plan.steps_per_epoch * plan.batch_size / seconds,
         "seconds": seconds,
     }
+
+
+def check_scale(progress):
+    """Raises UserError where the loss is scaled so far down that no step in fp16 can succeed any more."""
+    if progress["scaler"]["scale"] < SMALLEST_SCALE:
+        raise UserError(
+            f"Gradients are infinite or nan at epoch {progress['epoch'] + 1}, step {progress['step']}, at any scale of "
+            f"the loss. A lower --base_learning_rate or --precision float32 may help."
+        )
+
+
+# --- a run ---
+
+
+class Setup(NamedTuple):
+    """How a run computes on this process."""
+
+    device: torch.device
+    precision: str  # one of PRECISIONS
+    plan: Plan
+    at_once: int  # the most images at once on the device
+    scaler: torch.amp.GradScaler  # of the loss; does nothing but in fp16
+    clip_grad: float = 0.0  # the largest norm of all gradients together; 0: any
+
+
+def set_up(args, device, num_images, warmup, device_batch_size):
+    """Choose how a run of these arguments computes on a device: a Setup.
+
+    Args:
+        warmup: as `plan_training` takes it; device_batch_size: {type of device: most images at once by default}.
+
+    Raises:
+        UserError: as `plan_training`.
+    """
+    at_once = args.max_device_batch_size or device_batch_size[device.type]
+    plan = plan_training(args, num_images, warmup, at_once, processes.rank(), processes.world_size())
+    precision = pick_precision(args.precision, device, args.embed_dim)
+    scaler = loss_scaler(precision, device)
+    return Setup(device, precision, plan, at_once, scaler, getattr(args, "clip_grad", 0.0))
+
+
+def train(args, start_experiment):
+    """Train one run to its end, on from where it stopped; returns its directory.
+
+    The order matters: all processes join before one can refuse what the others would wait for; the run is checked
+    before its images are read, which takes long; the seed is set just before the model draws its weights.
+
+    Args:
+        start_experiment: takes the arguments, checks what can be checked without images, and gives the experiment:
+
+            args: the arguments, completed; identity, arguments: as `Run` takes them; warmup, device_batch_size: as
+            `set_up` does.
+            load(device): reads the images onto the device and sets num_images (to train on) and digests.
+            build(): the model, its weights drawn from torch's seed; also kept as experiment.model.
+            build_optimizer(lr): torch's optimizer of the model.
+            draw_batch(ids, epoch, step): the global batch of the images ids (B,), tensors (B, ...). Every draw in it
+            follows from (seed, epoch, step) and is made for the global batch: neither a stop in between nor the number
+            of processes changes which images are seen, and how.
+            loss(*parts): mean loss of a part (b, ...) of each of these tensors, under autocast.
+            evaluate(session, setup): metrics after an epoch, {name: number, nan where not measured}.
+            content(): as `Session.finish` takes it.
+    """
+    device = pick_device(args.device)
+    processes.join(device)
+    with processes.together():
+        experiment = start_experiment(args)
+        args, run = experiment.args, Run(experiment.identity, experiment.arguments)
+        experiment.load(device)
+        finished = run.is_finished(experiment.digests)
+    if processes.broadcast([int(finished)])[0]:
+        return run.pass_over()
+
+    setup = set_up(args, device, experiment.num_images, experiment.warmup, experiment.device_batch_size)
+    torch.manual_seed(args.seed)
+    model = experiment.build().to(device)
+    tune(model, device, setup.precision, (args.img_size // args.patch_size) ** 2)
+    optimizer = experiment.build_optimizer(setup.plan.peak_lr)
+    loss_of = maybe_compiled(experiment.loss, args.compile, device, setup.plan.num_images)
+    facts = {"parameters": sum(parameter.numel() for parameter in model.parameters()), "precision": setup.precision}
+    facts |= experiment.digests | setup.plan.facts()
+    start = {"device": device.type, "processes": processes.world_size(), "micro_batches": len(setup.plan.slices)}
+    start |= environment(device)
+    with run.open(
+        model, optimizer, setup.plan, {**facts, **experiment.digests, **setup.plan.facts()}, start
+    ) as session:
+        while not session.is_done():
+            metrics = train_one_epoch(setup, experiment, optimizer, loss_of, session)
+            session.check_finite(metrics["train/loss"])
+            metrics["memory/peak_mb"] = peak_memory_mb(device)
+            session.end_epoch(metrics | experiment.evaluate(session, setup))
+        session.finish(experiment.content())
+    run.export()
+    return run.directory

@@ -7,7 +7,7 @@ from scripts.results import by_setting, check_alike, common_accuracy, find_resul
 
 BASE, SCRATCH = "depth 4, random", "from scratch"
 PRETRAINING = {"with pretraining": BASE, "from scratch": SCRATCH}
-VARIED = ("decoder_depth", "mask_strategy", "mask_args", "masks")
+VARIED = ("decoder_depth", "mask_strategy", "masks")
 DEPTHS = {f"depth {depth}": f"depth {depth}, random" for depth in (2, 4, 8)}
 MASKS = {strategy: f"depth 4, {strategy}" for strategy in MASK_STRATEGIES}
 SETTINGS = list(dict.fromkeys([SCRATCH, *DEPTHS.values(), *MASKS.values()]))
@@ -42,12 +42,11 @@ def collect(runs):
 
 
 def setting_of(result):
-    """For example "depth 4, random", or "depth 4, blockwise smallest=0.2"."""
+    """For example "depth 4, random"."""
     if result.mae is None:
         return SCRATCH
     arguments = read_config(result.mae)["arguments"]
-    own = (f" {name}={value}" for name, value in (arguments.get("mask_args") or {}).items())
-    return "depth {decoder_depth}, {mask_strategy}".format(**arguments) + "".join(own)
+    return "depth {decoder_depth}, {mask_strategy}".format(**arguments)
 
 
 def accuracy_by_epoch(results):

@@ -51,13 +51,12 @@ COMPARED = {  # accuracies in %
 FOLLOWS = {  # a digest says something new only where all of these are the same
     "images": ("dataset", "img_size", "train_images", "val_images"),
     "test_set": ("dataset", "img_size"),
-    "masks": ("mask_strategy", "mask_args", "mask_ratio", "img_size", "patch_size"),
+    "masks": ("mask_strategy", "mask_ratio", "img_size", "patch_size"),
 }
 OF_MODEL = {*utils.defaults(MAE_ViT), "masks"}  # a classifier has the same values of these as its MAE
 TASK = {
     "mask_ratio",
     "mask_strategy",
-    "mask_args",
     "masks",
     "norm_pix_loss",
     "patch_size",

@@ -27,7 +27,7 @@ def gflop_per_image(arguments, pretraining):
         arguments: of a run or a model, by name.
     """
     constructor = MAE_ViT if pretraining else ViT_Classifier
-    wanted = utils.defaults(constructor).keys() - {"mask_strategy", "mask_args"}  # each hides as many patches
+    wanted = utils.defaults(constructor).keys() - {"mask_strategy"}  # each hides as many patches
     return count_gflop(constructor, tuple((name, arguments[name]) for name in sorted(wanted & arguments.keys())))
 
 

@@ -226,8 +226,6 @@ def facts_of(config):
     facts = {name: value for name, value in arguments.items() if name not in NO_SETTING}
     if "data_dir" in config["arguments"]:
         facts["dataset"] = name_of_data(config["arguments"])
-    if facts.get("mask_args"):
-        facts["mask_args"] = ",".join(f"{name}={value}" for name, value in facts["mask_args"].items())
     return facts | {name: config[name] for name in ("precision", "images", "test_set", "masks") if name in config}
 
 

@@ -142,15 +142,6 @@ def test_of_one_change_at_a_time_only_the_change_is_named():
     assert f"\n- Unless a setting says otherwise: {told}.\n" in Path("out/compare.md").read_text()
 
 
-def test_own_parameters_of_a_strategy_are_arguments_like_others():
-    for depth, smallest in ((2, None), (4, 0.2), (6, 0.3)):
-        keep(1, depth, 0.5)
-        mask_args = smallest and {"smallest": smallest}
-        change(Path(f"runs/pretrain/mae_d{depth}_random_s1"), "arguments", decoder_depth=2, mask_args=mask_args)
-    settings = [f"mask_args={value}" for value in ("smallest=0.2", "smallest=0.3", "none")]
-    assert [setting for setting, measure in compared() if measure == "fine-tuned"] == settings
-
-
 def test_a_classifier_counts_the_arguments_of_a_mae_that_is_not_there():
     for seed, depth in ((1, 2), (2, 2), (1, 4), (2, 4)):
         run, mae = keep(seed, depth, 0.5 + depth / 100 + seed / 1000 * depth)

@@ -61,7 +61,6 @@ def test_losses_are_about_those_of_float32(start, how, capsys):
         pytest.skip("too old a GPU for bf16")
     fast, plain = start(f"{how} --log_dir fast"), start("--precision float32 --log_dir plain")
     assert losses(fast) == pytest.approx(losses(plain), rel=0.05)
-    assert "Cannot compile" not in capsys.readouterr().err
 
 
 @both_scripts
@@ -90,16 +89,6 @@ def test_a_generator_follows_from_its_key():
         torch.rand(9, generator=generator(gpu, step, "masks"), device=gpu).tolist() for step in (1, 1, 2)
     )
     assert one == same != other
-
-
-@both_scripts
-def test_images_that_stay_in_main_memory_train_the_same(start, monkeypatch, capsys):
-    flags = "--augment --precision float32 --log_dir"
-    on_device = start(f"{flags} on_device")
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 10**9))
-    in_main_memory = start(f"{flags} in_main_memory")
-    assert "they stay in main memory" in capsys.readouterr().out
-    assert losses(in_main_memory) == pytest.approx(losses(on_device), rel=1e-4)
 
 
 def test_evaluating_takes_no_more_memory_than_training():

@@ -497,7 +497,7 @@ def test_any_mask_is_exact_and_repeats_or_is_refused(strategy, grid_size, mask_r
     num_patches = grid_size**2
     num_visible = int(num_patches * (1 - mask_ratio))
     if not 0 < mask_ratio < 1 or not 0 < num_visible < num_patches:
-        with pytest.raises(ValueError, match="does not split"):
+        with pytest.raises(ValueError, match="must leave at least one"):
             PatchShuffle(grid_size, mask_ratio, strategy)
         return
     shuffle = PatchShuffle(grid_size, mask_ratio, strategy)

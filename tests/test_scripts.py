@@ -42,9 +42,9 @@ from scripts.results import read_features
 ROOT = Path(__file__).parents[1]
 SIZE = shlex.split("--patch_size 8 --embed_dim 12 --encoder_depth 1 --num_heads 2 --device cpu")
 SET = shlex.split("--dataset shapes --train_images 40 --total_epoch 3 --batch_size 16 --max_device_batch_size 8")
-SWITCHES = "--mask_strategy blockwise --mask_args smallest=0.2 --norm_pix_loss "  # of pretraining, all on
+SWITCHES = "--mask_strategy blockwise --norm_pix_loss "  # of pretraining, all on
 SWITCHES += "--decoder_embed_dim 24 --positions sincos"
-NEW = ("mask_args", "norm_pix_loss", "decoder_embed_dim", "positions")
+NEW = ("norm_pix_loss", "decoder_embed_dim", "positions")
 FULL_SHAPES = data.shapes
 TIMING = {"seconds", "speed/images_per_sec", "memory/peak_mb"}
 
@@ -102,18 +102,14 @@ def test_names_tell_what_sets_runs_apart():
     assert name == "mae_cifar10_i32_p2_w192_e12_h3_d4_random_r0.75_ep2000_b4096_s42"
     changes = "train_images 100,img_size 64,patch_size 4,embed_dim 96,encoder_depth 6,num_heads 6,decoder_depth 8,"
     changes += "mask_ratio 0.5,mask_strategy grid,total_epoch 1,batch_size 8,seed 1,augment,dataset shapes,"
-    changes += "mask_args a=1,mask_args a=word b=-0.5,norm_pix_loss,decoder_embed_dim 96,positions sincos,augment crop"
+    changes += "norm_pix_loss,decoder_embed_dim 96,positions sincos,augment crop"
     names = [name, *(mae(f"--{change}") for change in changes.split(","))]
     assert len(set(names)) == len(names)
     assert "_pets_" in mae("--dataset folder --data_dir some/pets")
-    assert (
-        mae(SWITCHES)
-        == "mae_cifar10_i32_p2_w192_e12_h3_d4_dw24_sincos_blockwise_smallest=0.2_r0.75_normpix_ep2000_b4096_s42"
-    )
+    assert mae(SWITCHES) == "mae_cifar10_i32_p2_w192_e12_h3_d4_dw24_sincos_blockwise_r0.75_normpix_ep2000_b4096_s42"
     assert "_pets_" in mae("--dataset npz --data_dir some/pets.npz")
     assert classifier(name) == f"cls_cifar10_ep100_b128_s42_from_{name}"
     assert classifier(None) == "cls_cifar10_ep100_b128_s42_scratch_i32_p2_w192_e12_h3"
-    assert mae("--mask_args b=2 a=1e-3") == mae("--mask_args a=0.001 b=2")
     assert mae("--augment") == mae("--augment shift") == mae() + "_aug"
     assert "s42_augcrop_scratch_" in classifier(None, "--augment crop")
     name = classifier(None, "--train_images 500 --val_images 100 --augment")
@@ -316,22 +312,6 @@ def test_a_mae_of_all_switches_goes_on_to_fine_tuning_and_features():
     evaluate_features.main(["--model_path", str(mae), "--device", "cpu", "--train_images", "40", "--untrained"])
     assert (mae / "features_40.csv").read_text().count("\n") == 5
     visualize_predictions.main(["--model_path", str(mae), "--num_images", "1"])
-
-
-def test_a_strategys_own_parameters_are_kept_and_used():
-    own, plain = ["--mask_args", "num_blocks=8", "smallest=0.3"], pretrain("--mask_strategy", "blockwise")
-    run = pretrain("--mask_strategy", "blockwise", *own)
-    assert "_blockwise_num_blocks=8_smallest=0.3_r0.75_" in run.name
-    assert read_config(run)["arguments"]["mask_args"] == {"num_blocks": 8, "smallest": 0.3}
-    assert read_config(run)["masks"] != read_config(plain)["masks"]
-    assert load_model(run, MAE_ViT)[0].shuffle.mask_args == {"num_blocks": 8, "smallest": 0.3}
-    for more, name in (
-        ([], "reconstructions"),
-        (["--mask_strategy", "random"], "reconstructions_random"),
-        (["--mask_args", "smallest=0.1"], "reconstructions_smallest=0.1"),
-    ):
-        visualize_predictions.main(["--model_path", str(run), "--num_images", "1", *more])
-        assert (run / f"{name}.png").exists()
 
 
 def test_runs_and_models_from_before_the_switches_are_read_and_continued(capsys):
@@ -584,13 +564,6 @@ BAD = [
     (MAE, "--encoder_depth 0", "--encoder_depth: '0'"),
     (MAE, "--decoder_depth deep", "--decoder_depth: 'deep'"),
     (MAE, "--num_heads 0", "--num_heads: '0'"),
-    (MAE, "--mask_args smallest=0.2", "'random' has no parameter 'smallest'. Its parameters: none"),
-    (MAE, "--mask_strategy blockwise --mask_args smallest=nan", "'blockwise' takes a number as smallest, not 'nan'"),
-    (MAE, "--mask_strategy blockwise --mask_args smallest=2", "'blockwise' refuses .* Its parameters: num_blocks=24"),
-    (MAE, "--mask_args smallest", "--mask_args: 'smallest' is not NAME=VALUE"),
-    (MAE, "--mask_args a=b/c", "--mask_args: 'a=b/c' is not NAME=VALUE"),
-    (MAE, "--mask_args a=1 a=2", "--mask_args: 'a=2' is not NAME=VALUE, or given twice"),
-    (VIS, "--masks --mask_strategy blockwise --mask_args smallest=-1", "'blockwise' refuses its mask_args"),
     (MAE, "--augment zoom", "--augment: 'zoom' is neither shift nor crop"),
     (CLS, "--augment zoom", "--augment: 'zoom' is neither shift nor crop"),
     (MAE, "--decoder_embed_dim 0", "--decoder_embed_dim: '0'"),
@@ -1065,7 +1038,7 @@ def test_a_sweep_tries_every_combination_with_every_seed(listed):
         assert (classifier.seed, classifier.total_epoch, classifier.log_dir) == (mae.seed, 3, "here/classifier")
 
 
-WORDS = {"mask_strategy": ("grid", "block"), "mask_args": ("a=1", "a=2"), "mask_ratio": ("0.25", "0.5")}
+WORDS = {"mask_strategy": ("grid", "block"), "mask_ratio": ("0.25", "0.5")}
 WORDS |= {"positions": ("learned", "sincos"), "augment": ("shift", "crop")}
 
 

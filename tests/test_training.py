@@ -312,21 +312,6 @@ def test_layer_decay_counts_twelve_blocks():
     assert (scales[model.cls_token], scales[model.head.weight]) == (0.5**13, 1)
 
 
-@pytest.mark.parametrize("script", ["mae_pretrain", "train_classifier"])
-def test_images_that_stay_in_main_memory_train_the_same(script, few_shapes, monkeypatch, capsys):
-    start = {"mae_pretrain": pretrain, "train_classifier": classify}[script]
-    flags = f"{RUN} {SIZE_FLAGS} --augment {'--decoder_depth 1' if script == 'mae_pretrain' else '--val_images 10'}"
-    flags = flags.replace("--train_images 50", "--train_images 40")
-    on_device, copied = start(f"{flags} --log_dir on_device"), []
-    monkeypatch.setattr("engine.device.free_memory", lambda device: 1000)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: copied.append(len(tensor)) or tensor)  # for a GPU
-    in_main_memory = start(f"{flags} --log_dir in_main_memory")
-    assert capsys.readouterr().out.count("they stay in main memory") == 1
-    assert copied.count(BATCH) == EPOCHS * (40 // BATCH)
-    one, other = (load_file(run)["model"] for run in (on_device, in_main_memory))
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
-
 def test_the_logged_rate_is_the_one_that_the_optimizer_used(few_shapes):
     used = []
     hook = register_optimizer_step_pre_hook(lambda optimizer, *_: used.append(optimizer.param_groups[0]["lr"]))

@@ -7,13 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch._inductor import compile_fx
 
 import utils
 from engine.device import (
     COMPILE_FROM,
     PRECISIONS,
-    InMainMemory,
     autocast,
     environment,
     generator,
@@ -22,10 +20,8 @@ from engine.device import (
     peak_memory_mb,
     pick_device,
     pick_precision,
-    placed,
     this_start,
 )
-from images import data
 
 ROOT = Path(__file__).parents[1]
 
@@ -84,66 +80,6 @@ def test_a_process_that_cannot_tell_its_gpu_says_so(monkeypatch):
     assert pick_device("auto") == torch.device("cuda:1")
 
 
-@pytest.fixture
-def without_a_compiler(monkeypatch):
-    """What is compiled is counted, and compiling fails."""
-    asked = []
-
-    def fail(*args, **kwargs):
-        asked.append(args)
-        raise RuntimeError("No working C++ compiler found\nand more")
-
-    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", fail)
-    return asked
-
-
-def test_where_compiling_fails_one_line_says_why_and_the_run_goes_on_without(without_a_compiler, capsys):
-    model, x = torch.nn.Linear(2, 2), torch.rand(3, 2)
-    forward = maybe_compiled(model, True, x.device)
-    for _ in range(2):
-        assert torch.equal(forward(x), model(x))
-    assert torch.equal(forward(x[:1]), model(x[:1]))  # a size that would be compiled anew
-    assert len(without_a_compiler) == 1
-    line = "Cannot compile the model (RuntimeError: No working C++ compiler found); "
-    assert capsys.readouterr().err == f"{line}the run goes on without torch.compile.\n"
-
-
-@pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile on a CPU needs a C++ compiler")
-def test_where_compiling_the_backward_pass_fails_the_run_goes_on_without(monkeypatch, capsys):
-    compile_graph = compile_fx.fx_codegen_and_compile
-
-    def fail(*args, is_backward, **kwargs):
-        if is_backward:
-            raise RuntimeError("out of shared memory")
-        return compile_graph(*args, is_backward=is_backward, **kwargs)
-
-    monkeypatch.setattr(compile_fx, "fx_codegen_and_compile", fail)
-    model, x = torch.nn.Linear(2, 2), torch.rand(3, 2)
-    with torch._inductor.utils.fresh_cache():  # where a test before has not left the backward pass
-        maybe_compiled(model, True, x.device)(x).sum().backward()
-    assert torch.equal(model.bias.grad, torch.full((2,), 3.0))
-    assert "Cannot compile the model (RuntimeError: out of shared memory)" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("mistake", "kind", "message"),
-    [
-        (lambda x: x.view(4), RuntimeError, "view|shape"),
-        (lambda x: [][1], IndexError, "list index out of range"),
-        (lambda x: missing(x), NameError, "missing"),  # noqa: F821
-    ],
-)
-def test_a_mistake_in_a_compiled_model_keeps_its_traceback(mistake, kind, message, without_a_compiler, capsys):
-    class Mistaken(torch.nn.Module):
-        def forward(self, x):
-            return mistake(x + 1)
-
-    with pytest.raises(kind, match=message) as error:
-        maybe_compiled(Mistaken(), True, torch.device("cpu"))(torch.rand(3, 2))
-    assert "mistake(x + 1)" in str(error.getrepr())
-    assert "Cannot compile" not in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("choice", "device", "num_images", "expected"),
     [
@@ -157,20 +93,6 @@ def test_a_mistake_in_a_compiled_model_keeps_its_traceback(mistake, kind, messag
 def test_a_model_is_compiled_where_that_was_asked_or_pays(choice, device, num_images, expected):
     model = torch.nn.Linear(2, 2)
     assert (maybe_compiled(model, choice, torch.device(device), num_images) is not model) == expected
-
-
-def test_images_may_take_half_of_the_free_memory(monkeypatch, capsys):
-    train = data.ImageSet(torch.zeros(10, 3, 4, 4, dtype=torch.uint8), torch.arange(10), [])
-    monkeypatch.setattr("engine.device.free_memory", lambda device: 2 * 3 * 480)
-    cpu = torch.device("cpu")
-    for part in placed(cpu, train, train, train):
-        assert part.images is train.images
-    assert not capsys.readouterr().out
-    first, none, *_ = placed(cpu, train, None, train, train, train)
-    assert isinstance(first.images, InMainMemory)
-    assert torch.equal(first.labels, train.labels)
-    assert none is None
-    assert capsys.readouterr().out.count("they stay in main memory") == 1
 
 
 @pytest.mark.parametrize(("device", "name"), [("cuda:1", "GPU 1"), ("cuda:0", "GPU 0"), ("cpu", "a CPU")])
