@@ -18,6 +18,26 @@ plt.rcParams["figure.constrained_layout.use"] = True  # leaves room for titles a
 STYLES = [("#0072b2", "-"), ("#d55e00", "--"), ("#009e73", "-."), ("#cc79a7", ":"), ("#000000", (0, (5, 1)))]
 (RIGHT, _), (WRONG, _) = STYLES[:2]  # blue and vermilion
 WRAP = 55  # characters in a line of a legend
+NAMES = {  # of columns of metrics.csv, on axes
+    "train/loss": "training loss",
+    "test/loss": "test loss",
+    "test/acc": "test accuracy",
+    "val/loss": "loss on held-out images",
+    "val/acc": "accuracy on held-out images",
+    "probe/knn_acc": "k-NN accuracy",
+    "lr": "learning rate",
+    "speed/images_per_sec": "images/s",
+}
+
+
+def name_of(metric):
+    """What an axis says of a column of metrics.csv; its own name where NAMES has none."""
+    return NAMES.get(metric, metric)
+
+
+def is_share(metric):
+    """Whether a column of metrics.csv holds shares, which axes show in %."""
+    return metric.endswith("acc")
 
 
 def show(axes, image):
@@ -147,7 +167,7 @@ def draw_seeds(groups, metric, ylabel):
         curve(label, [{row["epoch"]: row[metric] for row in table} for table in tables])
         for label, tables in groups.items()
     ]
-    draw_curves(axes, curves, ylabel, percent=metric.endswith("/acc"))
+    draw_curves(axes, curves, ylabel, percent=is_share(metric))
     draw_legend(figure)
     return figure
 

@@ -1,71 +1,35 @@
 """Compare finished runs of any sweeps: what they differ in, what each setting reaches, what the data decide.
 
-python -m scripts.compare logs/ablation
-python -m scripts.compare logs/pretrain logs/lr3e-4 --baseline mask_ratio=0.75
+    python -m scripts.compare logs/ablation
+    python -m scripts.compare logs/ablation logs/lr3e-4 --baseline mask_ratio=0.75 --where decoder_depth=4
 
-Runs of one setting differ in their seed alone; settings are compared by the differences of equal seeds. Written are
-compare.md, compare.csv and pictures. Runs that are not finished are drawn by epoch and not compared.
+A setting is a MAE and how it is fine-tuned (finetune/...); its runs differ in their seeds alone. The unit is the MAE:
+of several classifiers of one MAE the mean counts. Written are compare.md, compare.csv and pictures. Runs that are not
+finished are drawn by epoch and not compared.
 """
 
-import collections
-import functools
-import statistics
 from pathlib import Path
+
+import numpy as np
+import pandas as pd
 
 import utils
 from engine.errors import UserError, as_user_error, exit_in_one_line
-from engine.run import csv_text, read_config
-from model import MAE_ViT
+from engine.records import find_runs
+from scripts import chance, verdicts
 from scripts.compare_figures import draw_all_curves, draw_measures
 from scripts.cost import gflop_per_image
-from scripts.results import (
-    MEASURES,
-    Measure,
-    Result,
-    aligned,
-    facts_of,
-    find_results,
-    is_finished,
-    is_pretrained,
-    last_value,
-    markdown_table,
-    minutes,
-    paired_difference,
-    percent,
-    read_features,
-    spread,
-    values_of,
-    written,
-)
+from scripts.results import MEASURES, markdown_table, table_of
+from scripts.settings import TUNED, entries_of, label_all, pick_baseline, where, without_doubles, written
 
-K_NN, PROBE = "k-NN", "k-NN while pretraining"
-LOSSES = {
-    "test loss": Measure("classifier", functools.partial(last_value, "classifier", "test/loss")),
-    "MAE training loss": Measure("mae", functools.partial(last_value, "mae", "train/loss")),
-}
-COMPARED = {  # accuracies in %
-    **MEASURES,
-    PROBE: Measure("mae", lambda result: percent(last_value("mae", "knn/acc", result))),
-    **LOSSES,
-}
-FOLLOWS = {  # a digest says something new only where all of these are the same
-    "images": ("dataset", "img_size", "train_images", "val_images"),
-    "test_set": ("dataset", "img_size"),
-    "masks": ("mask_strategy", "mask_ratio", "img_size", "patch_size"),
-}
-OF_MODEL = {*utils.defaults(MAE_ViT), "masks"}  # a classifier has the same values of these as its MAE
-TASK = {
-    "mask_ratio",
-    "mask_strategy",
-    "masks",
-    "norm_pix_loss",
-    "patch_size",
-    "img_size",
-    "dataset",
-}  # of the MAE's loss
-SCRATCH = "from scratch"
-MANY = 3  # where more arguments vary, a label has only those that differ from most settings
-AS_MOST = "as most"  # a setting without any
+TESTED = ("dataset", "img_size", "test_set")  # which images a run was tested on
+TASK = {"mask_ratio", "mask_strategy", "masks", "norm_pix_loss", "patch_size", "img_size", "dataset"}  # of a MAE's loss
+
+COSTS = (
+    "Parameters, GFLOP, images/s and memory: of pretraining; in rows from scratch, of the classifier. Minutes are "
+    "spent in training steps, mean over runs. Minutes and images/s depend on the machines and their other work; GFLOP "
+    "do not."
+)
 
 
 def parse_args(argv=None):
@@ -75,320 +39,231 @@ def parse_args(argv=None):
         "--baseline",
         nargs="+",
         help="the setting that the others are compared with, as printed, or a part that only one setting has, such as "
-        'decoder_depth=4, or "as most"; default: the first setting',
+        'decoder_depth=4, or "as most"; default: the first setting, by its values',
     )
+    parser.add_argument("--where", nargs="+", metavar="NAME=VALUE", help="compare only runs with these values")
+    parser.add_argument("--margin", type=float, help="also say what is equal within so many points")
     parser.add_argument("--output", type=Path, help="where to write; default: compare/ in the first directory")
     return parser.parse_args(argv)
-
-
-# --- settings ---
-
-
-def pretraining_of(result):
-    """The config of a result's MAE, or what its classifier's says of it; without arguments: from scratch."""
-    if result.mae:
-        return read_config(result.mae)
-    stored = read_config(result.classifier).get("pretraining", {})
-    unknown = {"dataset"} if stored.get("dataset") in ("folder", "npz") else set()  # which one is not told
-    return {"arguments": {name: value for name, value in stored.items() if name not in unknown}}
-
-
-def labels_of(result):
-    """On how many labels a result's classifier was trained, or its features were measured without one; None: all."""
-    stored = read_config(result.classifier) if result.classifier else read_features(result.features)
-    return stored["arguments"].get("train_images")
-
-
-def arguments_of(result, by_labels):
-    """{name: value} of a result's classifier and of its MAE, whose own are pretraining/name where both have a name.
-
-    Args:
-        by_labels: whether the number of labels of features without a classifier is one of them.
-    """
-    own = facts_of(read_config(result.classifier)) if result.classifier else {}
-    if by_labels and result.features and not result.classifier:
-        own["train_images"] = labels_of(result)
-    pretraining = facts_of(pretraining_of(result)).items()
-    return own | {name if name in OF_MODEL else f"pretraining/{name}": value for name, value in pretraining}
-
-
-def without_twins(settings):
-    """The settings, pretraining/name as name wherever no classifier has another value of it than its MAE."""
-    pairs = {(name, name.partition("/")[2]) for setting in settings for name in setting if "/" in name}
-    names = {
-        twin: name
-        for twin, name in pairs
-        if all(setting.get(name) == setting.get(twin) for setting in settings if {name, twin} <= setting.keys())
-    }
-    return [{names.get(name, name): value for name, value in setting.items()} for setting in settings]
-
-
-def what_varies(settings):
-    """The names of which some settings have different values, in order; digests only where they tell something new."""
-
-    def varies(name):
-        prefix, _, last = name.rpartition("/")
-        groups = {}
-        for setting in settings:
-            if name in setting:
-                others = (setting.get(f"{prefix}/{other}", setting.get(other)) for other in FOLLOWS.get(last, ()))
-                groups.setdefault(tuple(others), set()).add(setting[name])
-        return any(len(values) > 1 for values in groups.values())
-
-    return list(filter(varies, dict.fromkeys(name for setting in settings for name in setting)))
-
-
-def in_order(setting, varied):
-    """A sort key: by numbers, then by words, then what is None or not there."""
-    values = [setting.get(name) for name in varied]
-    return [(0, v, "") if isinstance(v, (int, float)) else (1 + (v is None), 0, str(v)) for v in values]
-
-
-def label_all(results):
-    """What sets results apart, in the order of its values, from scratch last.
-
-    Returns:
-        {label: [Result, ...]}; {label: {name: value} of the arguments that vary}; the values that labels leave out.
-    """
-    classifiers = [r for r in results if r.classifier and is_finished(r.classifier)]
-    labels = set(map(labels_of, classifiers or (r for r in results if r.features)))  # as find_results tells them apart
-    settings = without_twins([arguments_of(result, by_labels=len(labels) > 1) for result in results])
-    varied, pretrained = what_varies(settings), [is_pretrained(result) for result in results]
-    settings = [{name: setting[name] for name in varied if name in setting} for setting in settings]
-    usual = most_common(settings) if len(varied) > MANY else {}
-    told = [{name: v for name, v in setting.items() if not usual or v != usual[name]} for setting in settings]
-    order = [(not pretrained[i], bool(usual) and len(told[i]), in_order(told[i], varied)) for i in range(len(results))]
-    both, groups, values = len(set(pretrained)) > 1, {}, {}
-    for i in sorted(range(len(results)), key=order.__getitem__):
-        words = [SCRATCH if both and not pretrained[i] else "", written(told[i])]
-        unnamed = AS_MOST if usual else "pretrained" if both else "all runs"
-        label = " ".join(filter(None, words)) or unnamed
-        groups.setdefault(label, []).append(results[i])
-        values[label] = settings[i]
-    return groups, values, usual
-
-
-def most_common(settings):
-    """{name: value} that most of the settings have that have the name, each setting counted once."""
-    different = {written(setting): setting for setting in settings}.values()
-    counts = {}
-    for setting in different:
-        for name, value in setting.items():
-            counts.setdefault(name, collections.Counter())[value] += 1
-    return {name: values.most_common(1)[0][0] for name, values in counts.items()}
-
-
-def tell_seeds(groups):
-    """One result a seed in each setting, and {run: why it is not among them}.
-
-    Seeds are the classifiers', or the MAEs' where a setting has classifiers of one seed from MAEs of several. Of those
-    with one seed, a classifier from a MAE of that seed comes first, so that the MAEs differ, too.
-    """
-
-    def seed_of_mae(result):
-        return pretraining_of(result)["arguments"].get("seed", result.seed)
-
-    by_mae = any(
-        len({result.seed for result in found}) < len({seed_of_mae(result) for result in found})
-        for found in groups.values()
-    )
-    left_out, told = {}, {}
-    for label, found in groups.items():
-        seeds = {}
-        for result in sorted(found, key=lambda result: seed_of_mae(result) != result.seed):
-            seed = seed_of_mae(result) if by_mae else result.seed
-            first = seeds.setdefault(seed, result._replace(seed=seed))
-            if run_of(first) != run_of(result):
-                left_out[run_of(result)] = f"same setting and seed as {run_of(first)}"
-        told[label] = [seeds[seed] for seed in sorted(seeds)]
-    return told, left_out
-
-
-def run_of(result):
-    return result.classifier or result.mae
-
-
-def pick_baseline(asked, labels, values):
-    """The label that is asked for, or the only setting with all of these words; nothing asked: the first.
-
-    Args:
-        values: {label: {name: value}} of what varies, also of what labels leave out.
-
-    Raises:
-        UserError: there is none, or there are several.
-    """
-    words = set(" ".join(asked or []).split())
-    fitting = [label for label in labels if words <= {*label.split(), *written(values[label]).split()}]
-    exact = [label for label in fitting if label == AS_MOST or words >= set(label.split())]
-    if asked and len(exact or fitting) != 1:
-        found = f"{len(fitting)} settings" if fitting else "no setting"
-        raise UserError(f"--baseline {' '.join(asked)} fits {found}; there are: {', '.join(labels)}.")
-    return (exact or fitting)[0]
 
 
 # --- what the data say ---
 
 
-def measure_all(results):
-    """{measure: {label: {seed: value}}} of what was measured; k-NN while pretraining only where there is no other."""
-    measured = {
-        name: {label: values_of(found, measure) for label, found in results.items()}
-        for name, measure in COMPARED.items()
-    }
-    measured = {name: {k: v for k, v in labels.items() if v} for name, labels in measured.items()}
-    if measured[PROBE].keys() <= measured[K_NN].keys():
-        del measured[PROBE]
-    return {name: labels for name, labels in measured.items() if labels}
+def long_table(runs, entries, measures=MEASURES):
+    """A row for each measure, setting and seed: its value, in % where the measure is a share.
+
+    The column unit is what the measure is of: the setting, or of measures of a MAE the settings of the MAE alone. Those
+    that share a unit have all of its seeds, and it is judged once. So MAEs without a classifier, as it is still to come
+    perhaps, have no row beside settings that share them.
+    """
+    rows = []
+    for name, (column, kind, percent) in measures.items():
+        for entry in entries.itertuples():
+            run = entry.classifier if kind == "classifier" else entry.mae
+            labels = entry.labels if kind == "features" else ""
+            value = runs[column + labels].get(run, np.nan) if column + labels in runs else np.nan
+            unit = entry.setting if kind == "classifier" else f"{entry.unit} {labels}".strip()
+            rows.append((name, unit, entry.setting, entry.seed, 100 * value if percent else value))
+    found = pd.DataFrame(rows, columns=["measure", "unit", "setting", "seed", "value"]).dropna()
+    of_units = found.groupby(["measure", "unit", "seed"], sort=False, as_index=False).value.mean()
+    found = found[["measure", "unit", "setting"]].drop_duplicates().merge(of_units)
+    tuned = found.setting.isin(entries.setting[entries.classifier.notna()])
+    places = pd.MultiIndex.from_frame(found[["measure", "unit"]])
+    found = found[tuned | ~places.isin(places[tuned])]
+    probe = "k-NN while pretraining"  # says nothing new where k-NN was measured on all images
+    probed, measured = (set(found.setting[found.measure == name]) for name in (probe, "k-NN"))
+    return found[found.measure != probe] if probed <= measured else found
 
 
-def tested_on(result, measure):
-    """What is known of the images that a measure was taken on."""
-    facts = facts_of(read_config(result.classifier) if measure.kind == "classifier" else pretraining_of(result))
-    return {name: facts[name] for name in ("dataset", "img_size", "test_set") if name in facts}
+def judge_all(found, values, baseline, margin=None):
+    """compare.csv: for each measure and setting mean, sd and n, the difference to the baseline and a verdict.
+
+    Args:
+        found: as `long_table` makes it; values: {setting: {name: value}} of what varies.
+
+    Returns:
+        The table; notes on what was pooled, and on what is best in the first measure.
+    """
+    tables, notes = [], []
+    for measure, some in found.groupby("measure", sort=False):
+        unit_of, percent = some.groupby("setting", sort=False).unit.first(), MEASURES[measure].percent
+        units = some.drop_duplicates(["unit", "seed"])
+        units = pd.DataFrame({"setting": units.unit, "seed": units.seed, "value": units.value})
+        table, reason = units.groupby("setting").value.agg(mean="mean", sd="std", n="count"), "baseline not measured"
+        if baseline in unit_of:
+            reason, kind = "other images", MEASURES[measure].kind
+            alike = [unit for s, unit in unit_of.items() if same_images(values[s], values[baseline], kind)]
+            units = units[units.setting.isin(alike)]
+            judged = verdicts.judge(units, unit_of[baseline], margin if percent else None)
+            table = table.join(judged.table.drop(columns=list(table)))
+            notes += [f"{measure}: {judged.note}{power(judged) if percent else ''}"]
+            notes += [best_of(measure, units)] if not tables and len(judged.table) > 1 else []
+        table = table.reindex(columns=[*table.columns.drop("verdict", errors="ignore"), "verdict"]).loc[unit_of]
+        shared = (unit_of == unit_of.get(baseline)) & (unit_of.index != baseline)
+        table["verdict"] = table.verdict.astype(object).fillna(reason).where(~shared.to_numpy(), "the same MAEs")
+        varied = pd.DataFrame([values[setting] for setting in unit_of.index], unit_of.index, dtype=object)
+        table = varied.join(table.set_axis(unit_of.index)).reset_index()
+        table.insert(0, "measure", measure)
+        tables.append(table)
+    return pd.concat(tables, ignore_index=True), notes
 
 
-def compare(results, measured, name, label, baseline):
-    """(Difference of a setting to the baseline in the measure of this name or None, what the data say)."""
-    numbers, measure = measured[name], COMPARED[name]
-    if label == baseline or baseline not in numbers:
-        return None, "baseline" if label == baseline else "baseline not measured"
-    one, other = (
-        tested_on(next(result for result in results[setting] if measure.value(result) is not None), measure)
-        for setting in (label, baseline)
-    )
-    if any(one[name] != other[name] for name in one.keys() & other.keys()):
-        return None, "other images"
-    difference = paired_difference(numbers[label], numbers[baseline])
-    return difference, difference.verdict if difference else "no common seed"
+def same_images(one, other, kind):
+    """Whether two settings {name: value} were tested on the same images, as far as is known."""
+    names = [f"{TUNED}{name}" if kind == "classifier" and f"{TUNED}{name}" in one else name for name in TESTED]
+    return all(one[name] == other[name] for name in names if name in one and name in other)
 
 
-def rows_of(results, values, measured, baseline):
-    """compare.csv: a row a measure and setting; and {(measure, label): the cell of the table of differences}."""
-    varied = dict.fromkeys(name for setting in values.values() for name in setting)
-    rows, cells = [], {}
-    for measure, labels in measured.items():
-        for label, numbers in labels.items():
-            difference, verdict = compare(results, measured, measure, label, baseline)
-            mean, low, high, pairs = difference or ("", "", "", 0)
-            row = {"setting": label, **dict.fromkeys(varied, ""), **values[label], "measure": measure}
-            row |= {"n": len(numbers), "mean": statistics.mean(numbers.values())}
-            row |= {"sd": statistics.stdev(numbers.values()) if len(numbers) > 1 else ""}
-            rows.append(row | {"difference": mean, "low": low, "high": high, "pairs": pairs, "verdict": verdict})
-            cells[measure, label] = f"{difference.text(digits_of(measure))}: {verdict}" if difference else verdict
-    return rows, cells
+def power(judged):
+    """What so many seeds can decide: a sentence; nothing without a spread."""
+    settings, n = len(judged.table), int(judged.table.n.max())
+    if not judged.sd > 0 or settings < 2 or n < 2:
+        return ""
+    points, seeds = chance.detectable(judged.sd, settings, n), chance.seeds_needed(judged.sd, settings, 1)
+    return f" With this spread, {n} seeds decide {points:.1f} points (power 80 %), and {seeds} seeds one point."
 
 
-def digits_of(measure):
-    return 4 if measure in LOSSES else 2
+def best_of(measure, units):
+    """Which setting is the best in a measure, and which cannot be told from it: a sentence."""
+    means = units.groupby("setting").value.mean()
+    best = means.idxmax() if MEASURES[measure].percent else means.idxmin()
+    others = verdicts.judge(units, best).table.drop(best)
+    close = list(others.index[~((others.low_all > 0) | (others.high_all < 0))])
+    told = f"not told from it: {', '.join(close)}" if len(close) < len(others) else "no other is told from it"
+    return f"{measure}: best is {best}; {told if close else 'all others are told from it'}."
 
 
-def notes_of(results, values, usual, measured, left_out, cells):
-    """What a reader must know beside the numbers, a line each."""
+def notes_of(found, entries, values, usual, left_out):
+    """What else a reader must know beside the numbers, a line each."""
     lines = [f"Unless a setting says otherwise: {written(usual)}."] if usual else []
     lines += [f"Not compared: {run}: {reason}." for run, reason in left_out.items()]
-    for measure, labels in measured.items():
-        fewer = {label: len(numbers) for label, numbers in labels.items() if len(numbers) < len(results[label])}
-        lines += [f"{label}: {measure} of {n} of {len(results[label])} seeds." for label, n in fewer.items()]
-    if "other images" in cells.values():
-        lines.append(
-            "No difference is given between results on different images; name a baseline among the others to compare "
-            "them (--baseline)."
-        )
-    if TASK & {name.rpartition("/")[2] for setting in values.values() for name in setting}:
+    seeds = entries.groupby("setting").seed.nunique()
+    for (measure, setting), n in found.groupby(["measure", "setting"], sort=False).size().items():
+        lines += [f"{setting}: {measure} of {n} of {seeds[setting]} seeds."] if n < seeds[setting] else []
+    if TASK & {name for setting in values.values() for name in setting}:
         lines.append("MAE training losses cannot be compared where masks, patches, images or norm_pix_loss differ.")
     return lines
 
 
-# --- tables ---
+# --- what is written ---
 
 
-def mean_table(results, measured):
-    """Header and rows: mean ± standard deviation over n seeds of each measure."""
-    header = ["", *(name if name in LOSSES else f"{name}, %" for name in measured)]
-    rows = [
-        [label, *(spread([*numbers.get(label, {}).values()], digits_of(name)) for name, numbers in measured.items())]
-        for label in results
-    ]
-    return header, rows
+def digits_of(measure):
+    return 4 if measure.endswith("loss") else 2
 
 
-def cost_table(results, measured):
-    """Header and rows: what a setting costs beside its first measure, of the classifier alone from scratch."""
-    measure, rows = next(iter(measured)), []
-    for label, found in results.items():
-        mae = pretraining_of(found[0])["arguments"]
-        gflop = gflop_per_image(mae or read_config(found[0].classifier)["arguments"], bool(mae))
-        parts = [[result for result in found if getattr(result, kind)] for kind in ("mae", "classifier")]
-        times = [f"{minutes(p, kind):.1f}" if p else "" for p, kind in zip(parts, ("mae", "classifier"), strict=True)]
-        numbers = measured[measure].get(label, {})
-        rows.append([label, spread([*numbers.values()], digits_of(measure)), f"{gflop:.3f}", *times])
-    return ["", measure, "GFLOP per image", "minutes of pretraining", "of training a classifier"], rows
+def mean_table(found):
+    """Settings x measures: mean ± standard deviation (n)."""
+    groups = found.groupby(["measure", "setting"]).value
+    cells = {key: verdicts.spread(values, digits_of(key[0])) for key, values in groups}
+    return pd.Series(cells).unstack(0, fill_value="")[found.measure.unique()]
 
 
-def markdown(directories, results, measured, cells, baseline, notes, captions):
+def difference_text(row, measure):
+    """ "+0.11 (-0.12 to +0.34): within 0.5", of a row with a difference, its interval and a verdict."""
+    if not row.low < row.high:
+        return row.verdict
+    difference, low, high = (f"{number:+.{digits_of(measure)}f}" for number in (row.difference, row.low, row.high))
+    return f"{difference} ({low} to {high}): {row.verdict}"
+
+
+def difference_table(judged):
+    """Settings x measures: the difference to the baseline, its 95 % interval, and the verdict."""
+    cells = {(row.measure, row.setting): difference_text(row, row.measure) for row in judged.itertuples()}
+    return pd.Series(cells).unstack(0, fill_value="")[judged.measure.unique()]
+
+
+def cost_table(runs, records, entries):
+    """Settings x what they cost: of pretraining, or of the classifier alone from scratch."""
+    rows = {}
+    for setting, some in entries.groupby("setting", sort=False):
+        first, kind = some.iloc[0], "mae" if some.pretrained.iloc[0] else "classifier"
+        record = records[first[kind] or first.classifier]
+        sizes = record.settings if first[kind] else record.parent["settings"]
+        epochs = pd.DataFrame([row for run in some[kind].dropna().unique() for row in records[run].metrics])
+        minutes = [runs.minutes[some[name].dropna().unique()].mean() for name in ("mae", "classifier")]
+        rows[setting] = {
+            "parameters": f"{record.facts['parameters']:,}" if first[kind] else "",
+            "GFLOP per image": f"{gflop_per_image(sizes, kind):.3f}",
+            "images/s": f"{epochs['speed/images_per_sec'].median():,.0f}" if len(epochs) else "",
+            "minutes of pretraining": "" if np.isnan(minutes[0]) else f"{minutes[0]:.1f}",
+            "of training a classifier": "" if np.isnan(minutes[1]) else f"{minutes[1]:.1f}",
+            "peak memory, MB": f"{epochs['memory/peak_mb'].max():,.0f}" if len(epochs) else "",
+        }
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def curves_of(records, entries):
+    """{kind: {setting: metrics of its runs}}, each run once, without the finished MAE of an unfinished classifier."""
+    groups = {"mae": {}, "classifier": {}}
+    for entry in entries.itertuples():
+        for kind in groups if entry.finished else ["classifier" if entry.classifier else "mae"]:
+            if run := getattr(entry, kind):
+                groups[kind].setdefault(entry.setting, {})[run] = records[run].metrics
+    return {kind: {setting: [*some.values()] for setting, some in found.items()} for kind, found in groups.items()}
+
+
+def markdown(title, baseline, tables, notes, captions):
     """The content of compare.md."""
-    differences = [[label, *(cells.get((name, label), "") for name in measured)] for label in results]
-    listed = "".join(f"- {line}\n" for line in notes)
+    means, differences, costs = map(markdown_table, tables)
     figures = "\n".join(f"![{caption}]({name}.png)\n\n{caption}\n" for name, caption in captions.items())
-    return f"""# {", ".join(map(str, directories))}
+    return f"""# {title}
 
-{markdown_table(*mean_table(results, measured))}
-Mean ± standard deviation over n seeds. Linear probe and k-NN are of the frozen encoder: on train_images labels where \
-that is in the table, else on all.
+{means}
+Mean ± standard deviation over n seeds, accuracies in %. Linear probe and k-NN are of the frozen encoder: the mean of \
+the patches' tokens after the last block, on {TUNED}train_images labels where that is in the table, else on all.
 
 ## Differences to {baseline}
 
-{markdown_table(["", *measured], differences)}
-Mean over n equal seeds, with its 95 % interval (Student's t). Higher and lower are decided: 0 lies outside the \
-interval. With no true difference, one comparison in twenty still looks decided.
+{differences}
+In brackets the 95 % interval of this difference alone. The verdict stands on wider intervals, which hold for all \
+settings of the column together: of twenty such columns without any true difference, one says otherwise.
 
+{"".join(f"- {line}{chr(10)}" for line in notes)}
 ## Cost
 
-{markdown_table(*cost_table(results, measured))}
-GFLOP are of pretraining; in rows from scratch, of the classifier. Minutes are spent in training steps, mean over seeds.
-{f"{chr(10)}## Notes{chr(10)}{chr(10)}{listed}" if notes else ""}
+{costs}
+{COSTS}
+
 ## Figures
 
 {figures}"""
-
-
-def started(directories):
-    """Results of runs that are not finished, one each."""
-    configs = {directory: read_config(directory) for directory in directories}
-    return [
-        Result(config["arguments"]["seed"], *((None, run) if config["name"].startswith("mae_") else (run, None)))
-        for run, config in configs.items()
-    ]
 
 
 @exit_in_one_line()
 @as_user_error(OSError)
 def main(argv=None):
     args = parse_args(argv)
-    found, left_out = find_results(*args.directories, equal_labels=True)
-    if not found:
+    records = {str(record.directory): record for record in find_runs(*args.directories)}
+    runs = table_of(records.values())
+    if not (len(runs) and runs.finished.any()):
         raise UserError(f"No finished run in {', '.join(map(str, args.directories))}.")
-    unfinished = started(run for run in left_out if not is_finished(run))
-    groups, values, usual = label_all([*found, *unfinished])
-    running = {label: [r for r in results if r in unfinished] for label, results in groups.items()}
-    finished = {label: [r for r in results if r not in unfinished] for label, results in groups.items()}
-    results, twice = tell_seeds({label: some for label, some in finished.items() if some})
+    everything, values, usual = label_all(*where(*entries_of(runs), args.where))
+    entries, left_out = without_doubles(everything)
+    running = everything[~everything.finished.astype(bool)]
+    left_out |= {run: f"not finished, {runs.epochs[run]} of {runs.total_epoch[run]} epochs" for run in running.run}
+    found = long_table(runs, entries)
+    first, known = found.measure.iloc[0], found if args.baseline else found[found.measure == found.measure.iloc[0]]
+    baseline = pick_baseline(args.baseline, {label: values[label] for label in known.setting.unique()})
+    judged, notes = judge_all(found, values, baseline, args.margin)
+    notes += notes_of(found, entries, values, usual, left_out)
+    means = judged[judged.measure == first].set_index("setting")["mean"]
+    means = means.sort_values(ascending=not MEASURES[first].percent, kind="stable")
+    order = list(dict.fromkeys([*means.index, *found.setting]))
 
-    measured = measure_all(results)
-    first = next(iter(measured))
-    baseline = pick_baseline(args.baseline, results if args.baseline else measured[first], values)
-    rows, cells = rows_of(results, values, measured, baseline)
-    notes = notes_of(results, values, usual, measured, left_out | twice, cells)
     output = args.output or args.directories[0] / "compare"
-    settings = {label: values[label] for label in results}
-    captions = draw_measures(measured, settings, baseline, SCRATCH, LOSSES, output / "measures.png")
-    captions |= draw_all_curves(results, running, output)
-    (output / "compare.csv").write_text(csv_text(rows, header=True))
-    text = markdown(args.directories, results, measured, cells, baseline, notes, captions)
+    shown = {label: values[label] for label in values if label in order}
+    captions = draw_measures(found, judged, shown, baseline, output / "measures.png")
+    running = running.assign(setting=running.setting + ", not finished")
+    captions |= draw_all_curves(curves_of(records, pd.concat([entries, running])), output)
+    judged.to_csv(output / "compare.csv", index=False)
+    means, differences = mean_table(found).loc[order], difference_table(judged).loc[order]
+    tables = means, differences, means.iloc[:, :1].join(cost_table(runs, records, entries))
+    text = markdown(", ".join(map(str, args.directories)), baseline, tables, notes, captions)
     (output / "compare.md").write_text(text)
-    print(aligned(*mean_table(results, measured)), end="\n\n")
-    differences = [[label, cells[first, label]] for label in results if (first, label) in cells]
-    print(aligned(["", f"{first}: difference to {baseline}"], differences), end="\n\n")
+    print(means.to_string(), f"{first}: difference to {baseline}", sep="\n\n", end="\n\n")
+    print(differences[[first]].to_string(header=False), end="\n\n")
     print(*notes, *(output / name for name in ("compare.md", "compare.csv", "*.png")), sep="\n")
 
 

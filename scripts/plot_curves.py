@@ -3,11 +3,7 @@
 python -m scripts.plot_curves logs/classifier/* --metric train/loss test/acc --output curves.png
 """
 
-import collections
-import functools
 import math
-import operator
-import os
 import sys
 from pathlib import Path
 
@@ -16,21 +12,10 @@ if not __package__:  # started as python scripts/plot_curves.py, which puts scri
 
 import utils
 from engine.errors import UserError, as_user_error, exit_in_one_line
-from engine.figures import draw_curves, draw_legend, plt, save
-from engine.run import read_metrics
-from scripts.results import common_accuracy
-
-NAMES = {
-    "train/loss": "training loss",
-    "test/loss": "test loss",
-    "test/acc": "test accuracy",
-    "val/loss": "loss on held-out images",
-    "val/acc": "accuracy on held-out images",
-    "knn/acc": "k-NN accuracy",
-    "lr": "learning rate",
-    "speed/images_per_sec": "images/s",
-}
-KINDS = {"_from_": "pretrained", "_scratch_": "from scratch", "": "MAE"}  # by what is in a run's name
+from engine.figures import draw_curves, draw_legend, is_share, name_of, plt, save
+from engine.records import read_run
+from scripts.compare import entries_of, label_all
+from scripts.results import common_accuracy, table_of
 
 
 def parse_args(argv=None):
@@ -40,57 +25,55 @@ def parse_args(argv=None):
         "--metric",
         nargs="+",
         help="columns of metrics.csv; default: train/loss and the accuracy that all runs have (val/acc, test/acc or "
-        "knn/acc), else the k-NN accuracy of those that have it",
+        "probe/knn_acc), else the k-NN accuracy of those that have it",
     )
-    parser.add_argument("--label", nargs="+", help="a legend entry for each run; default: what differs in their paths")
+    parser.add_argument("--label", nargs="+", help="a legend entry for each run; default: in what the runs differ")
     parser.add_argument("--output", type=utils.png_path, default=Path("curves.png"), help="PNG to write")
     return parser.parse_args(argv)
 
 
-def short_names(runs):
-    """Of each run directory's path the parts that not all runs of its kind have; where that is not enough, the path."""
-    if len(runs) == 1:
-        return [runs[0].name]
-    kinds = [next(mark for mark in KINDS if mark in run.name) for run in runs]
-    parts = [collections.Counter(str(run).replace(os.sep, "_").split("_")) for run in runs]
-    names = []
-    for kind, words in zip(kinds, parts, strict=True):
-        shared = functools.reduce(operator.and_, (w for k, w in zip(kinds, parts, strict=True) if k == kind))
-        own = words - shared  # a seed is in a classifier's name and in its MAE's
-        names.append(" ".join([KINDS[kind], *own] if len(set(kinds)) > 1 else own))
-    return names if all(names) and len(set(names)) == len(runs) else list(map(str, runs))
+def labels_of(records):
+    """In what settings and seeds each run differs from the others; where that does not tell them apart, their paths."""
+    entries, found = label_all(*entries_of(table_of(records)))[0], {}
+    for entry in entries.itertuples():
+        found |= {entry.classifier: entry.setting} | ({} if entry.mae in found else {entry.mae: entry.unit})
+    kinds, seeds = {record.kind for record in records}, {record.settings["seed"] for record in records}
+    labels = []
+    for record in records:
+        words = ["MAE" if len(kinds) > 1 and record.kind == "mae" else "", found[str(record.directory)]]
+        words += [f"seed={record.settings['seed']}"] if len(seeds) > 1 else []
+        labels.append(" ".join(filter(None, words)))
+    return labels if len(set(labels)) == len(records) else [str(record.directory) for record in records]
 
 
 @exit_in_one_line()
 @as_user_error(OSError)
 def main(argv=None):
     args = parse_args(argv)
-    labels = args.label or short_names(args.runs)
-    if len(labels) != len(args.runs):
-        raise UserError(f"--label has {len(labels)} entries for {len(args.runs)} runs; give one for each.")
-    tables = [read_metrics(run) for run in args.runs]
-    for run, table in zip(args.runs, tables, strict=True):
-        if not table:
-            raise UserError(f"{run} has no metrics.csv with a complete epoch; name run directories.")
-        if missing := set(args.metric or ["train/loss"]) - set(table[0]):
-            raise UserError(f"{run} has no {', '.join(sorted(missing))}; it has {', '.join(table[0])}.")
-    some = "knn/acc" if any("knn/acc" in table[0] for table in tables) else None
+    records = [read_run(run) for run in args.runs]
+    for record in records:
+        if not record.metrics:
+            raise UserError(f"{record.directory} has no metrics.csv with a complete epoch; name run directories.")
+        if missing := set(args.metric or ["train/loss"]) - set(record.metrics[0]):
+            columns = ", ".join(record.metrics[0])
+            raise UserError(f"{record.directory} has no {', '.join(sorted(missing))}; it has {columns}.")
+    labels, tables = args.label or labels_of(records), [record.metrics for record in records]
+    if len(labels) != len(records):
+        raise UserError(f"--label has {len(labels)} entries for {len(records)} runs; give one for each.")
+    some = "probe/knn_acc" if any("probe/knn_acc" in table[0] for table in tables) else None
     metrics = args.metric or ["train/loss", *filter(None, [common_accuracy(tables) or some])]
-    width = max(len(label) for label in labels)
-    for label, table in zip(labels, tables, strict=True):
-        row = table[-1]
-        last = ", ".join(f"{NAMES.get(metric, metric)} {row[metric]:.4f}" for metric in metrics if metric in row)
-        print(f"{label:{width}}  epoch {row['epoch']}: {last}")
-    size = (5.5 * len(metrics), 4)
-    figure, axes = plt.subplots(1, len(metrics), figsize=size, squeeze=False)
+    figure, axes = plt.subplots(1, len(metrics), figsize=(5.5 * len(metrics), 4), squeeze=False)
     for place, metric in zip(axes.flat, metrics, strict=True):
         curves = [
             (label, [row["epoch"] for row in table], [[row.get(metric, math.nan) for row in table]])
             for label, table in zip(labels, tables, strict=True)
         ]
-        draw_curves(place, curves, NAMES.get(metric, metric), percent=metric.endswith("/acc"))
+        draw_curves(place, curves, name_of(metric), percent=is_share(metric))
     draw_legend(figure)
     save(figure, args.output)
+    for label, table in zip(labels, tables, strict=True):
+        last = ", ".join(f"{name_of(metric)} {table[-1][metric]:.4f}" for metric in metrics if metric in table[-1])
+        print(f"{label:{max(map(len, labels))}}  epoch {table[-1]['epoch']}: {last}")
     print(args.output)
 
 

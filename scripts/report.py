@@ -1,0 +1,335 @@
+"""The course report's findings, tables and figures, of the runs of its two ablations: no training.
+
+    python -m scripts.report logs/ablation --output logs/report
+    python -m scripts.report logs/report/runs --output logs/report    # from the CSV and JSON that a report keeps
+
+Of kept CSV and JSON alone it draws tables and curves; the pictures that need a model or the images stay as they are.
+"""
+
+import itertools
+import math
+import re
+import shutil
+from pathlib import Path
+
+import pandas as pd
+
+import utils
+from engine.device import pick_device
+from engine.errors import UserError, as_user_error, exit_in_one_line
+from engine.records import find_runs
+from scripts import verdicts
+from scripts.compare import COSTS, cost_table, difference_text, long_table, mean_table
+from scripts.report_figures import BASE, DEPTHS, MASKS, SCRATCH, SETTINGS, Runs, draw_all
+from scripts.results import MEASURES, Measure, common_accuracy, markdown_table, table_of
+from scripts.settings import entries_of, what_varies, without_doubles
+
+KEPT = ("config.json", "metrics.csv", "features.csv", "features.json")  # of a run, beside the report
+COMPARED = {name: MEASURES[name] for name in ("fine-tuned", "linear probe", "k-NN")}
+AS_REPORTED = {  # fine-tuned, as the course report counts
+    "fine-tuned, mean of batch means": Measure("test/acc_mean_of_batches", "classifier"),
+    "best epoch, chosen on the test set": Measure("best/acc", "classifier"),
+}
+EARLY = {"early": Measure("early/acc", "classifier"), "early loss": Measure("early/loss", "classifier", percent=False)}
+# The course report's accuracies in %, one seed each: means of batch means
+SOURCE = {"depth 2, random": "79.61", "depth 4, random": "79.76", "depth 8, random": "81.03"}
+SOURCE |= {"depth 4, block": "82.80", "depth 4, grid": "80.24"}
+NAMES = {**MASKS, **{label.removeprefix("depth "): setting for label, setting in DEPTHS.items()}}
+DEEPER, MASKED = ("8 > 4", "4 > 2"), ("block > grid", "grid > random")
+OF_THE_PAPER = {  # about masks, too
+    "random > blockwise": "as in the paper",
+    "block > blockwise": "the report's block against the paper's",
+    "shifted_grid > grid": "a lattice that trains all position embeddings against one that does not",
+}
+
+
+def parse_args(argv=None):
+    parser = utils.Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("runs", nargs="?", type=Path, default=Path("logs/ablation"), help="directory with the runs")
+    parser.add_argument(
+        "--output", type=Path, default=Path("logs/report"), help="where to write REPORT.md, figures and numbers"
+    )
+    parser.add_argument("--images", type=utils.positive_int, default=500, help="test images for masks_crossed.png")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    return parser.parse_args(argv)
+
+
+# --- runs ---
+
+
+def collect(directory):
+    """The Runs that the report compares, and {run: why it is not among them}.
+
+    Raises:
+        UserError: there are none, or they differ in more than depth, strategy and seed.
+    """
+    records = {str(record.directory): record for record in find_runs(directory)}
+    if BASE not in (names := {run: setting_of(record) for run, record in records.items()}).values():
+        raise UserError(f"{directory} holds no classifier of {BASE}; run scripts/reproduce_report.sh first.")
+    table, left_out = table_of(records.values()), {}
+    entries, settings = entries_of(table)
+    for entry in entries.itertuples():
+        if not entry.finished:
+            left_out[entry.run] = f"not finished, {table.epochs[entry.run]} of {table.total_epoch[entry.run]} epochs"
+        elif not entry.classifier:
+            left_out[entry.run] = "no finished classifier comes from it"
+        elif names[entry.run] not in SETTINGS:
+            left_out[entry.run] = f"{names[entry.run]} is none of the settings that the report compares"
+    entries = entries[~entries.run.isin(left_out.keys())]
+    for name in set(what_varies(settings.loc[entries.index])) - {"decoder_depth", "mask_strategy"}:
+        values = ", ".join(map(str, settings.loc[entries.index, name].dropna().unique()))
+        raise UserError(f"The runs in {directory} differ in {name} ({values}); move those of other sweeps away.")
+    entries, twice = without_doubles(entries.assign(setting=entries.run.map(names), unit=entries.run.map(names)))
+    watched = common_accuracy([records[run].metrics for run in entries.run])
+    return Runs(records, table.join(early_and_best(records, entries.run, watched)), entries, watched), left_out | twice
+
+
+def setting_of(record):
+    """For example "depth 4, random"; of a MAE None."""
+    if record.kind == "classifier":
+        return (
+            "depth {decoder_depth}, {mask_strategy}".format(**record.parent["settings"]) if record.parent else SCRATCH
+        )
+
+
+def early_and_best(records, runs, watched):
+    """Columns for the table: means over the first fifth of the epochs; the best epoch, where all are tested."""
+    rows = {}
+    for run in runs:
+        metrics = records[run].metrics
+        early = pd.DataFrame(metrics[: max(1, len(metrics) // 5)]).mean()
+        best = max(row["test/acc"] for row in metrics) if watched != "val/acc" else math.nan
+        rows[run] = {"early/acc": early[watched], "early/loss": early["train/loss"], "best/acc": best}
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+# --- tables ---
+
+
+def accuracy_table(found, settings):
+    """A row a setting: each measure; fine-tuned also as the course report counts, at the best epoch, and there."""
+    cells = mean_table(found[found.measure.isin([*COMPARED, *AS_REPORTED])]).add_suffix(", %")
+    cells["course report (n 1, mean of batch means), %"] = cells.index.map(SOURCE).fillna("")
+    labels = {setting: label for label, setting in settings.items() if setting in cells.index}
+    return markdown_table(cells.loc[list(labels)].rename(labels))
+
+
+def judged_pairs(found, pairs):
+    """{(measure, one, other): a row of verdicts.pairs}, judged together for each measure; where both have it."""
+    judged = {}
+    for measure, values in found[found.measure.isin(COMPARED)].groupby("measure", sort=False):
+        there = [pair for pair in pairs if set(pair) <= set(values.setting)]
+        for row in verdicts.pairs(values, there).itertuples() if there else ():
+            judged[measure, row.one, row.other] = row
+    return judged
+
+
+def difference_table(found, pairs):
+    """A row a pair: the difference in each measure, its interval and a verdict; no table without any."""
+    judged, names = judged_pairs(found, pairs), {pair: "{} minus {}".format(*pair) for pair in pairs}
+    cells = {(m, names[pair]): difference_text(row, m) for (m, *pair), row in judged.items() for pair in [tuple(pair)]}
+    table = pd.Series(cells).unstack(0, "") if cells else pd.DataFrame()
+    rows, columns = (
+        [name for name in some if name in part] for some, part in ((names.values(), table.index), (COMPARED, table))
+    )
+    return markdown_table(table.loc[rows, columns]) if cells else ""
+
+
+def commands(runs):
+    """What was run, where and for how long: a list of machines and a table."""
+    lines, machines = [], {}
+    for entry in runs.entries.itertuples():
+        for record in (runs.records[run] for run in (entry.mae, entry.classifier) if run):
+            minutes = runs.table.minutes[str(record.directory)]
+            starts = [(minutes, start) for start in record.starts] + [(s["seconds"] / 60, s) for s in record.features]
+            machines |= {machine(start): None for _, start in starts}
+            for minutes, start in starts[len(record.starts) - 1 :]:
+                lines.append((entry.setting, entry.seed, f"{minutes:.1f}", f"`{start['command']}`"))
+    table = pd.DataFrame(lines, columns=["", "seed", "minutes (training: of steps)", "command"]).set_index("")
+    return "\n".join(f"- {name}" for name in machines) + "\n\n" + markdown_table(table)
+
+
+def machine(start):
+    """Where and by which version a run was started."""
+    commit = f"commit {start['commit']}{'' if start['clean'] else ' with changes'}" if start["commit"] else "no commit"
+    threads = f"{start['threads']} thread{'s' if start['threads'] > 1 else ''} a run"
+    versions = "Python {python}, PyTorch {torch}, timm {timm}".format(**start)
+    return f"{start['processor']}, {threads}; {versions}; {commit}"
+
+
+# --- findings ---
+
+
+def said(row):
+    """What the data say of a claim that a difference is above 0: a few words."""
+    if row is None or not row.low_all < row.high_all:
+        return f"**{'no runs' if row is None else row.verdict}**"
+    if row.low_all <= 0 <= row.high_all:
+        return f"**{row.verdict} points**"
+    return f"**{'holds' if row.low_all > 0 else 'reversed'}**: {row.verdict}"
+
+
+def findings(found):
+    """The course report's three findings and its explanation, each with what these runs say of it, by each measure."""
+    pairs = {claim: tuple(map(NAMES.get, claim.split(" > "))) for claim in (*DEEPER, *MASKED, *OF_THE_PAPER)}
+    judged = judged_pairs(found, [(BASE, SCRATCH), *pairs.values()])
+    values = dict(list(found.groupby("measure")))
+
+    def lines(claims, more=lambda measure: ""):
+        text = ""
+        for measure in (measure for measure in COMPARED if measure in values):
+            words = {claim: said(judged.get((measure, *pairs[claim]))) for claim in claims}
+            words = [f"{claim} {word}" if len(claims) > 1 else word for claim, word in words.items()]
+            text += f"\n   - {measure}: {'; '.join(words)}{more(measure)}."
+        return text
+
+    def trend(measure):
+        depths = {setting: math.log2(int(label.removeprefix("depth "))) for label, setting in DEPTHS.items()}
+        if not depths.keys() <= set(values[measure].setting):
+            return ""
+        return f"; for each doubling {said(verdicts.trend(values[measure], depths))}"
+
+    def early(measure, one, other):
+        known = {one, other} <= set(values[measure].setting)
+        return said(next(verdicts.pairs(values[measure], [(one, other)]).itertuples()) if known else None)
+
+    paper = "".join(f"- {claim}, {what}:{lines([claim])}\n" for claim, what in OF_THE_PAPER.items())
+    return f"""\
+1. Pretraining gives a higher final accuracy: {said(judged.get(("fine-tuned", BASE, SCRATCH)))}. It is ahead over the \
+first fifth of the epochs, in accuracy: {early("early", BASE, SCRATCH)}; and without it the training loss is higher: \
+{early("early loss", SCRATCH, BASE)}.
+2. A deeper decoder gives a better encoder, 8 > 4 > 2:{lines(DEEPER, trend)}
+3. block > grid > random:{lines(MASKED)}
+
+The MAE paper finds random masks best. The course report explains its other order by its masks, which it says are not \
+the paper's. Its grid, one of each 2 x 2, is the paper's; its block is not, but blockwise is near it:
+
+{paper}
+Differences in points of accuracy (of the loss: in its unit), in brackets their 95 % interval; the intervals of all \
+claims hold together, for each measure. A claim holds where the interval lies above 0 and is reversed where it lies \
+below; else the difference is within so many points, in either direction. Intervals are over seeds, not other test sets.
+"""
+
+
+# --- the whole ---
+
+
+def introduction(runs):
+    """What was run, how much of it, and what the numbers mean."""
+    record = runs.of(BASE, "classifier")[0]
+    mae, tuned = (
+        {**some, "images": some["train_images"] or "all"} for some in (record.parent["settings"], record.settings)
+    )
+    chosen = "the epoch chosen on held-out images" if runs.watched == "val/acc" else "the last epoch"
+    return f"""\
+{mae["dataset"]}, {mae["img_size"]} x {mae["img_size"]}, patch {mae["patch_size"]}, width {mae["embed_dim"]}, encoder \
+depth {mae["encoder_depth"]}; {mae["total_epoch"]} epochs of pretraining on {mae["images"]} images, \
+{tuned["total_epoch"]} of training each classifier on {tuned["images"]} labelled ones. Fine-tuned accuracy is correct \
+/ all test images at {chosen}. Linear probe and k-NN measure the frozen encoder, as `evaluate_features.py` does: the \
+mean of the patches' tokens after the last block, all labels. Numbers are the mean ± standard deviation over n seeds. \
+Differences have their own 95 % interval in brackets, from the spread pooled over all settings, with seeds as blocks; \
+the words after it stand on wider intervals, which hold for all differences of the column together.
+"""
+
+
+def missing_features(runs):
+    """A sentence with the command that measures what the report lacks."""
+    maes = [runs.records[run] for run in runs.entries.mae.dropna().unique()]
+    missing = [
+        str(Path(record.starts[-1]["arguments"]["log_dir"], record.name)) for record in maes if not record.features
+    ]
+    command = f"python evaluate_features.py --layers all --model_path {' '.join(missing)}"
+    said = f"No linear probe and k-NN of {len(missing)} of {len(maes)} MAEs. This measures them: `{command}`"
+    return [said] if missing else []
+
+
+def write_report(runs, notes, output, captions):
+    """REPORT.md, with the figures under their captions."""
+    found = long_table(runs.table, runs.entries, COMPARED | AS_REPORTED | EARLY)
+    depths = list(itertools.combinations(list(DEPTHS.values())[::-1], 2))
+    masks = [(one, other) for other, one in itertools.combinations(MASKS.values(), 2)]
+    order = [setting for setting in SETTINGS if setting in set(runs.entries.setting)]
+    costs = mean_table(found)[["fine-tuned"]].join(cost_table(runs.table, runs.records, runs.entries)).loc[order]
+    figures = ""
+    for name, caption in captions.items():
+        title = name.replace("figure", "Figure ").replace(" 0", " ").replace("_", " ")
+        figures += f"### {title}\n\n![{caption}]({name}.png)\n\n{caption}\n\n"
+    (output / "REPORT.md").write_text(
+        f"""# What decoder depth and masking do
+
+{introduction(runs)}{"".join(f"{chr(10)}- {note}{chr(10)}" for note in notes)}
+## Findings of the course report
+
+{findings(found)}
+## Pretraining
+
+{accuracy_table(found, {"with pretraining": BASE, SCRATCH: SCRATCH})}
+{difference_table(found, [(BASE, SCRATCH)])}
+## Table 1: decoder depth
+
+{accuracy_table(found, DEPTHS)}
+{difference_table(found, depths)}
+## Table 2: mask strategy
+
+{accuracy_table(found, MASKS)}
+{difference_table(found, masks)}
+## What it costs
+
+{markdown_table(costs)}
+{COSTS}
+
+## Figures
+
+{figures}## Commands
+
+As they were typed, at these commits:
+
+{commands(runs)}"""
+    )
+
+
+def copies(runs, output):
+    """{run directory: where the report keeps its numbers}."""
+    used = dict.fromkeys([*runs.entries.mae.dropna(), *runs.entries.run])
+    return {path: output / "runs" / path.parent.name / path.name for path in map(Path, used)}
+
+
+def kept_pictures(runs, output):
+    """{name: caption} of the pictures beside an earlier report of the same runs; nothing beside one of other runs."""
+    for path, target in ((path / "config.json", copy / "config.json") for path, copy in copies(runs, output).items()):
+        if not target.exists() or target.read_bytes() != path.read_bytes():
+            return {}
+    report = output / "REPORT.md"
+    found = re.findall(r"^!\[(.*)\]\((\w+)\.png\)$", report.read_text(), re.MULTILINE) if report.exists() else []
+    return {name: caption for caption, name in found if (output / f"{name}.png").exists()}
+
+
+def keep_numbers(runs, output):
+    """Copy the CSV and JSON behind the report beside it, in place of what an earlier report has kept there."""
+    targets = copies(runs, output)
+    for old in (output / "runs").glob("*/*"):  # a run that holds more is not ours
+        if old not in targets.values() and old.is_dir() and all(path.name in KEPT for path in old.iterdir()):
+            shutil.rmtree(old)
+    for directory, target in targets.items():
+        target.mkdir(parents=True, exist_ok=True)
+        for path in (directory / name for name in KEPT if (directory / name).exists()):
+            if path.resolve() != (target / path.name).resolve():
+                shutil.copyfile(path, target / path.name)
+
+
+@exit_in_one_line()
+@as_user_error(OSError)
+def main(argv=None):
+    args = parse_args(argv)
+    device = pick_device(args.device)
+    runs, left_out = collect(args.runs)
+    notes = [*missing_features(runs), *(f"Left out: {run}: {reason}." for run, reason in left_out.items())]
+    args.output.mkdir(parents=True, exist_ok=True)
+    captions = draw_all(runs, args.output, args.images, device, kept_pictures(runs, args.output))
+    write_report(runs, notes, args.output, captions)
+    keep_numbers(runs, args.output)
+    print(*notes, args.output / "REPORT.md", sep="\n")
+
+
+if __name__ == "__main__":
+    main()
