@@ -25,7 +25,6 @@ from engine.device import (
 from engine.errors import UserError
 from engine.run import Run
 
-UNSCALED = torch.amp.GradScaler("cpu", enabled=False)  # does nothing
 SMALLEST_SCALE = 2.0**-14  # of a loss in fp16: 30 halvings after the first, no step can be taken any more
 
 # --- the plan ---

@@ -18,17 +18,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from images.pixels import normalize
+from images.shapes import shapes
 from PIL import Image
-from test_augmentation import cropped_one_by_one
+from reference import cropped_one_by_one
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import mae_pretrain
 import train_classifier
 from engine import processes, training
 from engine.checkpoints import load_file, load_model
+from engine.device import loss_scaler
 from engine.errors import UserError
-from engine.run import Session, read_metrics
-from images import data
+from engine.records import read_metrics
+from engine.run import Session
 from model import MAE_Encoder, MAE_ViT, PatchShuffle, ViT_Classifier
 
 SIZE = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "encoder_depth": 2, "num_heads": 3}
@@ -55,8 +58,7 @@ def in_an_empty_directory(monkeypatch, tmp_path):
 @pytest.fixture
 def few_shapes(monkeypatch):
     """Drawn sets: 50 images for training, 140 for testing."""
-    draw = data.shapes
-    monkeypatch.setattr(data, "shapes", lambda count, size, seed: draw(140 if seed else 50, size, seed))
+    monkeypatch.setattr("images.load.shapes", lambda count, size, seed: shapes(140 if seed else 50, size, seed))
 
 
 def pretrain(flags):
@@ -145,7 +147,7 @@ def check_same(directory, kind, model, rows, tolerance):
 def test_pretraining_ends_with_the_weights_of_a_plain_loop(switches, how, augment, parts, few_shapes):
     flags = f"{RUN} {SIZE_FLAGS} --decoder_depth 1 --max_device_batch_size {parts} {augment and f'--augment {augment}'}"
     run = pretrain(f"{flags} {switches}")
-    images = data.shapes(50, 16, seed=0).images
+    images = shapes(50, 16, seed=0).images
 
     def loss_of(model, epoch, step):
         _, x = batch_of(images, epoch, step, augment)
@@ -173,7 +175,7 @@ def test_a_classifier_ends_with_the_weights_of_a_plain_loop(augment, parts, star
     flags = f"{RUN} --max_device_batch_size {parts} {augment and f'--augment {augment}'} "
     mae = pretrain(f"{RUN} {SIZE_FLAGS} --decoder_depth 1 --seed 1") if start == "pretrained" else None
     run = classify(flags + (f"--pretrained_model_path {mae}" if mae else SIZE_FLAGS))
-    train, test = data.shapes(50, 16, seed=0), data.shapes(140, 16, seed=1)
+    train, test = shapes(50, 16, seed=0), shapes(140, 16, seed=1)
 
     def logits_of(model, x):
         return model.head(MAE_Encoder.forward(model, x)[:, 0])
@@ -201,12 +203,15 @@ def test_a_classifier_ends_with_the_weights_of_a_plain_loop(augment, parts, star
 
 
 def test_losses_of_a_classifier_in_bf16_are_computed_in_float32(few_shapes):
-    images, model = data.shapes(50, 16, seed=0), ViT_Classifier(**SIZE, num_classes=10)
+    images, model = shapes(50, 16, seed=0), ViT_Classifier(**SIZE, num_classes=10)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        logits = model(data.normalize(images.images))
+        logits = model(normalize(images.images))
     assert logits.dtype == torch.bfloat16
     expected = F.cross_entropy(logits.float(), images.labels).item()
-    assert train_classifier.loss_of(model, "bf16", images.images, images.labels).item() == expected
+    experiment = train_classifier.Classification(train_classifier.parse_args(shlex.split(SIZE_FLAGS)))
+    experiment.model = model
+    with torch.autocast("cpu", torch.bfloat16):
+        assert experiment.loss(images.images, images.labels).item() == expected
     assert train_classifier.evaluate(model, images, "bf16", 50)["test/loss"] == pytest.approx(expected, rel=1e-6)
 
 
@@ -257,7 +262,7 @@ def test_a_classifier_with_switches_ends_with_the_weights_of_a_plain_loop(switch
     )  # also a LayerNorm of its own
     flags = f"{RUN} --base_learning_rate 2e-2 --weight_decay 0.5 --max_device_batch_size 5 {switches}"
     run = classify(f"{flags} --pretrained_model_path {mae}")
-    train = data.shapes(50, 16, seed=0)
+    train = shapes(50, 16, seed=0)
 
     def loss_of(model, epoch, step):
         ids, x = batch_of(train.images, epoch, step, augment=False)
@@ -304,8 +309,10 @@ def test_a_classifier_with_switches_ends_with_the_weights_of_a_plain_loop(switch
 
 
 def test_layer_decay_counts_twelve_blocks():
-    model = ViT_Classifier(img_size=4, patch_size=2, embed_dim=2, encoder_depth=12, num_heads=1)
-    optimizer = train_classifier.build_optimizer(model, 1.0, 0.05, layer_decay=0.5)
+    flags = "--img_size 4 --patch_size 2 --embed_dim 2 --encoder_depth 12 --num_heads 1 --layer_decay 0.5"
+    experiment = train_classifier.Classification(train_classifier.parse_args(flags.split()))
+    model = experiment.model = ViT_Classifier(**experiment.model_args)
+    optimizer = experiment.build_optimizer(1.0)
     scales = {parameter: group["lr_scale"] for group in optimizer.param_groups for parameter in group["params"]}
     found = [{scales[parameter] for parameter in block.parameters()} for block in model.transformer]
     assert found == [{0.5**k} for k in range(12, 0, -1)]
@@ -396,12 +403,21 @@ class Weight(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.tensor(0.0))
 
 
+CPU = torch.device("cpu")
+UNSCALED = loss_scaler("float32", CPU)
+
+
+def setup_of(slices, scaler=UNSCALED, clip_grad=0.0, steps_per_epoch=1, total_steps=1):
+    """How a toy computes: these micro-batches of batches that end with the last of them, at the full rate."""
+    plan = training.Plan(slices[-1].stop, slices, steps_per_epoch, warmup_steps=0, total_steps=total_steps, peak_lr=1.0)
+    return training.Setup(CPU, "float32", plan, 16, scaler, clip_grad)
+
+
 def test_an_update_follows_the_mean_of_this_processs_part_of_the_batch():
     model, values = Weight(), torch.tensor([9.0, 9, 9, 1, 2, 6, 9])
     optimizer = torch.optim.SGD(model.parameters(), lr=9.0)
-    loss = training.update(
-        model, optimizer, [slice(3, 4), slice(4, 6)], 0.5, lambda x: (model.weight * x + 1).mean(), [values]
-    )
+    setup = setup_of([slice(3, 4), slice(4, 6)])
+    loss = training.update(setup, model, optimizer, lambda x: (model.weight * x + 1).mean(), [values], 0.5)
     assert loss.item() == 1
     assert model.weight.item() == -0.5 * 3  # the rate times the mean of 1, 2 and 6
 
@@ -415,11 +431,11 @@ def product(model):
 @pytest.mark.parametrize(("clip_grad", "gradient"), [(0.0, 2.0), (3.0, 2.0), (0.5, 0.5)])
 def test_a_scaled_loss_steps_like_a_plain_one(slices, clip_grad, gradient):
     weights, values = [], torch.tensor([0.5, 1.5, 2.0, 4.0])
-    for scaler in (training.UNSCALED, torch.amp.GradScaler("cpu", init_scale=3.0)):
+    for scaler in (UNSCALED, torch.amp.GradScaler("cpu", init_scale=3.0)):
         model = Weight()
         optimizer = torch.optim.SGD(model.parameters())
         for _ in range(3):
-            training.update(model, optimizer, slices, 0.1, product(model), [values], scaler, clip_grad)
+            training.update(setup_of(slices, scaler, clip_grad), model, optimizer, product(model), [values], 0.1)
             weights.append(model.weight.item())
     assert weights == pytest.approx([-0.1 * gradient * step for step in (1, 2, 3)] * 2)
 
@@ -428,9 +444,9 @@ def bursting(rank, meeting, answers):
     """The body of a process of two: three steps, of which the gradient of the second process's second is infinite."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     model, scaler = Weight(), torch.amp.GradScaler("cpu", init_scale=8.0)
-    optimizer, weights = mae_pretrain.build_optimizer(model, 0.1, 0.0), []
+    optimizer, weights = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True), []
     for value in (1.0, math.inf if rank else 1.0, 1.0):
-        training.update(model, optimizer, [slice(0, 1)], 0.1, product(model), [torch.tensor([value])], scaler)
+        training.update(setup_of([slice(0, 1)], scaler), model, optimizer, product(model), [torch.tensor([value])], 0.1)
         weights.append(model.weight.item())
     answers.put((weights, scaler.get_scale(), optimizer.state[model.weight]["step"].item()))
 
@@ -452,7 +468,7 @@ def test_a_stopped_run_in_fp16_goes_on_with_its_scale(script, few_shapes, monkey
     start = {"mae_pretrain": pretrain, "train_classifier": classify}[script]
     flags = f"{RUN} {SIZE_FLAGS} {'--decoder_depth 1' if script == 'mae_pretrain' else ''} --precision fp16"
     scaler = functools.partial(torch.amp.GradScaler, "cpu", init_scale=2.0**40, backoff_factor=2.0**-30)
-    monkeypatch.setattr(f"{script}.loss_scaler", lambda *_: scaler(growth_interval=2))
+    monkeypatch.setattr(training, "loss_scaler", lambda *_: scaler(growth_interval=2))
     whole, tick, steps = start(f"{flags} --log_dir whole"), Session.tick, []
 
     def stop_after_4(self):
@@ -472,21 +488,25 @@ def test_a_stopped_run_in_fp16_goes_on_with_its_scale(script, few_shapes, monkey
     assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
 
 
+def toy_experiment(model, num_images, draw_batch):
+    args = argparse.Namespace(seed=SEED)
+    return SimpleNamespace(args=args, model=model, num_images=num_images, draw_batch=draw_batch)
+
+
 def test_gradients_that_are_never_finite_end_a_run_in_fp16():
-    model, plan = Weight(), training.Plan(1, [slice(0, 1)], 100, warmup_steps=0, total_steps=100, peak_lr=1.0)
+    model = Weight()
+    setup = setup_of([slice(0, 1)], torch.amp.GradScaler("cpu"), steps_per_epoch=100, total_steps=100)
     session = SimpleNamespace(progress={"epoch": 0, "step": 0, "loss_sum": 0.0, "seconds": 0.0}, tick=lambda: None)
-    step = functools.partial(training.train_one_epoch, model, torch.optim.SGD(model.parameters()), plan)
-    scaler = torch.amp.GradScaler("cpu")
+    experiment = toy_experiment(model, 100, lambda *_: [torch.tensor([math.inf])])
     with pytest.raises(UserError, match="Gradients are infinite or nan at epoch 1, step 31, "):
-        step(torch.arange(100), lambda *_: [torch.tensor([math.inf])], product(model), session, scaler)
+        training.train_one_epoch(setup, experiment, torch.optim.SGD(model.parameters()), product(model), session)
 
 
 def test_an_epoch_that_was_stopped_goes_on_with_what_it_had(monkeypatch):
     """Its second and third step: order, loss and time are those of the whole epoch."""
     now, seen, ticks = [100.0], [], []
     monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
-    model = Weight()
-    plan = training.Plan(4, [slice(0, 4)], steps_per_epoch=3, warmup_steps=0, total_steps=9, peak_lr=1.0)
+    model, setup = Weight(), setup_of([slice(0, 4)], steps_per_epoch=3, total_steps=9)
     progress = {"epoch": 1, "step": 1, "loss_sum": 5.0, "seconds": 10.0}
 
     def draw_batch(ids, epoch, step):
@@ -501,16 +521,14 @@ def test_an_epoch_that_was_stopped_goes_on_with_what_it_had(monkeypatch):
         ticks.append(dict(progress))
         now[0] += 0.5
 
-    order = torch.arange(14).flip(0)
-    optimizer = torch.optim.SGD(model.parameters())
-    metrics = training.train_one_epoch(
-        model, optimizer, plan, order, draw_batch, loss_of, SimpleNamespace(progress=progress, tick=tick)
-    )
-    assert seen == [([9, 8, 7, 6], 1, 1), ([5, 4, 3, 2], 1, 2)]
+    optimizer, session = torch.optim.SGD(model.parameters()), SimpleNamespace(progress=progress, tick=tick)
+    metrics = training.train_one_epoch(setup, toy_experiment(model, 14, draw_batch), optimizer, loss_of, session)
+    order = torch.randperm(14, generator=drawn_from(SEED, 1, "order")).tolist()
+    assert seen == [(order[4:8], 1, 1), (order[8:12], 1, 2)]
     assert [(tick["step"], float(tick["loss_sum"]), tick["seconds"]) for tick in ticks] == [(2, 6, 12), (3, 8, 14.5)]
     assert metrics == {
         "train/loss": pytest.approx(8 / 3),
-        "lr": plan.lr(5),
+        "lr": setup.plan.lr(5),
         "seconds": 15,
         "speed/images_per_sec": 12 / 15,
     }
@@ -523,7 +541,7 @@ def test_several_processes_share_out_every_image_once(count, world_size, monkeyp
     monkeypatch.setattr(processes.dist, "get_world_size", lambda: world_size)
     taken = []
     for rank in range(world_size):
-        monkeypatch.setattr(processes.dist, "get_rank", lambda rank=rank: rank)
+        monkeypatch.setenv("RANK", str(rank))
         parts = [torch.arange(count)[part] for part in processes.shared_out(count, 500)]
         assert max(map(len, parts), default=0) <= 500
         assert len(parts) <= math.ceil(math.ceil(count / 500) / world_size)
@@ -552,7 +570,7 @@ def test_a_classifier_tells_classes_apart_that_differ_plainly(held_out, capsys):
     draw_folder(Path("lights"), {"train": 40, "test": 20})
     size = "--img_size 8 --patch_size 4 --embed_dim 24 --encoder_depth 1 --num_heads 2"
     flags = f"--dataset folder --data_dir lights {size} --total_epoch 12 --batch_size 15 --base_learning_rate 5e-2"
-    train_classifier.main(shlex.split(f"{flags} --augment --device cpu {held_out}"))
+    train_classifier.main(shlex.split(f"{flags} --augment shift --device cpu {held_out}"))
     (run,) = Path("logs/classifier").iterdir()
     assert read_metrics(run)[-1]["test/acc"] >= 0.95
     assert f"test accuracy {read_metrics(run)[-1]['test/acc']:.2%}" in capsys.readouterr().out
@@ -563,7 +581,7 @@ def test_pretraining_beats_the_mean_visible_colour():
     flags = "--dataset shapes --train_images 1000 --img_size 16 --patch_size 4 --embed_dim 32 --encoder_depth 2 "
     flags += "--num_heads 2 --decoder_depth 1 --batch_size 50 --total_epoch 14 --base_learning_rate 2e-2 --device cpu"
     model, _ = load_model(pretrain(flags), MAE_ViT)
-    images = data.shapes(1000, 16, seed=1).images / 127.5 - 1
+    images = shapes(1000, 16, seed=1).images / 127.5 - 1
     masks = PatchShuffle(4, 0.75, "random")(1000, torch.Generator().manual_seed(0))
     with torch.no_grad():
         pred, hidden = model(images, masks)  # (1000, 16, 48), (1000, 16)
