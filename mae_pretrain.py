@@ -38,6 +38,7 @@ PRESETS = {
         "total_epoch": 2000,
         "batch_size": 4096,
         "base_learning_rate": 1.5e-4,
+        "optimizer": "adamw",
         "augment": False,
         **utils.defaults(MAE_ViT),
     },
@@ -67,7 +68,7 @@ def parse_args(argv=None):
     group.add_argument("--mask_ratio", type=float, help="fraction of patches hidden, in (0, 1)")
     group.add_argument("--mask_strategy", choices=MASK_STRATEGIES, help="which patches are hidden")
     utils.add_mask_args(group)
-    utils.add_optimisation_arguments(parser, WARMUP, DEVICE_BATCH_SIZE)
+    utils.add_optimisation_arguments(parser, WARMUP, DEVICE_BATCH_SIZE, training.OPTIMIZERS)
     utils.add_run_arguments(parser, log_dir="logs/pretrain").add_argument(
         "--probe_every",
         type=utils.non_negative_int,
@@ -90,11 +91,13 @@ def run_name(args):
     masks = f"{args.mask_strategy}{utils.named(args.mask_args)}_r{args.mask_ratio}"
     masks += "_normpix" if args.norm_pix_loss else ""
     rest = f"ep{args.total_epoch}_b{args.batch_size}_s{args.seed}{augmented}"
+    rest += f"_{args.optimizer}" if args.optimizer != "adamw" else ""
     return f"mae_{data.name_of(args)}_{size}_{masks}_{rest}"
 
 
-def build_optimizer(model, lr, weight_decay):
-    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
+def build_optimizer(model, optimizer, precision, lr, weight_decay):
+    groups, dtype = [{"params": list(model.parameters())}], utils.PRECISIONS[precision]
+    return training.OPTIMIZERS[optimizer](model, groups, dtype, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay)
 
 
 def draw_batch(images, shuffle, args, ids, epoch, step):
@@ -205,7 +208,7 @@ def pretrain(args):
     plan = training.plan_training(args, len(images), WARMUP, at_once, rank, world_size)
     precision = utils.pick_precision(args.precision, device, args.embed_dim)
     utils.tune(model, device, precision, model.shuffle.grid_size**2)
-    optimizer = build_optimizer(model, plan.peak_lr, args.weight_decay)
+    optimizer = build_optimizer(model, args.optimizer, precision, plan.peak_lr, args.weight_decay)
     draw = functools.partial(draw_batch, images, model.shuffle, args)
     forward = utils.compiled(model, args.compile, device, plan.num_images)
     loss = functools.partial(loss_of, forward, precision, norm_pix_loss=args.norm_pix_loss)

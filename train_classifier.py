@@ -35,6 +35,7 @@ PRESETS = {
         "total_epoch": 100,
         "batch_size": 128,
         "base_learning_rate": 1e-3,
+        "optimizer": "adamw",
         "augment": False,
         "pool": "cls",
         "decay_matrices_only": False,
@@ -67,6 +68,7 @@ IN_NAME = {  # what a run's name says of a flag, if its value is not the preset'
     "label_smoothing": "ls",
     "mixup": "mixup",
     "cutmix": "cutmix",
+    "optimizer": "",
 }
 NOT_TESTED = dict.fromkeys(("test/loss", "test/acc", "test/acc_mean_of_batches", "chosen_epoch"), math.nan)
 
@@ -83,7 +85,7 @@ def parse_args(argv=None):
     group.add_argument("--pretrained_model_path", help="model.pt or run directory of a MAE; default: from scratch")
     utils.add_size_arguments(group, SIZE, from_scratch=utils.defaults(ViT_Classifier))
     group.add_argument("--pool", choices=("cls", "mean"), help="what the head sees: the cls token or the patches' mean")
-    group = utils.add_optimisation_arguments(parser, WARMUP, DEVICE_BATCH_SIZE)
+    group = utils.add_optimisation_arguments(parser, WARMUP, DEVICE_BATCH_SIZE, training.OPTIMIZERS)
     group.add_argument(
         "--decay_matrices_only",
         action=argparse.BooleanOptionalAction,
@@ -134,14 +136,14 @@ def run_name(args, encoder_name):
     return f"{name}_{f'from_{encoder_name}' if encoder_name else size}"
 
 
-def build_optimizer(model, lr, weight_decay, layer_decay=1.0, decay_matrices_only=False):
-    parameters = model.parameters()
+def build_optimizer(model, optimizer, precision, lr, weight_decay, layer_decay=1.0, decay_matrices_only=False):
+    dtype, groups = utils.PRECISIONS[precision], [{"params": list(model.parameters())}]
     if layer_decay < 1 or decay_matrices_only:
         tokens = ("cls_token", "pos_embedding") if decay_matrices_only else ()
-        parameters = param_groups_layer_decay(
+        groups = param_groups_layer_decay(
             model, weight_decay, tokens, weight_decay_exclude_1d=decay_matrices_only, layer_decay=layer_decay
         )
-    return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.999), weight_decay=weight_decay, fused=True)
+    return training.OPTIMIZERS[optimizer](model, groups, dtype, lr=lr, betas=(0.9, 0.999), weight_decay=weight_decay)
 
 
 def draw_batch(train, args, ids, epoch, step):
@@ -281,7 +283,8 @@ def train_classifier(args):
     model = model.to(device)
     precision = utils.pick_precision(args.precision, device, args.embed_dim)
     utils.tune(model, device, precision, (args.img_size // args.patch_size) ** 2)
-    optimizer = build_optimizer(model, plan.peak_lr, args.weight_decay, args.layer_decay, args.decay_matrices_only)
+    recipe = plan.peak_lr, args.weight_decay, args.layer_decay, args.decay_matrices_only
+    optimizer = build_optimizer(model, args.optimizer, precision, *recipe)
     draw = functools.partial(draw_batch, train, args)
     forward = utils.compiled(model, args.compile, device, plan.num_images)
     loss = functools.partial(loss_of, forward, precision, label_smoothing=args.label_smoothing)

@@ -188,7 +188,7 @@ def add_size_arguments(group, names, from_scratch=None):
         group.add_argument(f"--{name}", type=positive_int, help=SIZE_HELP[name] + note)
 
 
-def add_optimisation_arguments(parser, warmup, device_batch_size):
+def add_optimisation_arguments(parser, warmup, device_batch_size, optimizers):
     """Args: warmup: its default as a fraction of all epochs; device_batch_size: its default by type of device."""
     group = parser.add_argument_group("optimisation")
     group.add_argument("--total_epoch", type=positive_int, help="epochs")
@@ -206,6 +206,11 @@ def add_optimisation_arguments(parser, warmup, device_batch_size):
         "--base_learning_rate", type=non_negative_float, help="peak for a batch of 256; scales with --batch_size"
     )
     group.add_argument("--weight_decay", type=non_negative_float, default=0.05, help="weight decay (AdamW)")
+    group.add_argument(
+        "--optimizer",
+        choices=optimizers,
+        help="muon: for the matrices of the transformer blocks, at AdamW's rate and weight decay; AdamW for all else",
+    )
     return group
 
 

@@ -44,6 +44,7 @@ RUNS = [
     (MAE, "--mask_strategy blockwise --max_device_batch_size 3 --augment"),
     (CLS, "--precision float32 --max_device_batch_size 4 --augment"),
     (CLS, f"--precision bf16 --max_device_batch_size 4 {OFFICIAL}"),
+    (CLS, f"--optimizer muon --precision fp16 --max_device_batch_size 4 {OFFICIAL}"),
     (CLS, "--train_images 60 --val_images 20 --total_epoch 8"),
 ]
 TIMING = {"seconds", "speed/images_per_sec", "memory/peak_mb"}
@@ -362,6 +363,7 @@ VAL = "--train_images 60 --val_images 20"
     ("script", "options"),
     [
         (MAE, "--augment"),
+        (MAE, "--optimizer muon"),
         (MAE, "--augment crop --norm_pix_loss --decoder_embed_dim 24 --positions sincos"),
         (CLS, "--augment"),
         (CLS, VAL),

@@ -68,6 +68,10 @@ def pretrain_with_switches(*more):
     return pretrain(*SWITCHES.split(), *more)
 
 
+def pretrain_with_muon(*more):
+    return pretrain("--optimizer", "muon", *more)
+
+
 def classify(*more):
     size = [] if "--pretrained_model_path" in more else SIZE
     args = train_classifier.parse_args([*size, "--device", "cpu", *SET, "--base_learning_rate", "0.01", *more])
@@ -103,7 +107,8 @@ def test_names_tell_what_sets_runs_apart():
     assert name == "mae_cifar10_i32_p2_w192_e12_h3_d4_random_r0.75_ep2000_b4096_s42"
     changes = "train_images 100,img_size 64,patch_size 4,embed_dim 96,encoder_depth 6,num_heads 6,decoder_depth 8,"
     changes += "mask_ratio 0.5,mask_strategy grid,total_epoch 1,batch_size 8,seed 1,augment,dataset shapes,"
-    changes += "mask_args a=1,mask_args a=word b=-0.5,norm_pix_loss,decoder_embed_dim 96,positions sincos,augment crop"
+    changes += "mask_args a=1,mask_args a=word b=-0.5,norm_pix_loss,decoder_embed_dim 96,positions sincos,augment crop,"
+    changes += "optimizer muon"
     names = [name, *(mae(f"--{change}") for change in changes.split(","))]
     assert len(set(names)) == len(names)
     assert "_pets_" in mae("--dataset folder --data_dir some/pets")
@@ -117,6 +122,8 @@ def test_names_tell_what_sets_runs_apart():
     assert mae("--mask_args b=2 a=1e-3") == mae("--mask_args a=0.001 b=2")
     assert mae("--augment") == mae("--augment shift") == mae() + "_aug"
     assert "s42_augcrop_scratch_" in classifier(None, "--augment crop")
+    assert mae("--augment --optimizer muon") == mae() + "_aug_muon"
+    assert classifier("mae", "--optimizer muon") == "cls_cifar10_ep100_b128_s42_muon_from_mae"
     name = classifier(None, "--train_images 500 --val_images 100 --augment")
     assert name == "cls_cifar10-500_val100_ep100_b128_s42_aug_scratch_i32_p2_w192_e12_h3"
     assert utils.as_flags(train_classifier.PRESETS["strong"]) == "--augment --pool mean"
@@ -479,7 +486,7 @@ def classify_officially(*more):
     return classify("--preset", "official", "--encoder_depth", "2", "--clip_grad", "1", *more)
 
 
-STARTS = [pretrain, pretrain_with_switches, classify, classify_and_choose, classify_officially]
+STARTS = [pretrain, pretrain_with_switches, pretrain_with_muon, classify, classify_and_choose, classify_officially]
 
 
 @pytest.mark.parametrize("start", STARTS)
@@ -507,7 +514,7 @@ def test_a_run_stopped_anywhere_ends_with_the_bits_of_one_that_was_not(start, au
     assert untimed_metrics(whole) == untimed_metrics(parts)
 
 
-@pytest.mark.parametrize("start", [pretrain, classify, classify_officially])
+@pytest.mark.parametrize("start", [pretrain, pretrain_with_muon, classify, classify_officially])
 def test_accumulated_micro_batches_step_like_one_batch(start):
     whole, parts = start("--log_dir", "whole", "--max_device_batch_size", "16"), start("--log_dir", "parts")
     uneven = start("--log_dir", "uneven", "--max_device_batch_size", "6")  # 5, 5 and 6 images
@@ -1067,7 +1074,7 @@ def test_a_sweep_tries_every_combination_with_every_seed(listed):
 
 
 WORDS = {"mask_strategy": ("grid", "block"), "mask_args": ("a=1", "a=2"), "mask_ratio": ("0.25", "0.5")}
-WORDS |= {"positions": ("learned", "sincos"), "augment": ("shift", "crop")}
+WORDS |= {"positions": ("learned", "sincos"), "augment": ("shift", "crop"), "optimizer": ("adamw", "muon")}
 
 
 def test_runs_that_their_names_do_not_tell_apart_have_directories_of_their_own(listed):
