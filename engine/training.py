@@ -12,6 +12,7 @@ import torch
 
 from engine import processes
 from engine.device import (
+    PRECISIONS,
     autocast,
     environment,
     generator,
@@ -23,6 +24,7 @@ from engine.device import (
     tune,
 )
 from engine.errors import UserError
+from engine.optimizers import OPTIMIZERS
 from engine.run import Run
 
 SMALLEST_SCALE = 2.0**-14  # of a loss in fp16: 30 halvings after the first, no step can be taken any more
@@ -237,7 +239,7 @@ def train(args, start_experiment):
             `set_up` does.
             load(device): reads the images onto the device and sets num_images (to train on) and digests.
             build(): the model, its weights drawn from torch's seed; also kept as experiment.model.
-            build_optimizer(lr): torch's optimizer of the model.
+            parameter_groups(): what the optimizer steps; betas: AdamW's.
             draw_batch(ids, epoch, step): the global batch of the images ids (B,), tensors (B, ...). Every draw in it
             follows from (seed, epoch, step) and is made for the global batch: neither a stop in between nor the number
             of processes changes which images are seen, and how.
@@ -259,7 +261,9 @@ def train(args, start_experiment):
     torch.manual_seed(args.seed)
     model = experiment.build().to(device)
     tune(model, device, setup.precision, (args.img_size // args.patch_size) ** 2)
-    optimizer = experiment.build_optimizer(setup.plan.peak_lr)
+    recipe = {"lr": setup.plan.peak_lr, "betas": experiment.betas, "weight_decay": args.weight_decay}
+    dtype = PRECISIONS[setup.precision]
+    optimizer = OPTIMIZERS[args.optimizer](model, experiment.parameter_groups(), dtype, **recipe)
     loss_of = maybe_compiled(experiment.loss, args.compile, device, setup.plan.num_images)
     facts = {"parameters": sum(parameter.numel() for parameter in model.parameters()), "precision": setup.precision}
     facts |= experiment.digests | setup.plan.facts()

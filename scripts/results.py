@@ -222,7 +222,7 @@ def facts_of(config):
     arguments = config["arguments"]
     if arguments:  # a run made before a switch was there had it off
         off = utils.defaults(MAE_ViT) if "decoder_depth" in arguments else {"val_images": None, **PRESETS["reference"]}
-        arguments = off | arguments
+        arguments = {"optimizer": "adamw"} | off | arguments
     facts = {name: value for name, value in arguments.items() if name not in NO_SETTING}
     if "data_dir" in config["arguments"]:
         facts["dataset"] = name_of_data(config["arguments"])

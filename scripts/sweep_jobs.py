@@ -20,7 +20,7 @@ from model import MAE_ViT
 
 SET_BY = {"dataset": "DATASET", "data_dir": "DATA_DIR", "seed": "SEEDS", "log_dir": "LOGS"}
 SCRIPTS = {f"{module.__name__}.py": module for module in (mae_pretrain, evaluate_features, train_classifier)}
-IN_NAME = {*utils.defaults(MAE_ViT), "augment", "total_epoch", "batch_size", "train_images"}
+IN_NAME = {*utils.defaults(MAE_ViT), "augment", "optimizer", "total_epoch", "batch_size", "train_images"}
 
 
 def combinations(grid):

@@ -103,14 +103,21 @@ def test_a_setting_is_named_by_the_arguments_that_differ_and_by_nothing_that_fol
     assert "mask_ratio=0.5 masks=drawn otherwise" in {setting for setting, _ in compared()}
 
 
-def test_a_run_from_before_a_switch_was_there_had_it_off():
+@pytest.mark.parametrize(
+    ("flag", "value", "expected"),
+    [
+        ("norm_pix_loss", True, ["norm_pix_loss=False", "norm_pix_loss=True"]),
+        ("optimizer", "muon", ["pretraining/optimizer=adamw", "pretraining/optimizer=muon"]),
+    ],
+)
+def test_a_run_from_before_a_switch_was_there_had_it_off(flag, value, expected):
     for seed in (1, 2):
         keep_classifier(seed, keep_mae(seed, 2), 0.5)
-        later = keep_mae(seed, 2, "later", norm_pix_loss=True)
+        later = keep_mae(seed, 2, "later", **{flag: value})
         change(later, "arguments", mask_strategy="random")
         keep_classifier(seed, later, 0.6)
     settings = [(setting, row["n"]) for (setting, measure), row in compared().items() if measure == "fine-tuned"]
-    assert settings == [("norm_pix_loss=False", 2), ("norm_pix_loss=True", 2)]
+    assert settings == [(setting, 2) for setting in expected]
 
 
 def test_a_run_from_before_images_were_held_out_is_not_one_that_held_some_out():

@@ -47,6 +47,7 @@ RUNS = [
     (MAE, "--mask_strategy blockwise --max_device_batch_size 3 --augment shift"),
     (CLS, "--precision float32 --max_device_batch_size 4 --augment shift"),
     (CLS, f"--precision bf16 --max_device_batch_size 4 {OFFICIAL}"),
+    (CLS, f"--optimizer muon --precision fp16 --max_device_batch_size 4 {OFFICIAL}"),
     (CLS, "--train_images 60 --val_images 20 --total_epoch 8"),
 ]
 TIMING = {"seconds", "speed/images_per_sec", "memory/peak_mb"}
@@ -364,6 +365,7 @@ VAL = "--train_images 60 --val_images 20"
     ("script", "options"),
     [
         (MAE, "--augment shift"),
+        (MAE, "--optimizer muon"),
         (MAE, "--augment crop --norm_pix_loss --decoder_embed_dim 24 --positions sincos"),
         (CLS, "--augment shift"),
         (CLS, VAL),

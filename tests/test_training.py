@@ -30,6 +30,7 @@ from engine import processes, training
 from engine.checkpoints import load_file, load_model
 from engine.device import loss_scaler
 from engine.errors import UserError
+from engine.optimizers import orthogonalized
 from engine.records import read_metrics
 from engine.run import Session
 from model import MAE_Encoder, MAE_ViT, PatchShuffle, ViT_Classifier
@@ -44,7 +45,8 @@ SWITCHES += [
     (
         "--norm_pix_loss --decoder_embed_dim 16 --positions sincos",
         {"norm_pix_loss": True, "decoder_embed_dim": 16, "positions": "sincos"},
-    )
+    ),
+    ("--optimizer muon", {}),
 ]
 TOLERANCE = {"": 1e-6, "shift": 1e-6, "crop": 1e-5}  # a pixel of a crop that lies between two values is rounded
 SIZE_FLAGS = " ".join(f"--{name} {value}" for name, value in SIZE.items())
@@ -105,14 +107,31 @@ def rate(step):
     return PEAK * (1 + math.cos(math.pi * (step - WARMUP + 1) / (EPOCHS * STEPS - WARMUP + 1))) / 2
 
 
-def plain_loop(model, betas, loss_of, evaluate=lambda model: {}, groups=None, rate=rate, clip=0):
+def step_by_muon(model, groups, momenta):
+    """Step and take the gradient from each matrix of the blocks. The formula's x x^T x needs no transpose."""
+    for name, weight in model.named_parameters():
+        if "transformer" not in name or weight.ndim == 1:
+            continue
+        (group,) = (group for group in groups if any(weight is other for other in group["params"]))
+        momenta[name] = 0.95 * momenta.get(name, 0) + weight.grad
+        updates = (weight.grad + 0.95 * momenta[name]).split(weight.shape[1] if "qkv" in name else weight.shape[0])
+        for i, x in enumerate(updates):
+            x = x / x.square().sum().sqrt()
+            for _ in range(5):
+                x = 3.4445 * x - 4.7750 * x @ x.T @ x + 2.0315 * x @ x.T @ x @ x.T @ x
+            part = weight.data[i * len(x) : (i + 1) * len(x)]
+            part -= group["lr"] * (group["weight_decay"] * part + 0.2 * max(x.shape) ** 0.5 * x)
+        weight.grad = None
+
+
+def plain_loop(model, betas, loss_of, evaluate=lambda model: {}, groups=None, rate=rate, clip=0, muon=False):
     """Train the model; a row of metrics an epoch.
 
     Args:
         groups: of parameters; lr_scale: by what a group's rate is multiplied; clip: the largest norm of the gradients.
     """
     optimizer = torch.optim.AdamW(groups or model.parameters(), betas=betas, weight_decay=0.05)
-    rows = []
+    rows, momenta = [], {}
     for epoch in range(EPOCHS):
         losses = []
         for step in range(STEPS):
@@ -126,6 +145,8 @@ def plain_loop(model, betas, loss_of, evaluate=lambda model: {}, groups=None, ra
                 norm = math.sqrt(sum(float((parameter.grad**2).sum()) for parameter in model.parameters()))
                 for parameter in model.parameters():
                     parameter.grad *= min(1, clip / norm)
+            if muon:
+                step_by_muon(model, optimizer.param_groups, momenta)
             optimizer.step()
             losses.append(loss.item())
         rows.append({"train/loss": sum(losses) / STEPS, "lr": lr, **evaluate(model)})
@@ -158,14 +179,15 @@ def test_pretraining_ends_with_the_weights_of_a_plain_loop(switches, how, augmen
             for patch in hidden:
                 row, column = patch // 4 * 4, patch % 4 * 4
                 pixels = image[:, row : row + 4, column : column + 4]
-                if switches:
+                if how:
                     pixels = (pixels - pixels.mean()) / (pixels.var() + 1e-6) ** 0.5
                 total = total + ((prediction[patch].view(3, 4, 4) - pixels) ** 2).mean()
         return total / (BATCH * 12)
 
     torch.manual_seed(SEED)
     model = MAE_ViT(**SIZE, decoder_depth=1, **how)
-    check_same(run, MAE_ViT, model, plain_loop(model, (0.9, 0.95), loss_of), TOLERANCE[augment])
+    rows = plain_loop(model, (0.9, 0.95), loss_of, muon="muon" in switches)
+    check_same(run, MAE_ViT, model, rows, TOLERANCE[augment])
 
 
 @pytest.mark.parametrize("augment", ["", "shift", "crop"])
@@ -254,7 +276,10 @@ CLASSIFIER_SWITCHES = [
 CLASSIFIER_SWITCHES += ["--label_smoothing 0.2", "--mixup 0.8", "--cutmix 1", "--mixup 0.8 --cutmix 1"]
 
 
-@pytest.mark.parametrize("switches", [*CLASSIFIER_SWITCHES, " ".join(CLASSIFIER_SWITCHES)])
+ALL_SWITCHES = " ".join(CLASSIFIER_SWITCHES)
+
+
+@pytest.mark.parametrize("switches", [*CLASSIFIER_SWITCHES, ALL_SWITCHES, f"{ALL_SWITCHES} --optimizer muon"])
 def test_a_classifier_with_switches_ends_with_the_weights_of_a_plain_loop(switches, few_shapes):
     wanted = train_classifier.parse_args(shlex.split(switches))
     mae = pretrain(
@@ -302,9 +327,8 @@ def test_a_classifier_with_switches_ends_with_the_weights_of_a_plain_loop(switch
                 "lr_scale": wanted.layer_decay ** (SIZE["encoder_depth"] + 1 - depth),
             }
         )
-    rows = plain_loop(
-        model, (0.9, 0.999), loss_of, groups=groups, rate=lambda step: 20 * rate(step), clip=wanted.clip_grad
-    )
+    rate_of, muon = (lambda step: 20 * rate(step)), wanted.optimizer == "muon"
+    rows = plain_loop(model, (0.9, 0.999), loss_of, groups=groups, rate=rate_of, clip=wanted.clip_grad, muon=muon)
     check_same(run, ViT_Classifier, model, rows, tolerance=1e-5)
 
 
@@ -312,8 +336,7 @@ def test_layer_decay_counts_twelve_blocks():
     flags = "--img_size 4 --patch_size 2 --embed_dim 2 --encoder_depth 12 --num_heads 1 --layer_decay 0.5"
     experiment = train_classifier.Classification(train_classifier.parse_args(flags.split()))
     model = experiment.model = ViT_Classifier(**experiment.model_args)
-    optimizer = experiment.build_optimizer(1.0)
-    scales = {parameter: group["lr_scale"] for group in optimizer.param_groups for parameter in group["params"]}
+    scales = {weight: group["lr_scale"] for group in experiment.parameter_groups() for weight in group["params"]}
     found = [{scales[parameter] for parameter in block.parameters()} for block in model.transformer]
     assert found == [{0.5**k} for k in range(12, 0, -1)]
     assert (scales[model.cls_token], scales[model.head.weight]) == (0.5**13, 1)
@@ -392,6 +415,25 @@ def test_a_plan_that_cannot_be_is_refused_with_a_way_out(changes, message):
         plan(**changes)
 
 
+# --- optimizers ---
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_orthogonalized_matrices_keep_their_singular_vectors_and_have_singular_values_near_1(dtype, tolerance):
+    matrices = (
+        torch.randn(3, 8, 24, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-6, 1, 1e6])[:, None, None]
+    )
+    left, _, right = torch.linalg.svd(matrices, full_matrices=False)
+    found = left.mT @ orthogonalized(matrices, dtype) @ right.mT  # (3, 8, 8)
+    values = found.diagonal(dim1=1, dim2=2)
+    assert 0.65 < values.min() < values.max() < 1.25
+    torch.testing.assert_close(found, torch.diag_embed(values), rtol=0, atol=tolerance)
+
+
+def test_a_matrix_without_a_gradient_only_decays():
+    assert orthogonalized(torch.zeros(1, 2, 3), torch.float32).eq(0).all()
+
+
 # --- one update, one epoch ---
 
 
@@ -462,11 +504,14 @@ def test_all_processes_pass_over_a_step_in_which_one_has_an_infinite_gradient(se
     assert one == other == ([pytest.approx(-0.1), pytest.approx(-0.1), pytest.approx(-0.2)], 4.0, 2)
 
 
-@pytest.mark.parametrize("script", ["mae_pretrain", "train_classifier"])
-def test_a_stopped_run_in_fp16_goes_on_with_its_scale(script, few_shapes, monkeypatch):
+@pytest.mark.parametrize(
+    ("script", "optimizer"), [("mae_pretrain", "adamw"), ("train_classifier", "adamw"), ("mae_pretrain", "muon")]
+)
+def test_a_stopped_run_in_fp16_goes_on_with_its_scale(script, optimizer, few_shapes, monkeypatch):
     """A scale that is too large for the first steps and then grows at every second one."""
     start = {"mae_pretrain": pretrain, "train_classifier": classify}[script]
     flags = f"{RUN} {SIZE_FLAGS} {'--decoder_depth 1' if script == 'mae_pretrain' else ''} --precision fp16"
+    flags += f" --optimizer {optimizer}"
     scaler = functools.partial(torch.amp.GradScaler, "cpu", init_scale=2.0**40, backoff_factor=2.0**-30)
     monkeypatch.setattr(training, "loss_scaler", lambda *_: scaler(growth_interval=2))
     whole, tick, steps = start(f"{flags} --log_dir whole"), Session.tick, []
