@@ -21,7 +21,7 @@ from torchvision import transforms
 import mae_pretrain
 import train_classifier
 from engine import processes, training
-from engine.device import autocast, maybe_compiled, peak_memory_mb, pick_device, tune
+from engine.device import autocast, peak_memory_mb, pick_device
 from engine.errors import exit_in_one_line
 from images.load import load_dataset
 from images.pixels import normalize
@@ -34,19 +34,18 @@ FINE_TUNING = train_classifier.parse_args, train_classifier.Classification
 # --- (experiment, setup) -> step(i) ---
 
 
-def in_turn(num_images, setup):
+def in_turn(experiment, setup):
     """The indices of step i's images, as the training scripts draw them."""
-    order, size = torch.randperm(num_images).to(setup.device), setup.plan.batch_size
-    return lambda i: order[torch.arange(i * size, (i + 1) * size) % num_images]
+    count, size = experiment.num_images, setup.plan.batch_size
+    order = torch.randperm(count).to(setup.device)
+    return lambda i: order[torch.arange(i * size, (i + 1) * size) % count]
 
 
 def ours(experiment, setup):
     """The step of a training script: its model, optimizer, batches and loss."""
-    model, args, lr = experiment.build().to(setup.device), experiment.args, setup.plan.peak_lr
-    tune(model, setup.device, setup.precision, (args.img_size // args.patch_size) ** 2)
-    optimizer, ids = experiment.build_optimizer(lr), in_turn(experiment.num_images, setup)
-    loss_of = maybe_compiled(experiment.loss, args.compile, setup.device, setup.plan.num_images)
-    return lambda i: training.update(setup, model, optimizer, loss_of, experiment.draw_batch(ids(i), 0, i), lr)
+    (optimizer, loss_of), lr, ids = training.build(experiment, setup), setup.plan.peak_lr, in_turn(experiment, setup)
+    model, draw = experiment.model, experiment.draw_batch
+    return lambda i: training.update(setup, model, optimizer, loss_of, draw(ids(i), 0, i), lr)
 
 
 def plain_steps(model, loss_of, fused=None):
@@ -91,7 +90,7 @@ def naive(experiment, setup):
 def library_steps(model, loss_of, experiment, setup):
     """Steps of another library's model: our batches and precision, its own masks and loss."""
     loss_of = torch.compile(loss_of) if experiment.args.compile else loss_of
-    ids = in_turn(experiment.num_images, setup)
+    ids = in_turn(experiment, setup)
 
     def loss_of_step(i):
         with autocast(setup.precision, setup.device):
@@ -190,10 +189,10 @@ def take_steps(path, seconds, flags):
     """
     before, (parse_args, start_experiment) = peak_memory_mb(torch.device("cpu")), PATHS[path].script
     experiment, times, end = start_experiment(parse_args(flags)), [], math.inf
-    device, how = pick_device(experiment.args.device), (experiment.warmup, experiment.device_batch_size)
+    device = pick_device(experiment.args.device)
     processes.join(device)
     experiment.load(device)
-    setup = training.set_up(experiment.args, device, experiment.num_images, *how)
+    setup = training.set_up(experiment, device)
     step = PATHS[path].start(experiment, setup)
     while len(times) < 3 or processes.max_over_ranks(int(time.monotonic() < end))[0]:  # all stop after the same step
         times.append(timed(lambda: step(len(times)), device))

@@ -209,6 +209,12 @@ def one_outside_a_class(root):
     path.rename(root / "train" / path.name)
 
 
+def one_outside_a_class_in_each_part(root):
+    one_outside_a_class(root)
+    path = next(root.glob("test/cat/*"))
+    path.rename(root / "test" / path.name)
+
+
 def one_class_deeper(root):
     for path in list(root.glob("train/dog/*")):
         (path.parent / "deeper").mkdir(exist_ok=True)
@@ -222,7 +228,14 @@ def one_class_deeper(root):
         (without_test, (5, 1), "1 of its 6 images"),
         *(
             (change, (6, 4), "")
-            for change in (without_classes, deeper, other_classes_in_test, one_outside_a_class, one_class_deeper)
+            for change in (
+                without_classes,
+                deeper,
+                other_classes_in_test,
+                one_outside_a_class,
+                one_outside_a_class_in_each_part,
+                one_class_deeper,
+            )
         ),
     ],
 )
@@ -241,6 +254,14 @@ def test_pretraining_takes_folders_without_classes_or_without_a_test_part(image_
     if change in (flat, without_test, without_classes, deeper):
         with pytest.raises(UserError, match="without classes or test/ serves pretraining only"):
             load()
+
+
+@pytest.mark.parametrize("change", [without_test, without_classes])
+def test_of_several_processes_only_the_first_says_how_a_folder_is_read(image_folder, capsys, monkeypatch, change):
+    change(image_folder)
+    monkeypatch.setenv("RANK", "1")
+    load_dataset("folder", str(image_folder), 16, labelled=False)
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("other", ["test", "val"])

@@ -1,6 +1,7 @@
 import hashlib
 import pickle
 import re
+import socket
 import sys
 
 import numpy as np
@@ -196,6 +197,7 @@ def test_cifar10_without_files_and_network_says_what_is_missing_and_how_to_get_i
         load_dataset("cifar10", str(tmp_path), 32)
     for part in (str(tmp_path / "cifar-10-batches-py"), "http://127.0.0.1:9", "--data_dir", "--dataset shapes"):
         assert part in str(error.value)
+    assert socket.getdefaulttimeout() is None  # as before
 
 
 def test_a_directory_that_cannot_be_written_is_named_where_files_are_missing(tmp_path, monkeypatch):

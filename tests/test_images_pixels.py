@@ -26,6 +26,7 @@ def test_resizing_reaches_the_size_loses_no_line_and_leaves_what_fits_alone():
     assert to_images(images, 16).data_ptr() == images.data_ptr()  # no second copy of a whole data set
     assert to_images(images, 32).shape == (2, 3, 32, 32)
     assert to_images(images[:, :, :8], 16).shape == (2, 3, 16, 16)
+    assert to_images(images[:1].expand(1001, -1, -1, -1), 4).shape == (1001, 3, 4, 4)
     small = to_images(images, 4)
     assert small.dtype == torch.uint8
     assert (small[..., 1:3].int() - 50).abs().max() < 10  # plain bilinear sampling would miss the lines: 0
@@ -43,6 +44,7 @@ def test_arrays_of_pixels_become_rgb_images_of_their_middle_square():
         images = to_images(pixels.numpy(), 16)
         assert torch.equal(images, expected)
         assert images.is_contiguous()
+    assert torch.equal(to_images(colour.permute(0, 2, 3, 1).numpy(), 12), to_images(colour, 12))
 
 
 @pytest.mark.parametrize(
@@ -52,6 +54,7 @@ def test_arrays_of_pixels_become_rgb_images_of_their_middle_square():
         ("1", 1, [255, 255, 255]),
         ("I;16", 80 * 257, [80, 80, 80]),
         ("I;16", 80, [0, 0, 0]),
+        ("I;16", 200 * 257 - 1, [199, 199, 199]),
         ("I", 80 * 257, [80, 80, 80]),
         ("I", 80, [80, 80, 80]),
         ("RGBA", (200, 100, 0, 255), [200, 100, 0]),
