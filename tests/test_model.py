@@ -176,7 +176,7 @@ def test_a_decoder_of_the_encoders_width_has_no_layer_more():
 
 def test_a_narrow_decoders_arithmetic_is_counted():
     sizes = {"img_size": 8, "patch_size": 2, "embed_dim": 24, "encoder_depth": 1, "num_heads": 3, "decoder_depth": 2}
-    full, narrow = (gflop_per_image({**sizes, "decoder_embed_dim": width}, True) for width in (None, 8))
+    full, narrow = (gflop_per_image({**sizes, "decoder_embed_dim": width}, "mae") for width in (None, 8))
 
     def decoder(width):  # of 17 tokens, 16 predicted
         block = 17 * 12 * width**2 + 2 * 17**2 * width
