@@ -37,9 +37,10 @@ def test_a_path_takes_steps_that_train_and_tells_what_they_cost(path, images, mo
     pytest.importorskip(PATHS[path].needs)
     models, optimizer = [], torch.optim.AdamW
 
-    def noting(parameters, *arguments, **options):
-        models.append([(parameter, parameter.detach().clone()) for parameter in parameters])
-        return optimizer([parameter for parameter, _ in models[-1]], *arguments, **options)
+    def noting(parameters, **options):
+        made = optimizer(parameters, **options)
+        models.append([(p, p.detach().clone()) for group in made.param_groups for p in group["params"]])
+        return made
 
     monkeypatch.setattr(torch.optim, "AdamW", noting)
     found = take_steps(path, 0, [*PATHS[path].flags.split(), *as_words(images)])
