@@ -201,7 +201,7 @@ def measure_model(path, model, content, args):
     if args.save:
         with replacing(args.save) as file:
             np.savez(file, **arrays)
-    facts |= {"settings": settings, "model_args": model_args, "data_dir": data_dir, "device": device.type}
+    facts |= {"settings": settings, "model_args": model_args, "data_dir": data_dir}
     facts |= {"train_images": len(train.images), "test_images": len(test.images)}
     facts |= {"seconds": time.monotonic() - started, "memory/peak_mb": peak_memory_mb(device), **environment(device)}
     write_table(place, rows, facts, by_block=args.layers == "all")

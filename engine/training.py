@@ -271,10 +271,9 @@ def train(args, start_experiment):
     setup = set_up(experiment, device)
     optimizer, loss_of = build(experiment, setup)
     model = experiment.model
-    facts = {"parameters": sum(parameter.numel() for parameter in model.parameters()), "precision": setup.precision}
+    facts = {"parameters": sum(p.numel() for p in model.parameters()), "precision": setup.precision}
     facts |= experiment.digests | setup.plan.facts()
-    start = {"device": device.type, "processes": processes.world_size(), "micro_batches": len(setup.plan.slices)}
-    start |= environment(device)
+    start = {"processes": processes.world_size(), "micro_batches": len(setup.plan.slices), **environment(device)}
     with run.open(model, optimizer, setup.plan, facts, start) as session:
         while not session.is_done():
             metrics = train_one_epoch(setup, experiment, optimizer, loss_of, session)

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from images.pixels import normalize
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from engine.device import autocast, maybe_compiled, tune
 from engine.errors import UserError
 from images.augmentation import flip_and_shift, random_resized_crop
+from images.pixels import normalize
 from model import (
     MASK_STRATEGIES,
     MAE_Encoder,
@@ -24,7 +24,7 @@ from model import (
     PatchShuffle,
     ViT_Classifier,
     bayer_matrix,
-    cls_after,
+    block_output,
     drop_path_scales,
     patchify,
     transformer,
@@ -657,7 +657,7 @@ def test_the_classifier_has_the_loss_and_gradients_of_computing_all_tokens(preci
 
 def test_a_blocks_result_for_the_cls_token_is_computed_for_it_alone():
     (block,), tokens = transformer(24, 1, 3), torch.randn(2, 17, 24)
-    torch.testing.assert_close(cls_after(block, tokens), block(tokens)[:, :1])
+    torch.testing.assert_close(block_output(block, tokens, cls_only=True), block(tokens)[:, :1])
 
 
 def test_a_tiny_model_learns_one_batch_by_heart():
