@@ -11,6 +11,8 @@ import argparse
 import math
 
 import torch
+from images.load import load_dataset, sample
+from images.pixels import normalize, to_pixels
 from torchvision.utils import make_grid
 
 import utils
@@ -21,8 +23,6 @@ from engine.errors import exit_in_one_line
 from engine.features import extract_features, knn_predict
 from engine.training import train
 from images.augmentation import AUGMENTATIONS
-from images.load import load_dataset, sample
-from images.pixels import normalize, to_pixels
 from model import MASK_STRATEGIES, POSITIONS, MAE_ViT, PatchShuffle
 
 SIZE = ("img_size", "patch_size", "embed_dim", "encoder_depth", "num_heads", "decoder_depth")
@@ -52,7 +52,8 @@ NAME_WORDS |= {
     "augment": "aug",
     "total_epoch": "ep",
 }
-NAME_WORDS |= {"warmup_epoch": "wu", "batch_size": "b", "base_learning_rate": "lr", "weight_decay": "wd", "seed": "s"}
+NAME_WORDS |= {"warmup_epoch": "wu", "batch_size": "b", "base_learning_rate": "lr", "weight_decay": "wd"}
+NAME_WORDS |= {"optimizer": "", "seed": "s"}
 ALWAYS = {"dataset", "decoder_depth", "mask_strategy", "mask_ratio", "total_epoch", "seed"}
 
 
@@ -99,7 +100,7 @@ class Pretraining:
     A batch is (images (B, 3, H, W) uint8, ids_shuffle (B, N)): which patches are hidden.
     """
 
-    warmup, device_batch_size = WARMUP, DEVICE_BATCH_SIZE
+    warmup, device_batch_size, betas = WARMUP, DEVICE_BATCH_SIZE, (0.9, 0.95)
 
     def __init__(self, args):
         self.args, self.arguments = args, utils.free_arguments(args)
@@ -123,9 +124,8 @@ class Pretraining:
         self.model = MAE_ViT(**self.model_args)
         return self.model
 
-    def build_optimizer(self, lr):
-        decay = self.args.weight_decay
-        return torch.optim.AdamW(self.model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=decay, fused=True)
+    def parameter_groups(self):
+        return [{"params": list(self.model.parameters())}]
 
     def draw_batch(self, ids, epoch, step):
         key, batch = (self.args.seed, epoch, step), self.images[ids]

@@ -143,18 +143,16 @@ class PatchShuffle(nn.Module):
     The strategy only scores; the split is made here, so every strategy hides equally many patches and the encoder
     sees a full rectangle of tokens (MAE paper, section 3, "Simple implementation").
 
-    Three tensors describe a mask. ids_shuffle lists the patches, visible ones first. ids_restore, its inverse, says at
-    which place of that list each patch is. mask is True where the patch is hidden:
+    Three tensors describe a mask: ids_shuffle lists the patches, visible ones first; ids_restore, its inverse, says at
+    which place of that list each patch is; mask is True where the patch is hidden:
 
     >>> shuffle = PatchShuffle(grid_size=2, mask_ratio=0.5, mask_strategy="grid")  # patches 0 1 above 2 3
     >>> ids_shuffle = shuffle(batch_size=1)
     >>> ids_shuffle  # 0 and 3 are visible; take(patches, ids_shuffle) has the patches in this order
     tensor([[0, 3, 1, 2]])
     >>> ids_restore = ids_shuffle.argsort(dim=1)
-    >>> ids_restore  # patch 1 is at place 2; take(shuffled, ids_restore) is in image order again
-    tensor([[0, 2, 3, 1]])
-    >>> ids_restore >= shuffle.num_visible  # the mask
-    tensor([[False,  True,  True, False]])
+    >>> ids_restore, ids_restore >= shuffle.num_visible  # patch 1 is at place 2; the mask
+    (tensor([[0, 2, 3, 1]]), tensor([[False,  True,  True, False]]))
 
     Raises:
         UserError: the strategy is unknown, there is one patch only, or mask_ratio leaves nothing visible or hidden.
@@ -187,10 +185,7 @@ class PatchShuffle(nn.Module):
         scores = score(batch_size, self.grid_size, self.num_visible, generator, device)
         if not isinstance(scores, torch.Tensor) or scores.shape != shape or scores.is_complex():
             found = f"{tuple(scores.shape)} {scores.dtype}" if isinstance(scores, torch.Tensor) else type(scores)
-            raise ValueError(
-                f"mask_strategy {self.mask_strategy!r} must give real scores (images, patches), here {shape}; it gave "
-                f"{found}."
-            )
+            raise ValueError(f"mask_strategy {self.mask_strategy!r} must give real scores {shape}, not {found}.")
         if scores.device.type == "cpu" and not scores.isfinite().all():  # a GPU would have to be waited for
             raise ValueError(f"mask_strategy {self.mask_strategy!r} gave nan or infinite scores.")
         return scores.argsort(dim=1, stable=True)  # (B, N)
@@ -409,30 +404,30 @@ def drop_path_scales(batch_size, depth, rate, generator, device):
     return kept / keep.clamp(min=1e-6)  # a block of rate 1 keeps nothing
 
 
-def scaled(branch, scales):
-    """The output of attention or MLP (B, N, D), multiplied by scales (B,) image by image; None: unchanged."""
-    return branch if scales is None else branch * scales[:, None, None]
+def block_output(block, tokens, scales=None, cls_only=False):
+    """Output of a block of `transformer` for tokens (B, N, D): the same numbers as timm's Block computes.
 
-
-def with_drop_path(block, tokens, attn_scales, mlp_scales):
-    """Output of a block of `transformer` for tokens (B, N, D), attention and MLP multiplied by (B,) each."""
-    tokens = tokens + scaled(block.attn(block.norm1(tokens)), attn_scales)
-    return tokens + scaled(block.mlp(block.norm2(tokens)), mlp_scales)
-
-
-def cls_after(block, tokens, attn_scales=None, mlp_scales=None):
-    """Output of a block of `transformer` for the first of tokens (B, N, D) only: (B, 1, D).
-
-    The same numbers as timm's Block, set as here (no bias for q, k and v, no layer scale, no dropout), or with scales
-    as `with_drop_path`.
+    Args:
+        scales: (B, 2), what its attention and its MLP are multiplied by, image by image; None: 1.
+        cls_only: compute the first token only: (B, 1, D).
     """
-    attn, normed, dim = block.attn, block.norm1(tokens), tokens.shape[-1]
+
+    def scaled(branch, which):
+        return branch if scales is None else branch * scales[:, which, None, None]
+
+    normed = block.norm1(tokens)
+    attended = attend_from_cls(block.attn, normed) if cls_only else block.attn(normed)
+    tokens = (tokens[:, :1] if cls_only else tokens) + scaled(attended, 0)
+    return tokens + scaled(block.mlp(block.norm2(tokens)), 1)
+
+
+def attend_from_cls(attn, tokens):
+    """What timm's Attention, without bias of q, k and v, gives for the first of tokens (B, N, D) only: (B, 1, D)."""
+    dim, heads = tokens.shape[-1], attn.num_heads
     to_q, to_kv = attn.qkv.weight.split([dim, 2 * dim])
-    q = rearrange(F.linear(normed[:, :1], to_q), "b n (h d) -> b h n d", h=attn.num_heads)  # (B, heads, 1, D / heads)
-    k, v = rearrange(F.linear(normed, to_kv), "b n (two h d) -> two b h n d", two=2, h=attn.num_heads)
-    attended = rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
-    cls = tokens[:, :1] + scaled(attn.proj(attended), attn_scales)
-    return cls + scaled(block.mlp(block.norm2(cls)), mlp_scales)
+    q = rearrange(F.linear(tokens[:, :1], to_q), "b n (h d) -> b h n d", h=heads)  # (B, heads, 1, D / heads)
+    k, v = rearrange(F.linear(tokens, to_kv), "b n (two h d) -> two b h n d", two=2, h=heads)
+    return attn.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
 
 
 class ViT_Classifier(MAE_Encoder):
@@ -477,10 +472,7 @@ class ViT_Classifier(MAE_Encoder):
         """
         tokens = self.embed(images)  # (B, 1 + N, D)
         for i, block in enumerate(self.transformer):
-            pair = (None, None) if scales is None else scales[:, i].unbind(1)  # (B,) each
-            if self.pool == "cls" and block is self.transformer[-1]:
-                tokens = cls_after(block, tokens, *pair)  # (B, 1, D)
-            else:
-                tokens = block(tokens) if scales is None else with_drop_path(block, tokens, *pair)
+            last_of_cls = self.pool == "cls" and block is self.transformer[-1]
+            tokens = block_output(block, tokens, None if scales is None else scales[:, i], cls_only=last_of_cls)
         pooled = tokens[:, 0] if self.pool == "cls" else tokens[:, 1:].mean(dim=1)  # (B, D)
         return self.head(self.layer_norm(pooled))

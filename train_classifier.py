@@ -11,6 +11,8 @@ import math
 
 import torch
 import torch.nn.functional as F
+from images.load import hold_out, load_dataset
+from images.pixels import normalize
 from timm.optim import param_groups_layer_decay
 
 import utils
@@ -21,8 +23,6 @@ from engine.errors import UserError, exit_in_one_line
 from engine.records import read_metrics
 from engine.training import train
 from images.augmentation import AUGMENTATIONS, mix
-from images.load import hold_out, load_dataset
-from images.pixels import normalize
 from model import MAE_ViT, ViT_Classifier, drop_path_scales
 
 WARMUP = 0.05  # of all epochs
@@ -59,13 +59,8 @@ PRESETS = {
 }
 # What a run's name says, in this order: each flag's word, and its value. Those of ALWAYS at their default, too.
 NAME_WORDS = {"dataset": "", "train_images": "n", "val_images": "val", "augment": "aug", "total_epoch": "ep"}
-NAME_WORDS |= {
-    "warmup_epoch": "wu",
-    "batch_size": "b",
-    "base_learning_rate": "lr",
-    "weight_decay": "wd",
-    "pool": "pool",
-}
+NAME_WORDS |= {"warmup_epoch": "wu", "batch_size": "b", "base_learning_rate": "lr", "weight_decay": "wd"}
+NAME_WORDS |= {"optimizer": "", "pool": "pool"}
 NAME_WORDS |= {"decay_matrices_only": "matrices", "layer_decay": "ld", "clip_grad": "clip", "drop_path": "dp"}
 NAME_WORDS |= {"label_smoothing": "ls", "mixup": "mixup", "cutmix": "cutmix", "seed": "s"}
 SIZE_WORDS = {"img_size": "i", "patch_size": "p", "embed_dim": "w", "encoder_depth": "e", "num_heads": "h"}
@@ -158,7 +153,7 @@ class Classification:
     what it multiplies the blocks by (B, depth, 2)).
     """
 
-    warmup, device_batch_size = WARMUP, DEVICE_BATCH_SIZE
+    warmup, device_batch_size, betas = WARMUP, DEVICE_BATCH_SIZE, (0.9, 0.999)
 
     def __init__(self, args):
         self.pretrained, args = load_pretrained(args)
@@ -189,17 +184,13 @@ class Classification:
             self.model.load_encoder(self.pretrained["model"])
         return self.model
 
-    def build_optimizer(self, lr):
-        args, parameters = self.args, self.model.parameters()
-        if args.layer_decay < 1 or args.decay_matrices_only:
-            parameters = param_groups_layer_decay(
-                self.model,
-                args.weight_decay,
-                ("cls_token", "pos_embedding") if args.decay_matrices_only else (),
-                weight_decay_exclude_1d=args.decay_matrices_only,
-                layer_decay=args.layer_decay,
-            )
-        return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True)
+    def parameter_groups(self):
+        args = self.args
+        if args.layer_decay == 1 and not args.decay_matrices_only:
+            return [{"params": list(self.model.parameters())}]
+        tokens = ("cls_token", "pos_embedding") if args.decay_matrices_only else ()
+        matrices = {"weight_decay_exclude_1d": args.decay_matrices_only}
+        return param_groups_layer_decay(self.model, args.weight_decay, tokens, layer_decay=args.layer_decay, **matrices)
 
     def draw_batch(self, ids, epoch, step):
         args, batch, labels = self.args, self.train.images[ids], self.train.labels[ids]

@@ -10,9 +10,11 @@ import re
 import tempfile
 from pathlib import Path
 
-from engine.device import COMPILE_FROM, PRECISIONS
-from images.augmentation import AUGMENTATIONS
 from images.load import DATASETS, data_name
+
+from engine.device import COMPILE_FROM, PRECISIONS
+from engine.optimizers import OPTIMIZERS
+from images.augmentation import AUGMENTATIONS
 
 # --- argument types ---
 
@@ -151,6 +153,12 @@ def add_optimisation_arguments(parser, warmup, device_batch_size):
         "--base_learning_rate", type=non_negative_float, help="peak for a batch of 256; scales with --batch_size"
     )
     group.add_argument("--weight_decay", type=non_negative_float, default=0.05, help="weight decay (AdamW)")
+    group.add_argument(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        default="adamw",
+        help="muon: for the matrices of the transformer blocks, at AdamW's rate and weight decay; AdamW for all else",
+    )
     return group
 
 

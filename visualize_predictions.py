@@ -18,8 +18,9 @@ from engine.checkpoints import load_model
 from engine.device import generator
 from engine.errors import UserError, as_user_error, exit_in_one_line
 from engine.figures import draw_rows, draw_title, plt, save
-from images import data
-from model import MASK_STRATEGIES, MAE_ViT, PatchShuffle, ViT_Classifier, mae_loss
+from images.load import DATASETS, load_dataset
+from images.pixels import normalize, read_image, to_pixels
+from model import MASK_STRATEGIES, MAE_ViT, PatchShuffle, ViT_Classifier
 
 DRAWS = 1000  # masks behind a strategy's visibility map
 MOST_IMAGES = 100  # in a picture
@@ -38,11 +39,10 @@ def parse_args(argv=None):
     group.add_argument("--grid_size", type=utils.positive_int, default=16, help="patches along an edge, for --masks")
     group = parser.add_argument_group("images")
     group.add_argument("--images", nargs="+", metavar="FILE", help="pictures of your own, in place of test images")
-    group.add_argument(
-        "--num_images", type=utils.positive_int, help=f"at most {MOST_IMAGES}; default: 8 of a MAE, 32 of a classifier"
-    )
+    count = f"at most {MOST_IMAGES}; default: 8 of a MAE, 32 of a classifier"
+    group.add_argument("--num_images", type=utils.positive_int, help=count)
     group.add_argument("--seed", type=utils.seed, default=42, help="which test images and masks are drawn")
-    group.add_argument("--dataset", choices=data.DATASETS, help="default: the one the model was trained on")
+    group.add_argument("--dataset", choices=DATASETS, help="default: the one the model was trained on")
     group.add_argument("--data_dir", help="default: where that was")
     parser.add_argument("--output", type=utils.png_path, help="PNG to write; default: beside the model, or masks.png")
     args = parser.parse_args(argv)
@@ -59,14 +59,33 @@ def parse_args(argv=None):
     return args
 
 
+def images_to_draw(args, content, is_mae):
+    """Images (B, 3, H, W) uint8, a title for each, and their labels, None for pictures of the user's own.
+
+    Args:
+        content: of the model's file.
+    """
+    img_size = content["model_args"]["img_size"]
+    if args.images:
+        images = torch.stack([read_image(path, img_size) for path in args.images])
+        return images, [Path(path).name for path in args.images], None
+    dataset, data_dir = args.dataset or content["dataset"], args.data_dir or content["data_dir"]
+    _, test = load_dataset(dataset, data_dir, img_size, labelled=not is_mae)
+    if not is_mae and test.classes != content["classes"]:
+        raise UserError(f"{args.model_path} tells {content['classes']} apart, {dataset} has {test.classes}.")
+    chosen = torch.randperm(len(test.images), generator=generator("cpu", args.seed, "images"))
+    chosen = chosen[: args.num_images or (8 if is_mae else 32)]
+    return test.images[chosen], [""] * len(chosen), test.labels[chosen]
+
+
+@torch.no_grad()
 def draw_reconstructions(model, images, names, args):
     """Masked input and reconstruction under each mask strategy and ratio, a row each, and the original below them.
 
     Args:
         images: (B, 3, H, W) uint8; names: a title for each.
     """
-    pixels, images = images, data.normalize(images)
-    trained = model.shuffle
+    pixels, images, trained = images, normalize(images), model.shuffle
     strategies, ratios = args.mask_strategy or [trained.mask_strategy], args.mask_ratio or [trained.mask_ratio]
     settings = list(itertools.product(strategies, ratios))
     rows = 2 * len(settings) + 1
@@ -75,12 +94,10 @@ def draw_reconstructions(model, images, names, args):
         model.shuffle = PatchShuffle(trained.grid_size, ratio, strategy)
         ids_shuffle = model.shuffle(len(images), generator("cpu", args.seed, "masks"))
         masked, reconstructed = model.reconstruct(images, ids_shuffle)
-        with torch.no_grad():
-            pred, mask = model(images, ids_shuffle)
-        loss = mae_loss(pred, images, mask, model.norm_pix_loss)
+        hidden = 1 - model.shuffle.num_visible / trained.grid_size**2
         shown = {
-            f"{strategy}\n{mask.float().mean():.0%} hidden": data.to_pixels(masked),
-            f"reconstruction\nerror {loss:.4f}": data.to_pixels(reconstructed),
+            f"{strategy}\n{hidden:.0%} hidden": to_pixels(masked),
+            f"reconstruction\nerror {model.loss(images, ids_shuffle):.4f}": to_pixels(reconstructed),
         }
         draw_rows(axes[2 * i : 2 * i + 2], shown, fontsize=10)
     draw_rows(axes[-1:], {"original": pixels}, fontsize=10)
@@ -95,37 +112,35 @@ def draw_reconstructions(model, images, names, args):
     return figure
 
 
-def load_images(args, content, is_mae):
-    """The images to draw, (B, 3, H, W) uint8, a title for each, and their labels, None for pictures of the user's own.
-
-    Args:
-        content: of the model's file.
-    """
-    img_size = content["model_args"]["img_size"]
-    if args.images:
-        images = torch.stack([data.read_image(path, img_size) for path in args.images])
-        return images, [Path(path).name for path in args.images], None
-    dataset, data_dir = args.dataset or content["dataset"], args.data_dir or content["data_dir"]
-    _, test = data.load_dataset(dataset, data_dir, img_size, labelled=not is_mae)
-    if not is_mae and test.classes != content["classes"]:
-        raise UserError(f"{args.model_path} tells {content['classes']} apart, {dataset} has {test.classes}.")
-    chosen = torch.randperm(len(test.images), generator=generator("cpu", args.seed, "images"))
-    chosen = chosen[: args.num_images or (8 if is_mae else 32)]
-    return test.images[chosen], [""] * len(chosen), test.labels[chosen]
-
-
 @torch.no_grad()
-def draw_predictions(model, classes, images, names, labels, args):
+def draw_classified(model, classes, images, names, labels, args):
     """Each image with ground truth, prediction and confidence; without labels, with the most likely classes."""
-    probabilities = model(data.normalize(images)).softmax(dim=1)
+    probabilities = model(normalize(images)).softmax(dim=1)
     if labels is None:
         return figures.draw_most_likely(images, names, classes, probabilities)
     confidence, predicted = probabilities.max(dim=1)
     return figures.draw_predictions(images, classes, labels, predicted, confidence, f", seed {args.seed}")
 
 
-def draw_masks(args, columns=6):
-    """A row for each strategy: some masks, and how often each place is visible over many."""
+def draw_model(args):
+    """What the model of --model_path makes of some images: (figure, the path beside the model to write it to)."""
+    model, content = load_model(args.model_path, MAE_ViT, ViT_Classifier)
+    is_mae = isinstance(model, MAE_ViT)
+    if not is_mae and (args.mask_strategy or args.mask_ratio):
+        raise UserError(f"{args.model_path} is a classifier, which masks nothing: leave out --mask_*.")
+    images, names, labels = images_to_draw(args, content, is_mae)
+    if is_mae:
+        figure = draw_reconstructions(model, images, names, args)
+        words = ["reconstructions", *(args.mask_strategy or []), *(f"r{ratio}" for ratio in args.mask_ratio or [])]
+    else:
+        figure, words = draw_classified(model, content["classes"], images, names, labels, args), ["predictions"]
+    words += ["images"] if args.images else []
+    place = Path(args.model_path)
+    return figure, (place if place.is_dir() else place.parent) / f"{'_'.join(words)}.png"
+
+
+def draw_gallery(args, columns=6):
+    """A row for each mask strategy: some masks, and how often each place is visible over many."""
     (ratio,) = args.mask_ratio or [0.75]
     strategies = args.mask_strategy or list(MASK_STRATEGIES)
     figure, axes = plt.subplots(
@@ -154,24 +169,7 @@ def draw_masks(args, columns=6):
 def main(argv=None):
     args = parse_args(argv)
     with exit_in_one_line(), as_user_error(OSError):
-        if args.masks:
-            figure, output = draw_masks(args), Path("masks.png")
-        else:
-            model, content = load_model(args.model_path, MAE_ViT, ViT_Classifier)
-            is_mae = isinstance(model, MAE_ViT)
-            if not is_mae and (args.mask_strategy or args.mask_ratio):
-                raise UserError(f"{args.model_path} is a classifier, which masks nothing: leave out --mask_*.")
-            images, names, labels = load_images(args, content, is_mae)
-            if is_mae:
-                figure, name = draw_reconstructions(model, images, names, args), "reconstructions"
-                name += "".join(f"_{strategy}" for strategy in args.mask_strategy or [])
-                name += "".join(f"_r{ratio}" for ratio in args.mask_ratio or [])
-            else:
-                figure = draw_predictions(model, content["classes"], images, names, labels, args)
-                name = "predictions"
-            name += "_images" if args.images else ""
-            place = Path(args.model_path)
-            output = (place if place.is_dir() else place.parent) / f"{name}.png"
+        figure, output = (draw_gallery(args), Path("masks.png")) if args.masks else draw_model(args)
         output = args.output or output
         save(figure, output)
     print(output)

@@ -154,6 +154,7 @@ def environment(device=None):
         "python": platform.python_version(),
         "torch": torch.__version__,
         "timm": metadata.version("timm"),
+        "device": "cuda" if cuda else device.type if device else "cpu",
         "cuda": torch.version.cuda if cuda else None,
         "processor": torch.cuda.get_device_name(device) if cuda else cpu_name(),
         "threads": torch.get_num_threads(),

@@ -57,7 +57,7 @@ def extract_features(encoder, images, prepare, layers, pools, batch_size):
     return features
 
 
-def check(features, labels, queries):
+def check_features(features, labels, queries):
     """Raises UserError where there are no images, or where the features are of two widths or not finite."""
     if not len(features) or not len(queries):
         raise UserError(f"There are {len(features)} training images and {len(queries)} test images; both are needed.")
@@ -87,9 +87,9 @@ def knn_predict(features, labels, queries, num_classes, k=20, temperature=0.07, 
         (Q,) int64.
 
     Raises:
-        UserError: as `check`.
+        UserError: as `check_features`.
     """
-    check(features, labels, queries)
+    check_features(features, labels, queries)
     features = F.normalize(features, dim=1)
     predicted = []
     for part in queries.split(batch_size):
@@ -161,9 +161,9 @@ def linear_probe(features, labels, queries, num_classes, generator):
         predicted: (Q,) int64; the chosen weight decay.
 
     Raises:
-        UserError: as `check`, or there are less than 2 training images.
+        UserError: as `check_features`, or there are less than 2 training images.
     """
-    check(features, labels, queries)
+    check_features(features, labels, queries)
     if len(features) < 2:
         raise UserError("The linear probe needs 2 or more training images, as one is held out.")
     order = torch.randperm(len(features), generator=generator).to(features.device)

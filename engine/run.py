@@ -19,7 +19,7 @@ from engine import processes
 from engine.checkpoints import load_file, save_file
 from engine.errors import UserError, as_user_error
 from engine.files import locked, replacing
-from engine.records import csv_text, read_config, read_metrics
+from engine.records import csv_text, read_config, read_metrics, read_run
 
 # What must be as it was, beside the settings, as digests: of a finished run, too
 DIGESTS = {"images": "training images", "test_set": "test images", "masks": "masks from the strategy of this name"}
@@ -50,7 +50,7 @@ class Run:
     def __init__(self, identity, arguments):
         self.identity, self.name, self.arguments = identity, identity["name"], arguments
         self.directory, self.overwrite = Path(arguments["log_dir"]) / self.name, arguments["overwrite"]
-        self._checked_config({})
+        self._stored({})
 
     def is_finished(self, facts):
         """Whether this process finds the run finished.
@@ -58,20 +58,20 @@ class Run:
         Raises:
             UserError: it was a run with other facts.
         """
-        config = self._checked_config(facts)
-        return config is not None and config["finished"]
+        stored = self._stored(facts)
+        return stored is not None and stored.finished
 
-    def _checked_config(self, facts):
-        """The stored config, None for a new run; other settings or facts than these are refused."""
+    def _stored(self, facts):
+        """The run's Record, None for a new run; other settings or facts than these are refused."""
         with as_user_error(OSError):
             if self.overwrite or not (self.directory / "config.json").exists():
                 return None
-        config = read_config(self.directory)
-        self._check_same(config["settings"], self.identity["settings"])
+        stored = read_run(self.directory)
+        self._check_same(stored.settings, self.identity["settings"])
         if self.identity["parent"]:
-            self._check_same(*({"parent": who["parent"]["digest"]} for who in (config, self.identity)))
-        self._check_same(config["facts"], facts)
-        return config
+            self._check_same({"parent": stored.parent["digest"]}, {"parent": self.identity["parent"]["digest"]})
+        self._check_same(stored.facts, facts)
+        return stored
 
     def _check_same(self, stored, now):
         for key in sorted(stored.keys() & now.keys()):
@@ -109,17 +109,16 @@ class Run:
             with processes.together():  # nobody reads what is still to be cleared
                 if processes.is_first():
                     self._lock(stack)
-                config = self._checked_config(facts)
+                stored = self._stored(facts)
                 if processes.is_first():
                     with as_user_error(OSError):
-                        starts = [*(config["starts"] if config else []), {**start, "arguments": self.arguments}]
-                        self._begin(facts, starts)
+                        self._begin(facts, [*(stored.starts if stored else []), {**start, "arguments": self.arguments}])
             with processes.together():
                 session = Session(self, model, optimizer, plan, signals)
             with processes.together():
                 session.check_same_start()
             if processes.is_first():
-                session.announce(facts, start, config["starts"][-1] if config else start)
+                session.announce(facts, start, stored.starts[-1] if stored else start)
             try:
                 yield session
             except BaseException:
@@ -378,21 +377,18 @@ class Session:
                 self.board.add_image(tag, image, self.progress["epoch"] + 1)
 
     def finish(self, content):
-        """Write model.pt, then that the run is finished; its settings and last metrics as hyper-parameters.
+        """Write model.pt, then that the run is finished; to TensorBoard its settings as hyper-parameters.
 
         Args:
             content: of model.pt, beside the weights, the images' place and what config.json says of the run.
         """
         if not processes.is_first():
             return
-        config, known = read_config(self.run.directory), self.run.identity
-        settings, parent = known["settings"], known["parent"]
-        pretraining = {f"parent/{key}": value for key, value in parent["settings"].items()} if parent else {}
-        plain = {k: v for k, v in {**settings, **pretraining}.items() if isinstance(v, (bool, int, float, str))}
-        last = {f"final/{key}": v for key, v in read_metrics(self.run.directory)[-1].items() if key != "epoch"}
+        known, images = self.run.identity, {flag: self.run.arguments[flag] for flag in ("dataset", "data_dir")}
+        parent = known["parent"]["settings"] if known["parent"] else {}
+        told = {**known["settings"], **{f"parent/{name}": value for name, value in parent.items()}}
+        own = {name: known[name] for name in ("name", "settings", "parent")} | {"model": self.model.state_dict()}
         with self.writing():
-            self.board.add_hparams(plain, last, run_name=".")
-            images = {flag: self.run.arguments[flag] for flag in ("dataset", "data_dir")}
-            own = {"name": self.run.name, "settings": settings, "parent": parent, "model": self.model.state_dict()}
+            self.board.add_hparams({name: v for name, v in told.items() if v is not None}, {}, run_name=".")
             save_file(self.run.directory / "model.pt", {**content, **images, **own})
-            self.run.write_config(config | {"finished": True})
+            self.run.write_config(read_config(self.run.directory) | {"finished": True})

@@ -12,6 +12,7 @@ import torch
 
 from engine import processes
 from engine.device import (
+    PRECISIONS,
     autocast,
     environment,
     generator,
@@ -23,9 +24,9 @@ from engine.device import (
     tune,
 )
 from engine.errors import UserError
+from engine.optimizers import OPTIMIZERS
 from engine.run import Run
 
-UNSCALED = torch.amp.GradScaler("cpu", enabled=False)  # does nothing
 SMALLEST_SCALE = 2.0**-14  # of a loss in fp16: 30 halvings after the first, no step can be taken any more
 
 # --- the plan ---
@@ -209,20 +210,31 @@ class Setup(NamedTuple):
     clip_grad: float = 0.0  # the largest norm of all gradients together; 0: any
 
 
-def set_up(args, device, num_images, warmup, device_batch_size):
-    """Choose how a run of these arguments computes on a device: a Setup.
-
-    Args:
-        warmup: as `plan_training` takes it; device_batch_size: {type of device: most images at once by default}.
+def set_up(experiment, device):
+    """Choose how an experiment, its images loaded, computes on a device: a Setup.
 
     Raises:
         UserError: as `plan_training`.
     """
-    at_once = args.max_device_batch_size or device_batch_size[device.type]
-    plan = plan_training(args, num_images, warmup, at_once, processes.rank(), processes.world_size())
+    args = experiment.args
+    at_once = args.max_device_batch_size or experiment.device_batch_size[device.type]
+    place = processes.rank(), processes.world_size()
+    plan = plan_training(args, experiment.num_images, experiment.warmup, at_once, *place)
     precision = pick_precision(args.precision, device, args.embed_dim)
     scaler = loss_scaler(precision, device)
     return Setup(device, precision, plan, at_once, scaler, getattr(args, "clip_grad", 0.0))
+
+
+def build(experiment, setup):
+    """Draw the model from the seed and put it on its device: (its optimizer, its loss, compiled where that pays)."""
+    args, plan = experiment.args, setup.plan
+    torch.manual_seed(args.seed)
+    model = experiment.build().to(setup.device)
+    tune(model, setup.device, setup.precision, (args.img_size // args.patch_size) ** 2)
+    recipe = {"lr": plan.peak_lr, "betas": experiment.betas, "weight_decay": args.weight_decay}
+    dtype = PRECISIONS[setup.precision]
+    optimizer = OPTIMIZERS[args.optimizer](model, experiment.parameter_groups(), dtype, **recipe)
+    return optimizer, maybe_compiled(experiment.loss, args.compile, setup.device, plan.num_images)
 
 
 def train(args, start_experiment):
@@ -234,11 +246,11 @@ def train(args, start_experiment):
     Args:
         start_experiment: takes the arguments, checks what can be checked without images, and gives the experiment:
 
-            args: the arguments, completed; identity, arguments: as `Run` takes them; warmup, device_batch_size: as
-            `set_up` does.
+            args: the arguments, completed; identity, arguments: as `Run` takes them; warmup: as `plan_training` does;
+            device_batch_size: {type of device: most images at once, by default}; betas: AdamW's.
             load(device): reads the images onto the device and sets num_images (to train on) and digests.
             build(): the model, its weights drawn from torch's seed; also kept as experiment.model.
-            build_optimizer(lr): torch's optimizer of the model.
+            parameter_groups(): what the optimizer steps.
             draw_batch(ids, epoch, step): the global batch of the images ids (B,), tensors (B, ...). Every draw in it
             follows from (seed, epoch, step) and is made for the global batch: neither a stop in between nor the number
             of processes changes which images are seen, and how.
@@ -256,19 +268,13 @@ def train(args, start_experiment):
     if processes.broadcast([int(finished)])[0]:
         return run.pass_over()
 
-    setup = set_up(args, device, experiment.num_images, experiment.warmup, experiment.device_batch_size)
-    torch.manual_seed(args.seed)
-    model = experiment.build().to(device)
-    tune(model, device, setup.precision, (args.img_size // args.patch_size) ** 2)
-    optimizer = experiment.build_optimizer(setup.plan.peak_lr)
-    loss_of = maybe_compiled(experiment.loss, args.compile, device, setup.plan.num_images)
-    facts = {"parameters": sum(parameter.numel() for parameter in model.parameters()), "precision": setup.precision}
+    setup = set_up(experiment, device)
+    optimizer, loss_of = build(experiment, setup)
+    model = experiment.model
+    facts = {"parameters": sum(p.numel() for p in model.parameters()), "precision": setup.precision}
     facts |= experiment.digests | setup.plan.facts()
-    start = {"device": device.type, "processes": processes.world_size(), "micro_batches": len(setup.plan.slices)}
-    start |= environment(device)
-    with run.open(
-        model, optimizer, setup.plan, {**facts, **experiment.digests, **setup.plan.facts()}, start
-    ) as session:
+    start = {"processes": processes.world_size(), "micro_batches": len(setup.plan.slices), **environment(device)}
+    with run.open(model, optimizer, setup.plan, facts, start) as session:
         while not session.is_done():
             metrics = train_one_epoch(setup, experiment, optimizer, loss_of, session)
             session.check_finite(metrics["train/loss"])

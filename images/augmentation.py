@@ -31,11 +31,8 @@ def random_resized_crop(images, generator, scale=(0.2, 1), ratio=(3 / 4, 4 / 3),
     """Cut a random part out of each image (B, 3, H, W) uint8, enlarge it to H x W (bicubic), mirror half of them.
 
     What the official MAE does to an image (He et al. 2021, table 1e), torchvision's RandomResizedCrop and a flip, for
-    the whole batch on its device: rows and columns are resampled by two matrix products an image.
-
-    Args:
-        scale: of the part's area to the image's; ratio: of its width to its height; both from, to.
-        tries: draws of a part; the first that fits into the image is taken, the whole image where none does.
+    the whole batch on its device: rows and columns are resampled by two matrix products an image. Of `tries` parts the
+    first that fits into the image is taken, the whole image where none does.
     """
     batch_size, _, height, width = images.shape
 
@@ -74,26 +71,21 @@ def cubic(distance):
 
 
 def mix(images, labels, num_classes, mixup, cutmix, seed):
-    """Mix each image (B, 3, H, W) with another of the batch, and their labels (B,) by the same shares.
+    """Mix each image (B, 3, H, W) with another, and labels (B,) by the same shares: (B, num_classes), rows add up to 1.
 
-    Mixup (Zhang et al. 2017, arXiv:1710.09412) adds up pixels; CutMix (Yun et al. 2019, arXiv:1905.04899) puts a
-    rectangle of the other image in place. One share, from Beta(alpha, alpha), and one rectangle for the whole batch.
-
-    Args:
-        mixup, cutmix: each one's alpha, 0: never; where both are above 0, one of them is drawn evenly.
-        seed: of all that is drawn here, by NumPy, as torch's Beta takes no generator.
-
-    Returns:
-        images, float of the same range or, cut, of the same dtype; (B, num_classes) float, rows that add up to 1.
+    Mixup (Zhang et al. 2017, arXiv:1710.09412) adds up pixels, as float; CutMix (Yun et al. 2019, arXiv:1905.04899)
+    puts a rectangle of the other image in place. `mixup` and `cutmix` are each one's alpha, 0: never; of two, one is
+    drawn evenly. One share, from Beta(alpha, alpha), and one rectangle for the whole batch, drawn by NumPy from the
+    seed, as torch's Beta takes no generator.
     """
-    draw = np.random.default_rng(seed)
-    cut = cutmix and (not mixup or draw.random() < 0.5)
-    share = draw.beta(cutmix, cutmix) if cut else draw.beta(mixup, mixup)
-    others = torch.from_numpy(draw.permutation(len(images))).to(images.device)
+    random = np.random.default_rng(seed)
+    cut = cutmix and (not mixup or random.random() < 0.5)
+    share = random.beta(cutmix, cutmix) if cut else random.beta(mixup, mixup)
+    others = torch.from_numpy(random.permutation(len(images))).to(images.device)
 
     def span(size):  # of the rectangle, around a uniform middle, clipped
         length = int(size * math.sqrt(1 - share))
-        start = int(draw.integers(size)) - length // 2
+        start = int(random.integers(size)) - length // 2
         return slice(max(start, 0), min(start + length, size))
 
     if cut:
@@ -107,5 +99,4 @@ def mix(images, labels, num_classes, mixup, cutmix, seed):
     return images, share * targets + (1 - share) * targets[others]
 
 
-# By args.augment: `--augment shift`, or without a value, is stored as True
-AUGMENTATIONS = {False: lambda images, generator: images, True: flip_and_shift, "crop": random_resized_crop}
+AUGMENTATIONS = {"none": lambda images, generator: images, "shift": flip_and_shift, "crop": random_resized_crop}

@@ -1,224 +1,219 @@
-"""The paths that scripts/benchmark.py times: our training scripts' own steps, a naive loop's and other libraries'."""
+"""The paths that scripts/benchmark.py times: our training scripts' own steps, a naive loop's and other libraries'.
 
-import functools
+It starts this file once for each turn of a path, with torchrun where a path has several processes.
+"""
+
+import json
+import math
 import os
+import sys
+import time
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchvision import transforms
 
 import mae_pretrain
 import train_classifier
-import utils
-from engine import training
-from engine.device import autocast, maybe_compiled, tune
-from images import data
-from model import MAE_Encoder, MAE_ViT, ViT_Classifier, mae_loss
+from engine import processes, training
+from engine.device import autocast, peak_memory_mb, pick_device
+from engine.errors import exit_in_one_line
+from images.load import load_dataset
+from images.pixels import normalize
+from model import MAE_Encoder
+from scripts.cost import gflop_per_image
 
-# --- (images, model arguments, batch size, precision, compiled) -> step(i) -> loss ---
+PRETRAINING = mae_pretrain.parse_args, mae_pretrain.Pretraining
+FINE_TUNING = train_classifier.parse_args, train_classifier.Classification
+
+# --- (experiment, setup) -> step(i) ---
 
 
-def batches(images, batch_size):
+def in_turn(experiment, setup):
     """The indices of step i's images, as the training scripts draw them."""
-    order = torch.randperm(len(images)).to(images.device)
-    return lambda i: order[torch.arange(i * batch_size, (i + 1) * batch_size) % len(images)]
+    count, size = experiment.num_images, setup.plan.batch_size
+    order = torch.randperm(count).to(setup.device)
+    return lambda i: order[torch.arange(i * size, (i + 1) * size) % count]
 
 
-def classifier(images, model_args):
-    sizes = {name: model_args[name] for name in utils.defaults(ViT_Classifier) if name in model_args}
-    return ViT_Classifier(**sizes).to(images.device)
+def ours(experiment, setup):
+    """The step of a training script: its model, optimizer, batches and loss."""
+    (optimizer, loss_of), lr, ids = training.build(experiment, setup), setup.plan.peak_lr, in_turn(experiment, setup)
+    model, draw = experiment.model, experiment.draw_batch
+    return lambda i: training.update(setup, model, optimizer, loss_of, draw(ids(i), 0, i), lr)
 
 
-def our_step(script, model, drawn_from, images, model_args, batch_size, precision, compiled):
-    """The step of a training script: its batches, its loss, its optimizer.
+def plain_steps(model, loss_of, fused=None):
+    """Steps with PyTorch's AdamW, as documentation has them; loss_of(i) -> loss of step i."""
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05, fused=fused)
 
-    Args:
-        drawn_from: what the script's draw_batch takes before the arguments.
-    """
-    device, args = images.device, script.parse_args([])
-    tune(model, device, precision, (model_args["img_size"] // model_args["patch_size"]) ** 2)
-    slices = training.micro_batches(0, batch_size, script.DEVICE_BATCH_SIZE[device.type])
-    optimizer, ids = script.build_optimizer(model, 1e-4, args.weight_decay), batches(images, batch_size)
-    loss = functools.partial(script.loss_of, maybe_compiled(model, compiled, device), precision)
-    draw = functools.partial(script.draw_batch, *drawn_from, args)
-    return lambda i: training.update(model, optimizer, slices, 1e-4, loss, draw(ids(i), 0, i))
+    def step(i):
+        optimizer.zero_grad()
+        loss_of(i).backward()
+        optimizer.step()
+
+    return step
 
 
-def ours_pretraining(images, model_args, *how):
-    model = MAE_ViT(**model_args).to(images.device)
-    return our_step(mae_pretrain, model, (images, model.shuffle), images, model_args, *how)
-
-
-def ours_fine_tuning(images, model_args, *how):
-    labels = torch.randint(10, (len(images),), device=images.device)
-    train = data.ImageSet(images, labels, [])
-    return our_step(train_classifier, classifier(images, model_args), (train,), images, model_args, *how)
-
-
-class PilImages(Dataset):
-    """What torchvision's CIFAR10 gives: a PIL image through transforms, one by one."""
-
-    def __init__(self, images):
-        self.images = images.permute(0, 2, 3, 1).cpu().numpy()
-        self.transform = transforms.Compose(
-            [transforms.ToPILImage(), transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)]
-        )
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        return self.transform(self.images[i]), 0
-
-
-def endless(loader):
+def naive_batches(args, device):
+    """Batches of a loader with workers, each image through PIL and transforms, as torchvision's CIFAR10 gives it."""
+    train, _ = load_dataset(args.dataset, args.data_dir, args.img_size)
+    pixels, labels, workers = train.images.permute(0, 2, 3, 1).numpy(), train.labels, min(4, os.cpu_count())
+    steps = [transforms.ToPILImage(), transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)]
+    transform = transforms.Compose(steps)
+    how = {"num_workers": workers, "multiprocessing_context": "fork", "shuffle": True, "drop_last": True}
+    how["collate_fn"] = lambda ids: (torch.stack([transform(pixels[i]) for i in ids]), labels[ids])
     while True:
-        yield from loader
+        for batch in DataLoader(range(len(pixels)), args.batch_size, **how):
+            yield [tensor.to(device) for tensor in batch]
 
 
-def naive_loader(images, batch_size):
-    workers = min(4, os.cpu_count())
-    return endless(DataLoader(PilImages(images), batch_size, shuffle=True, drop_last=True, num_workers=workers))
+def naive(experiment, setup):
+    """As a course's notebook would: eager, masks drawn image by image with NumPy; a classifier computes all tokens."""
+    model, batches = experiment.build().to(setup.device), naive_batches(experiment.args, setup.device)
+
+    def loss_of(i):
+        images, labels = next(batches)
+        if experiment.identity["kind"] == "classifier":
+            return F.cross_entropy(model.head(MAE_Encoder.forward(model, images)[:, 0]), labels)
+        masks = np.stack([np.random.permutation(model.shuffle.grid_size**2) for _ in images])
+        return model.loss(images, torch.from_numpy(masks).to(setup.device))
+
+    return plain_steps(model, loss_of)
 
 
-def plain_step(optimizer, loss):
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return loss.detach()
+def library_steps(model, loss_of, experiment, setup):
+    """Steps of another library's model: our batches and precision, its own masks and loss."""
+    loss_of = torch.compile(loss_of) if experiment.args.compile else loss_of
+    ids = in_turn(experiment, setup)
+
+    def loss_of_step(i):
+        with autocast(setup.precision, setup.device):
+            return loss_of(normalize(experiment.images[ids(i)]))
+
+    return plain_steps(model, loss_of_step, fused=True)
 
 
-def naive_pretraining(images, model_args, batch_size, precision, compiled):
-    """As a course's notebook would: a loader with workers, masks drawn image by image with NumPy, eager float32."""
-    model = MAE_ViT(**model_args).to(images.device)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05)
-    loader, num_patches = naive_loader(images, batch_size), model.shuffle.grid_size**2
-
-    def step(i):
-        batch, _ = next(loader)
-        batch = batch.to(images.device)
-        masks = np.stack([np.random.permutation(num_patches) for _ in batch])
-        pred, mask = model(batch, torch.from_numpy(masks).to(images.device))
-        return plain_step(optimizer, mae_loss(pred, batch, mask))
-
-    return step
-
-
-def naive_fine_tuning(images, model_args, batch_size, precision, compiled):
-    model = classifier(images, model_args)
-    optimizer, loader = torch.optim.AdamW(model.parameters(), weight_decay=0.05), naive_loader(images, batch_size)
-
-    def step(i):
-        batch, labels = (tensor.to(images.device) for tensor in next(loader))
-        features = MAE_Encoder.forward(model, batch)  # of all tokens
-        return plain_step(optimizer, F.cross_entropy(model.head(features[:, 0]), labels))
-
-    return step
-
-
-def huggingface_pretraining(images, model_args, batch_size, precision, compiled):
+def huggingface(experiment, setup):
     """transformers' ViTMAEForPreTraining, its scaled-dot-product attention."""
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-    width, heads = model_args["embed_dim"], model_args["num_heads"]
-    sizes = {"image_size": model_args["img_size"], "patch_size": model_args["patch_size"], "hidden_size": width}
-    sizes |= {"num_hidden_layers": model_args["encoder_depth"], "num_attention_heads": heads}
+    args, width = experiment.args, experiment.args.embed_dim
+    sizes = {"image_size": args.img_size, "patch_size": args.patch_size, "hidden_size": width}
+    sizes |= {"num_hidden_layers": args.encoder_depth, "num_attention_heads": args.num_heads}
     sizes |= {"intermediate_size": 4 * width, "decoder_hidden_size": width, "decoder_intermediate_size": 4 * width}
-    sizes |= {"decoder_num_hidden_layers": model_args["decoder_depth"], "decoder_num_attention_heads": heads}
-    config = ViTMAEConfig(**sizes, qkv_bias=False, mask_ratio=model_args["mask_ratio"], attn_implementation="sdpa")
-    model = ViTMAEForPreTraining(config).to(images.device).train()
-    forward = torch.compile(model) if compiled else model
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05, fused=True)
-    ids = batches(images, batch_size)
-
-    def step(i):
-        with autocast(precision, images.device):
-            loss = forward(data.normalize(images[ids(i)])).loss
-        return plain_step(optimizer, loss)
-
-    return step
+    sizes |= {"decoder_num_hidden_layers": args.decoder_depth, "decoder_num_attention_heads": args.num_heads}
+    config = ViTMAEConfig(**sizes, qkv_bias=False, mask_ratio=args.mask_ratio, attn_implementation="sdpa")
+    model = ViTMAEForPreTraining(config).to(setup.device).train()
+    return library_steps(model, lambda images: model(images).loss, experiment, setup)
 
 
-def lightly_pretraining(images, model_args, batch_size, precision, compiled):
+def lightly(experiment, setup):
     """lightly's MAE on timm's VisionTransformer, put together as its documentation does."""
     from lightly.models import utils as tokens
     from lightly.models.modules import MAEDecoderTIMM, MaskedVisionTransformerTIMM
     from timm.models.vision_transformer import VisionTransformer
 
-    width, heads, patch_size = model_args["embed_dim"], model_args["num_heads"], model_args["patch_size"]
-    depths = model_args["encoder_depth"], model_args["decoder_depth"]
-    vit = VisionTransformer(model_args["img_size"], patch_size, 3, 0, embed_dim=width, depth=depths[0], num_heads=heads)
-    encoder = MaskedVisionTransformerTIMM(vit=vit)
-    decoder = MAEDecoderTIMM(
-        num_patches=vit.patch_embed.num_patches,
-        patch_size=patch_size,
-        embed_dim=width,
-        decoder_embed_dim=width,
-        decoder_depth=depths[1],
-        decoder_num_heads=heads,
-        mlp_ratio=4.0,
-    )
-    model = torch.nn.ModuleList([encoder, decoder]).to(images.device)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05, fused=True)
-    ids, length = batches(images, batch_size), encoder.sequence_length
+    args, width, patch_size = experiment.args, experiment.args.embed_dim, experiment.args.patch_size
+    sizes = {"embed_dim": width, "depth": args.encoder_depth, "num_heads": args.num_heads, "num_classes": 0}
+    encoder = MaskedVisionTransformerTIMM(vit=VisionTransformer(args.img_size, patch_size, **sizes))
+    sizes = {"embed_dim": width, "decoder_embed_dim": width, "mlp_ratio": 4.0, "patch_size": patch_size}
+    sizes |= {"decoder_depth": args.decoder_depth, "decoder_num_heads": args.num_heads}
+    decoder = MAEDecoderTIMM(num_patches=encoder.sequence_length - 1, **sizes)
 
     def loss_of(x):
-        keep, hidden = tokens.random_token_mask((len(x), length), model_args["mask_ratio"], device=x.device)
+        shape = len(x), encoder.sequence_length
+        keep, hidden = tokens.random_token_mask(shape, args.mask_ratio, device=x.device)
         known = decoder.embed(encoder.encode(images=x, idx_keep=keep))
-        everything = tokens.repeat_token(decoder.mask_token, (len(x), length)).to(known.dtype)
+        everything = tokens.repeat_token(decoder.mask_token, shape).to(known.dtype)
         decoded = decoder.decode(tokens.set_at_index(everything, keep, known))
         pred = decoder.predict(tokens.get_at_index(decoded, hidden))
         target = tokens.get_at_index(tokens.patchify(x, patch_size), hidden - 1)  # without the cls token
         return F.mse_loss(pred.float(), target)
 
-    loss_of = torch.compile(loss_of) if compiled else loss_of
+    return library_steps(torch.nn.ModuleList([encoder, decoder]).to(setup.device), loss_of, experiment, setup)
 
-    def step(i):
-        with autocast(precision, images.device):
-            loss = loss_of(data.normalize(images[ids(i)]))
-        return plain_step(optimizer, loss)
 
-    return step
+# --- the paths ---
 
 
 class Way(NamedTuple):
     """How a path takes its steps."""
 
-    task: str
-    builder: Callable
-    precision: str = "best"  # what --precision auto picks
-    compiled: bool = False
+    start: Callable
+    flags: str = "--no-compile"  # of the training script
+    script: tuple = PRETRAINING
+    gpu_batch: int = 512  # images a step; those that accumulate gradients take the script's default
     a_process_a_core: bool = False  # each with its share of the batch; on a CPU only
-    half_width: bool = False  # of the decoder
-
-    def sizes(self, model_args):
-        return model_args | ({"decoder_embed_dim": model_args["embed_dim"] // 2} if self.half_width else {})
+    needs: str = "torch"  # package
 
 
+OURS, TUNED = Way(ours, gpu_batch=4096), Way(ours, script=FINE_TUNING, gpu_batch=128)
+HUGGINGFACE, FLOAT32 = Way(huggingface, needs="transformers"), "--precision float32 --no-compile"
 PATHS = {
-    "ours": Way("pretraining", ours_pretraining),
-    "ours compiled": Way("pretraining", ours_pretraining, compiled=True),
-    "ours, a process a core": Way("pretraining", ours_pretraining, a_process_a_core=True),
-    "ours, decoder of half the width": Way("pretraining", ours_pretraining, half_width=True),
-    "ours float32": Way("pretraining", ours_pretraining, "float32"),
-    "ours float32, a process a core": Way("pretraining", ours_pretraining, "float32", a_process_a_core=True),
-    "naive": Way("pretraining", naive_pretraining, "float32"),
-    "huggingface": Way("pretraining", huggingface_pretraining),
-    "huggingface compiled": Way("pretraining", huggingface_pretraining, compiled=True),
-    "lightly": Way("pretraining", lightly_pretraining),
-    "fine-tuning": Way("fine-tuning", ours_fine_tuning),
-    "fine-tuning compiled": Way("fine-tuning", ours_fine_tuning, compiled=True),
-    "fine-tuning naive": Way("fine-tuning", naive_fine_tuning, "float32"),
+    "ours": OURS,
+    "ours compiled": OURS._replace(flags="--compile"),
+    "ours, a process a core": OURS._replace(a_process_a_core=True),
+    "ours, decoder of half the width": OURS._replace(flags="--no-compile --decoder_embed_dim 96"),
+    "ours float32": OURS._replace(flags=FLOAT32),
+    "ours float32, a process a core": OURS._replace(flags=FLOAT32, a_process_a_core=True),
+    "naive": Way(naive, flags=FLOAT32),
+    "huggingface": HUGGINGFACE,
+    "huggingface compiled": HUGGINGFACE._replace(flags="--compile"),
+    "lightly": Way(lightly, needs="lightly"),
+    "fine-tuning": TUNED,
+    "fine-tuning compiled": TUNED._replace(flags="--compile"),
+    "fine-tuning naive": TUNED._replace(start=naive, flags=FLOAT32),
 }
 
 
-def default_batch_size(name, device):
-    """What fits everywhere on a CPU; the scripts' defaults on CUDA, where paths that do not accumulate take 512."""
-    if device.type == "cpu":
-        return 64
-    task, builder, *_ = PATHS[name]
-    return 128 if task == "fine-tuning" else 4096 if builder is ours_pretraining else 512
+def timed(work, device):
+    """Seconds that it takes, the device's work included."""
+    started = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def take_steps(path, seconds, flags):
+    """Take a path's steps, at least three: a dictionary of their seconds (the first allocates memory, and compiles).
+
+    Args:
+        seconds: to go on for after the first step; flags: the command line of the training script.
+    """
+    before, (parse_args, start_experiment) = peak_memory_mb(torch.device("cpu")), PATHS[path].script
+    experiment, times, end = start_experiment(parse_args(flags)), [], math.inf
+    device = pick_device(experiment.args.device)
+    processes.join(device)
+    experiment.load(device)
+    setup = training.set_up(experiment, device)
+    step = PATHS[path].start(experiment, setup)
+    while len(times) < 3 or processes.max_over_ranks(int(time.monotonic() < end))[0]:  # all stop after the same step
+        times.append(timed(lambda: step(len(times)), device))
+        end = min(end, time.monotonic() + seconds)  # the first sets it
+    memory = peak_memory_mb(device) - (0 if device.type == "cuda" else before)
+    return {
+        "seconds": list(processes.max_over_ranks(*times)),
+        "precision": setup.precision,
+        "gflop_per_image": gflop_per_image(experiment.model_args, experiment.identity["kind"]),
+        "memory_mb": processes.sum_over_ranks(torch.tensor(memory)).item(),
+    }
+
+
+@exit_in_one_line()
+def main(path, seconds, *flags):
+    warnings.simplefilter("ignore")  # of other libraries
+    found = take_steps(path, float(seconds), flags)
+    if processes.is_first():
+        print(json.dumps(found))
+    processes.leave()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

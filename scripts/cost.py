@@ -1,4 +1,4 @@
-"""What the model of a run is and computes, from config.json alone."""
+"""What a model computes, from its sizes alone."""
 
 import functools
 
@@ -7,37 +7,26 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import utils
-from engine.device import count_parameters
 from model import MAE_ViT, ViT_Classifier
 
 
-def num_classes(config):
-    """Number of classes of a classifier, computed from its number of parameters."""
-    arguments = config["arguments"]
-    sizes = {name: arguments[name] for name in utils.defaults(ViT_Classifier) if name in arguments}
-    with torch.device("meta"):  # sizes, no weights
-        one_class = count_parameters(ViT_Classifier(**sizes, num_classes=1))
-    return 1 + (config["parameters"] - one_class) // (arguments["embed_dim"] + 1)  # a weight each and a bias
-
-
-def gflop_per_image(arguments, pretraining):
-    """Forward and backward pass of a MAE or a classifier: 1e9 multiplications and additions of matrix products.
+def gflop_per_image(settings, kind):
+    """Forward and backward pass of a "mae" or a "classifier": 1e9 multiplications and additions of matrix products.
 
     Args:
-        arguments: of a run or a model, by name.
+        settings: of a run or a model, by name; what is no argument of the model is passed over.
     """
-    constructor = MAE_ViT if pretraining else ViT_Classifier
+    constructor = MAE_ViT if kind == "mae" else ViT_Classifier
     wanted = utils.defaults(constructor).keys() - {"mask_strategy"}  # each hides as many patches
-    return count_gflop(constructor, tuple((name, arguments[name]) for name in sorted(wanted & arguments.keys())))
+    return count_gflop(constructor, tuple((name, settings[name]) for name in sorted(wanted & settings.keys())))
 
 
 @functools.cache
 def count_gflop(constructor, model_args):
     """As above; the same sizes are counted once."""
     model = constructor(**dict(model_args))
-    img_size = dict(model_args)["img_size"]
-    images = torch.zeros(1, 3, img_size, img_size)
+    img_size = getattr(model, "encoder", model).img_size
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # fused attention is not counted
-        output = model(images)
+        output = model(torch.zeros(1, 3, img_size, img_size))
         (output[0] if constructor is MAE_ViT else output).sum().backward()
     return counter.get_total_flops() / 1e9

@@ -1,8 +1,7 @@
-"""Take an encoder elsewhere, into timm or transformers, or a classifier back from timm.
+"""Take an encoder or a classifier elsewhere, into timm or transformers.
 
 python -m scripts.export logs/pretrain/<run> --to timm
 python -m scripts.export logs/classifier/<run> --to hf
-python -m scripts.export vit.pt --from timm --output classifier.pt
 
 What is written computes what ours does: features after the final LayerNorm, and a classifier's logits.
 """
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 
 import utils
-from engine.checkpoints import load_file, load_model, save_file
+from engine.checkpoints import load_model, save_file
 from engine.errors import UserError, as_user_error, exit_in_one_line
 from model import MAE_ViT, ViT_Classifier
 
@@ -36,20 +35,14 @@ HF_BLOCK = {
 
 def parse_args(argv=None):
     parser = utils.Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("path", help="model.pt or run directory; with --from, a file made by --to")
-    way = parser.add_mutually_exclusive_group(required=True)
-    way.add_argument("--to", choices=("timm", "hf"), help="write a timm .pt file or a transformers directory")
-    way.add_argument("--from", dest="source", choices=("timm",), help="write a classifier of this program")
+    parser.add_argument("path", help="model.pt or run directory, of a MAE or a classifier")
+    target = "write a .pt file for timm or a directory for transformers"
+    parser.add_argument("--to", choices=("timm", "hf"), required=True, help=target)
     parser.add_argument("--output", type=Path, help="what to write; default: beside the model, timm.pt or hf/")
     return parser.parse_args(argv)
 
 
 # --- timm ---
-
-
-def timm_names(pool):
-    """TIMM for a classifier of this pool; timm has another name for a LayerNorm after the mean."""
-    return TIMM | ({"layer_norm": "fc_norm"} if pool == "mean" else {})
 
 
 def to_timm(model):
@@ -60,7 +53,8 @@ def to_timm(model):
         norm_layer=torch.nn.LayerNorm; state: what its load_state_dict takes.
     """
     encoder = model.encoder if isinstance(model, MAE_ViT) else model
-    names, state = timm_names(getattr(encoder, "pool", "cls")), {}
+    pools_mean, state = getattr(encoder, "pool", "cls") == "mean", {}
+    names = TIMM | ({"layer_norm": "fc_norm"} if pools_mean else {})  # timm's name for a LayerNorm after the mean
     for name, tensor in encoder.state_dict().items():
         first, _, rest = name.partition(".")
         state[".".join(filter(None, (names.get(first, first), rest)))] = tensor
@@ -74,37 +68,7 @@ def to_timm(model):
         "depth": len(encoder.transformer),
         "num_heads": encoder.transformer[0].attn.num_heads,
     }
-    if "fc_norm.weight" in state:
-        model_args["global_pool"] = "avg"
-    return model_args, state
-
-
-def from_timm(model_args, state):
-    """The way back from `to_timm`: model_args and state of a ViT_Classifier.
-
-    timm has a position for cls, too; here it becomes part of the token.
-
-    Raises:
-        UserError: it has no head, or its weights are not those of a classifier of this program.
-    """
-    if not model_args["num_classes"]:
-        raise UserError("It has no head (num_classes=0), and only a classifier can come back.")
-    pool = "mean" if model_args.get("global_pool") == "avg" else "cls"
-    ours = {theirs: name for name, theirs in timm_names(pool).items()}
-    position, renamed = state["pos_embed"], {}
-    for name, tensor in state.items():
-        theirs = next((theirs for theirs in ours if name.startswith(f"{theirs}.")), "")
-        renamed[ours.get(theirs, "") + name.removeprefix(theirs)] = tensor
-    del renamed["pos_embed"]
-    renamed["pos_embedding"] = position[:, 1:].transpose(0, 1)  # (N, 1, D)
-    renamed["cls_token"] = state["cls_token"] + position[:, :1]
-    sizes = {name: model_args[name] for name in ("img_size", "patch_size", "embed_dim", "num_heads", "num_classes")}
-    sizes |= {"encoder_depth": model_args["depth"], "pool": pool}
-    try:
-        ViT_Classifier(**sizes).load_state_dict(renamed)
-    except RuntimeError as error:
-        raise UserError(f"These weights are not of a classifier of this program. {error}") from error
-    return sizes, renamed
+    return model_args | ({"global_pool": "avg"} if pools_mean else {}), state
 
 
 # --- transformers ---
@@ -171,17 +135,6 @@ def main(argv=None):
     args = parse_args(argv)
     place = Path(args.path) if Path(args.path).is_dir() else Path(args.path).parent
     with exit_in_one_line(), as_user_error(OSError):
-        if args.source:
-            content, output = load_file(args.path, "timm"), args.output or place / "classifier.pt"
-            model_args, state = from_timm(content["model_args"], content["model"])
-            count = model_args["num_classes"]
-            classes = content.get("classes") or [str(label) for label in range(count)]  # a MAE's got its head in timm
-            if len(classes) != count:
-                raise UserError(f"{args.path} names {len(classes)} classes for a head of {count}.")
-            content |= {"kind": "ViT_Classifier", "model_args": model_args, "model": state, "classes": classes}
-            save_file(output, content)
-            print(output)
-            return
         model, content = load_model(args.path, MAE_ViT, ViT_Classifier)
         if args.to == "hf":
             output = args.output or place / "hf"

@@ -1,21 +1,20 @@
 #!/usr/bin/env bash
-# Both ablations, the classifiers from scratch and the report: logs/report/REPORT.md. Runs that the ablations share are
-# run once. Settings: see scripts/sweep.sh, and REPORT, the directory that is written; at toy size (3 minutes)
+# Both ablations, the classifiers from scratch and the report: logs/report/REPORT.md. Flags of python -m scripts.sweep
+# may follow. LOGS: where the runs are made; REPORT: the directory that is written. At toy size (3 minutes)
 #   QUICK=1 scripts/reproduce_report.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
-if [ -n "${QUICK:-}" ]; then
-  EPOCHS=${EPOCHS:-2} FINETUNE_EPOCHS=${FINETUNE_EPOCHS:-2} SEEDS=${SEEDS:-1 2} DATASET=${DATASET:-shapes}
-  JOBS=${JOBS:-2}
-  SIZE=${SIZE:---patch_size 8 --embed_dim 32 --encoder_depth 2 --num_heads 2}
-  PRETRAIN_FLAGS=${PRETRAIN_FLAGS:---batch_size 100 --base_learning_rate 4e-3}
-  FINETUNE_FLAGS=${FINETUNE_FLAGS:---batch_size 100 --base_learning_rate 4e-3 --train_images 1000}
-  LOGS=${LOGS:-logs/quick_ablation} REPORT=${REPORT:-logs/quick_report}
-fi
 scripts/setup.sh >&2
-source scripts/sweep.sh
-SCRATCH=1
-DEPTHS="4 2 8" STRATEGIES=random plan
-DEPTHS=4 STRATEGIES="random block grid shifted_grid blockwise" plan
-run_all
-if [ -z "$DRY" ]; then run -m scripts.make_report --runs "$LOGS" --output "${REPORT:-logs/report}"; fi
+flags=(--seed 42 43 44)
+if [ -n "${QUICK:-}" ]; then
+  LOGS=${LOGS:-logs/quick_ablation} REPORT=${REPORT:-logs/quick_report}
+  recipe="--total_epoch 2 --batch_size 100 --base_learning_rate 4e-3"
+  flags=(--dataset shapes --patch_size 8 --embed_dim 32 --encoder_depth 2 --num_heads 2 $recipe --seed 1 2 --jobs 2)
+  flags+=(--finetune "$recipe --train_images 1000")
+fi
+sweep() { .venv/bin/python -m scripts.sweep "${flags[@]}" --log_dir "${LOGS:=logs/ablation}" "$@"; }
+sweep --decoder_depth 4 --mask_strategy all --scratch "$@"
+sweep --decoder_depth 2 8 --mask_strategy random "$@"
+if [[ " $* " != *" --list "* ]]; then
+  .venv/bin/python -m scripts.report "$LOGS" --output "${REPORT:-logs/report}"
+fi

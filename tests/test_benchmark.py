@@ -1,57 +1,130 @@
-"""The benchmark, on tiny models, its processes forked from the server that has imported torch."""
+"""The benchmark: each path's steps on tiny models, and what is made of their seconds."""
 
 import csv
 import json
-import multiprocessing
-import shlex
+import statistics
 from pathlib import Path
 
 import pytest
 import torch
 
-import utils
-from model import MAE_ViT
+from engine.figures import plt
 from scripts import benchmark
+from scripts.benchmark_paths import PATHS, take_steps
+
+SIZES = {"img_size": 16, "patch_size": 8, "embed_dim": 12, "encoder_depth": 1, "num_heads": 2, "batch_size": 8}
+SLOW = {"huggingface", "lightly"}  # to import
 
 
 @pytest.fixture(autouse=True)
-def quick_processes(server, monkeypatch, tmp_path):
-    monkeypatch.setattr(benchmark, "PROCESSES", "forkserver")
+def images(monkeypatch, tmp_path):
+    """Work in an empty directory; flags of a tiny model and of images for it."""
     monkeypatch.chdir(tmp_path)
+    benchmark.write_images("images.npz", 16)
+    return {**SIZES, "dataset": "npz", "data_dir": str(tmp_path / "images.npz"), "device": "cpu"}
 
 
-def test_the_benchmark_times_paths_in_turn_and_several_processes_of_one(capsys, monkeypatch):
-    asked = []  # fp16 takes minutes on a CPU without such arithmetic
-    matmul_gflops = benchmark.matmul_gflops
-    monkeypatch.setattr(benchmark, "matmul_gflops", lambda *args: asked.append(args[1]) or matmul_gflops(*args))
-    paths = ["ours", "ours, decoder of half the width", "ours float32, a process a core", "fine-tuning"]
-    torch.set_num_threads(2)  # a core each
-    benchmark.main([*shlex.split("--batch_size 8 --seconds 0 --embed_dim 12 --device cpu --output b --paths"), *paths])
-    with open("b/steps.csv", newline="") as file:
+def as_words(flags):
+    return [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[pytest.mark.slow] if path in SLOW else []) for path in PATHS if "compiled" not in path],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_path_takes_steps_that_train_and_tells_what_they_cost(path, images, monkeypatch):
+    pytest.importorskip(PATHS[path].needs)
+    models, optimizer = [], torch.optim.AdamW
+
+    def noting(parameters, **options):
+        made = optimizer(parameters, **options)
+        models.append([(p, p.detach().clone()) for group in made.param_groups for p in group["params"]])
+        return made
+
+    monkeypatch.setattr(torch.optim, "AdamW", noting)
+    found = take_steps(path, 0, [*PATHS[path].flags.split(), *as_words(images)])
+    assert len(found["seconds"]) >= 3
+    assert min(found["seconds"]) > 0
+    assert found["precision"] == "float32"  # at this width
+    assert found["gflop_per_image"] > 0
+    assert any((parameter != before).any() for parameter, before in models[0])
+
+
+def answer(path, flags, seconds):
+    """What a path may have told, its first step slow."""
+    asked.append((path, flags["batch_size"], seconds))
+    return {"seconds": [9.0, 0.5, 0.1 * len(asked)], "precision": "float32", "gflop_per_image": 2.0, "memory_mb": 7.0}
+
+
+asked = []
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    asked.clear()
+    monkeypatch.setattr(benchmark, "take_turn", answer)
+    monkeypatch.setattr(benchmark, "matmul_gflops", lambda *_: 100.0)
+
+
+def test_the_paths_take_turns_and_each_has_a_row(answers, capsys):
+    benchmark.main(["--paths", "naive", "ours", "--seconds", "6", "--device", "cpu", "--output", "deep/b"])
+    assert asked == [(path, 64, 2.0) for _ in range(3) for path in ("naive", "ours")]
+    with open("deep/b/steps.csv", newline="") as file:
         rows = {row["path"]: row for row in csv.DictReader(file)}
-    assert list(rows) == paths
-    assert asked == ["float32"]
-    assert {row["precision"] for row in rows.values()} == {"float32"}  # at this width
-    assert all(float(row["images_per_sec"]) == pytest.approx(8 / float(row["median_step_s"])) for row in rows.values())
-    assert all(0 < float(row["share_of_peak"]) < 1 for row in rows.values())
-    assert float(rows[paths[2]]["memory_mb"]) > 0
-    assert float(rows[paths[1]]["gflop_per_image"]) < 0.8 * float(rows["ours"]["gflop_per_image"])
-    assert json.loads(Path("b/steps.json").read_text())["torch"] == torch.__version__
+    assert list(rows) == ["naive", "ours"]
+    for i, row in enumerate(rows.values()):
+        median = statistics.median([0.5] * 3 + [0.1 * (2 * turn + i + 1) for turn in range(3)])
+        assert float(row["images_per_sec"]) == pytest.approx(64 / median)
+        assert float(row["share_of_peak"]) == pytest.approx(64 / median * 2 / 100)
+        assert (row["steps"], float(row["first_step_s"]), float(row["memory_mb"])) == ("6", 9, 7)
+    assert json.loads(Path("deep/b/steps.json").read_text())["torch"] == torch.__version__
     assert "share_of_peak" in capsys.readouterr().out
 
 
-def test_a_path_of_the_benchmark_that_dies_is_named_and_ends_the_others(monkeypatch):
-    monkeypatch.setitem(benchmark.PATHS, "gone", benchmark.PATHS["ours"])  # unknown in the process it starts
-    sizes = {"ours": 8, "gone": 8}
-    with pytest.raises(ValueError, match="The process of 'gone' has ended"):
-        benchmark.measure(sizes, torch.device("cpu"), {**utils.defaults(MAE_ViT), "embed_dim": 12}, seconds=0)
-    for process in multiprocessing.active_children():
-        process.join(10)
-        assert process.exitcode is not None
+def test_a_path_whose_package_is_missing_is_left_out(answers, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "lightly" else True)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "1")
+    benchmark.main(["--paths", "lightly", "ours", "--device", "cpu", "--output", "b"])
+    assert {path for path, _, _ in asked} == {"ours"}
+    assert "pip install lightly" in capsys.readouterr().out
 
 
-def test_one_of_a_paths_processes_that_dies_is_not_waited_for_behind_the_others():
-    (alive, _), (dead, end) = (multiprocessing.Pipe() for _ in range(2))
-    end.close()
-    with pytest.raises(ValueError, match="has ended"):
-        benchmark.replies("two", [alive, dead])
+@pytest.mark.slow
+def test_the_growth_of_the_cost_is_a_table_and_a_picture(answers):
+    benchmark.main(["--growth", "--device", "cpu", "--output", "b"])
+    with open("b/growth.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(asked) == 16
+    assert [int(row["batch_size"]) for row in rows if row["varied"] == "batch_size"] == [2**n for n in range(3, 11)]
+    assert all(float(row["ms_per_image"]) == pytest.approx(1000 / float(row["images_per_sec"])) for row in rows)
+    assert plt.imread("b/growth.png").shape[1] > 1000
+
+
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_timed(answers, capsys):
+    Path("file").touch()
+    with pytest.raises(SystemExit) as leaving:
+        benchmark.main(["--output", "file/b"])
+    assert leaving.value.code == 2
+    assert "file" in capsys.readouterr().err
+    assert not asked
+
+
+@pytest.mark.slow
+def test_the_machines_arithmetic_is_measured():
+    assert benchmark.matmul_gflops(torch.device("cpu"), "float32") > 1
+
+
+@pytest.mark.slow
+def test_a_path_of_several_processes_is_one_turn(images):
+    torch.set_num_threads(2)  # a process each
+    found = benchmark.take_turn("ours float32, a process a core", images, 0)
+    assert found.keys() == {"seconds", "precision", "gflop_per_image", "memory_mb"}
+    assert len(found["seconds"]) >= 3
+
+
+@pytest.mark.slow
+def test_a_path_that_ends_is_named(images, capfd):
+    with pytest.raises(ValueError, match=r"'naive' has ended.*--batch_size.*--paths"):
+        benchmark.take_turn("naive", {**images, "data_dir": "nowhere.npz"}, 0)
+    assert "nowhere.npz" in capfd.readouterr().err

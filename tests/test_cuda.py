@@ -11,7 +11,8 @@ import mae_pretrain
 import train_classifier
 from engine.checkpoints import load_file
 from engine.device import generator, peak_memory_mb
-from engine.run import Session, read_config, read_metrics
+from engine.records import read_config, read_metrics
+from engine.run import Session
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -66,7 +67,7 @@ def test_losses_are_about_those_of_float32(start, how, capsys):
 @both_scripts
 @pytest.mark.parametrize("precision", ["float32", "fp16", "auto"])
 def test_a_stopped_run_goes_on_as_if_it_had_not(start, precision, monkeypatch):
-    flags, tick, steps = f"--augment --precision {precision}", Session.tick, []
+    flags, tick, steps = f"--augment shift --precision {precision}", Session.tick, []
     whole = start(f"{flags} --log_dir whole")
 
     def stop_after_13(self):

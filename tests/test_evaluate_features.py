@@ -6,6 +6,7 @@ import re
 import runpy
 import shlex
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,8 @@ from engine.checkpoints import save_file
 from engine.device import generator
 from engine.figures import plt
 from evaluate_features import main
-from images import data
+from images import load
+from images.pixels import normalize
 from model import MAE_ViT, ViT_Classifier
 
 ROOT = Path(__file__).parents[1]
@@ -28,44 +30,45 @@ SIZE = {"img_size": 16, "patch_size": 8, "embed_dim": 12, "encoder_depth": 3, "n
 @pytest.fixture(autouse=True)
 def few_shapes(monkeypatch, tmp_path):
     """Work in an empty directory; drawn training sets of 60 images and test sets of 150, so that batches are uneven."""
-    draw = data.shapes
-    monkeypatch.setattr(data, "shapes", lambda count, img_size, seed: draw(60 + 90 * seed, img_size, seed))
+    draw = load.shapes
+    monkeypatch.setattr(load, "shapes", lambda count, img_size, seed: draw(60 + 90 * seed, img_size, seed))
     monkeypatch.chdir(tmp_path)
 
 
 def save_model(path, kind=MAE_ViT, seed=0, **trained_on):
     torch.manual_seed(seed)
     model = kind(**SIZE)
-    content = {"kind": kind.__name__, "model_args": SIZE, "model": model.state_dict(), "run_name": Path(path).stem}
-    save_file(path, {"dataset": "shapes", "data_dir": "data", **content, **trained_on})
+    content = {"kind": kind.__name__, "model_args": SIZE, "model": model.state_dict(), "name": Path(path).stem}
+    content |= {"settings": {}, "parent": None, "dataset": "shapes", "data_dir": "data"}
+    save_file(path, {**content, **trained_on})
     return model
 
 
-def rows_of(path):
+def read_table(path):
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
 
 
 def untimed(path):
-    return [{name: value for name, value in row.items() if "seconds" not in name} for row in rows_of(path)]
+    return [{name: value for name, value in row.items() if "seconds" not in name} for row in read_table(path)]
 
 
 def test_the_table_is_of_the_models_features_and_stands_beside_it(capsys):
     model = save_model("run/model.pt").eval()
     main(["--model_path", "run", "--device", "cpu", "--save", "deep/features.npz"])
-    rows = rows_of("run/features.csv")
+    rows = read_table("run/features.csv")
     assert [(row["encoder"], row["layer"], row["pool"]) for row in rows] == [
         ("trained", "3", "cls"),
         ("trained", "3", "mean"),
     ]
-    train, test = data.load_dataset("shapes", "data", 16)
+    train, test = load.load_dataset("shapes", "data", 16)
     with np.load("deep/features.npz") as stored:
         saved = {name: torch.from_numpy(stored[name]) for name in stored.files if name != "classes"}
         assert stored["classes"].tolist() == train.classes
     assert torch.equal(saved["train_labels"], train.labels)
     assert torch.equal(saved["test_labels"], test.labels)
     with torch.no_grad():
-        tokens = {part: model.encoder(data.normalize(of.images)) for part, of in (("train", train), ("test", test))}
+        tokens = {part: model.encoder(normalize(of.images)) for part, of in (("train", train), ("test", test))}
     shown = capsys.readouterr().out
     for row in rows:
         x, queries = (saved[f"{part}_{row['pool']}_3"] for part in ("train", "test"))
@@ -82,8 +85,9 @@ def test_the_table_is_of_the_models_features_and_stands_beside_it(capsys):
     facts = json.loads(Path("run/features.json").read_text())
     assert (facts["train_images"], facts["test_images"], facts["kind"]) == (60, 150, "MAE_ViT")
     assert facts["rows"][1]["knn/acc"] == float(rows[1]["knn/acc"])
-    assert facts.keys() >= {"command", "commit", "precision", "device", "seconds", "memory/peak_mb", "dataset"}
-    assert facts["arguments"]["seed"] == 42
+    assert facts.keys() >= {"command", "commit", "precision", "device", "seconds", "memory/peak_mb", "test_set"}
+    settings = {"dataset": "shapes", "train_images": None, "layers": "last", "pool": ["cls", "mean"]}
+    assert facts["settings"] == settings | {"untrained": False, "seed": 42}
     assert not Path("run/features.png").exists()
 
 
@@ -107,7 +111,7 @@ def test_every_block_is_measured_and_drawn_beside_an_untrained_encoder(monkeypat
     with np.load("features.npz") as one:
         assert sorted(one.files) == sorted(both)  # the trained encoder's only
         assert all((one[name] == both[name]).all() for name in one.files)
-    rows = rows_of("run/features.csv")
+    rows = read_table("run/features.csv")
     expected = [(name, k, pool) for name in ("trained", "untrained") for k in "123" for pool in ("cls", "mean")]
     assert [(row["encoder"], row["layer"], row["pool"]) for row in rows] == expected
     figure, path = drawn[0]
@@ -163,15 +167,19 @@ def test_several_models_of_both_kinds_have_their_own_files():
     assert mae["model_digest"] != classifier["model_digest"]
 
 
-def test_what_is_measured_is_passed_over_until_the_model_or_the_command_changes(capsys):
+@pytest.mark.slow
+def test_what_is_measured_is_passed_over_until_the_model_or_the_command_changes(capsys, monkeypatch):
+    monkeypatch.setattr(evaluate_features, "save", lambda figure, path: (plt.close(figure), path.touch()))  # quick
     save_model("run/model.pt")
     measured = Path("run/features.json")
 
     def measures(*arguments):
         before = measured.read_bytes() if measured.exists() else None
         main(["--model_path", "run", *arguments])
-        passed_over = "Measured already: run/features.csv\n" in capsys.readouterr().out
-        assert passed_over == (measured.read_bytes() == before)
+        shown = capsys.readouterr().out
+        assert "run/features.csv" in shown
+        passed_over = measured.read_bytes() == before
+        assert passed_over != ("k-NN" in shown)
         return not passed_over
 
     assert [measures(), measures(), measures("--device", "cpu"), measures("--overwrite")] == [True, False, False, True]
@@ -184,11 +192,40 @@ def test_what_is_measured_is_passed_over_until_the_model_or_the_command_changes(
     assert not Path("run/features.png").exists()  # it was of another table
     save_model("run/model.pt", seed=1)
     assert [measures(), measures()] == [True, False]
-    measured.write_text("{")
-    with pytest.raises(SystemExit):
-        main(["--model_path", "run"])
-    assert "Cannot read run/features.json" in capsys.readouterr().err
+    for text in ("{", "{}"):
+        measured.write_text(text)
+        with pytest.raises(SystemExit):
+            main(["--model_path", "run"])
+        assert re.search("run/features.json.*--overwrite", capsys.readouterr().err)
     measures("--overwrite")
+
+
+def test_the_table_goes_to_another_directory_where_that_is_asked_for():
+    save_model("run/model.pt")
+    save_model("cls.pt", ViT_Classifier, classes=["whatever"] * 10)
+    main(["--model_path", "run", "--output", "deep/mae"])
+    main(["--model_path", "cls.pt", "--output", "deep/cls", "--pool", "mean"])
+    main(["--model_path", "cls.pt", "--pool", "mean"])
+    assert not list(Path("run").glob("*features*"))
+    assert {path.name for path in Path("deep/mae").iterdir()} == {"features.csv", "features.json"}
+    assert untimed("deep/cls/cls_features.csv") == untimed("cls_features.csv")
+
+
+@pytest.mark.parametrize("arguments", ["--output file", "--output file/deep", "--save file/a.npz", ""])
+def test_where_nothing_can_be_written_nothing_is_measured(arguments, capsys, monkeypatch):
+    def read_only(dir):
+        raise OSError(30, "Read-only file system", str(dir))
+
+    save_model("run/model.pt")
+    Path("file").touch()
+    monkeypatch.setattr(evaluate_features, "extract_features", None)
+    if not arguments:
+        monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
+    with pytest.raises(SystemExit) as leaving:
+        main(["--model_path", "run", *shlex.split(arguments)])
+    assert leaving.value.code == 2
+    error = capsys.readouterr().err
+    assert re.search(r"(file|'run').*--output", error), error
 
 
 def bad_files():
@@ -208,18 +245,18 @@ def bad_files():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("", "the following arguments are required: --model_path"),
-        ("--model_path nowhere.pt", "No file nowhere.pt"),
-        ("--model_path mae.pt text.pt", "Cannot read text.pt"),
-        ("--model_path checkpoint.pt", "checkpoint.pt holds checkpoint; MAE_ViT or ViT_Classifier is needed"),
-        ("--model_path mae.pt mae.pt --save a.npz", "--save takes the features of one model; --model_path names 2"),
-        ("--model_path mae.pt --dataset folder --data_dir pets", "pets/test holds no images"),
-        ("--model_path mae.pt --train_images 7", "--train_images 7 is not 10 classes times 1 to"),
-        ("--model_path mae.pt --layers 4", "--layers: invalid choice: '4' .choose from .*last.*all"),
-        ("--model_path mae.pt --pool max", "--pool: invalid choice: 'max' .choose from .*cls.*mean"),
-        ("--model_path mae.pt --device cuda:7", "--device cuda:7 is not there"),
-        ("--model_path mae.pt --save text.pt/a.npz", "'text.pt'"),
-        ("--model_path nan.pt", "features are infinite or nan"),
+        ("", "--model_path"),
+        ("--model_path nowhere.pt", "nowhere.pt"),
+        ("--model_path mae.pt text.pt", "text.pt"),
+        ("--model_path checkpoint.pt", "checkpoint.pt.*MAE_ViT or ViT_Classifier"),
+        ("--model_path mae.pt mae.pt --save a.npz", "--save.*one model.*2"),
+        ("--model_path mae.pt mae.pt --output there", "--output.*one model.*2"),
+        ("--model_path mae.pt --dataset folder --data_dir pets", "pets/test"),
+        ("--model_path mae.pt --train_images 7", "--train_images 7.*10 classes"),
+        ("--model_path mae.pt --layers 4", "--layers.*'4'.*last.*all"),
+        ("--model_path mae.pt --pool max", "--pool.*'max'.*cls.*mean"),
+        ("--model_path mae.pt --device cuda:7", "cuda:7"),
+        ("--model_path nan.pt", "infinite or nan.*--precision float32"),
     ],
 )
 def test_bad_input_gets_one_line_and_leaves_no_table(arguments, message, capsys, monkeypatch):

@@ -32,10 +32,9 @@ def models(monkeypatch, tmp_path):
     ):
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
-        content = {"kind": type(model).__name__, "model_args": SIZES | more, "model": model.state_dict()}
-        if name != "mae":
-            content["classes"] = NAMES
-        save_file(f"{name}.pt", {**content, "run_name": name, "dataset": "shapes", "data_dir": "data"})
+        content = {"kind": type(model).__name__, "model_args": SIZES | more, "model": model.state_dict(), "name": name}
+        content |= {"settings": {}, "parent": None, "dataset": "shapes", "data_dir": "data"}
+        save_file(f"{name}.pt", content | ({"classes": NAMES} if isinstance(model, ViT_Classifier) else {}))
 
 
 def images():
@@ -73,34 +72,7 @@ def test_a_classifier_that_pools_the_mean_computes_the_same_in_timm(capsys):
     assert eval(call).global_pool == "avg"
 
 
-@pytest.mark.parametrize("name", ["classifier", "mean"])
-@torch.no_grad()
-def test_a_classifier_comes_back_from_timm_with_what_it_learned_there(name):
-    export.main([f"{name}.pt", "--to", "timm", "--output", "timm.pt"])
-    model, content = in_timm("timm.pt"), load_file("timm.pt")
-    model.pos_embed[:, 0, ::2] += 0.5  # which has no place of its own here; a LayerNorm would undo an even shift
-    model.head.bias += 1
-    save_file("trained.pt", {**content, "model": model.state_dict()})
-    export.main(["trained.pt", "--from", "timm", "--output", "back.pt"])
-    back, content = load_model("back.pt", ViT_Classifier)
-    close(back(images()), model(images()))
-    assert content["classes"] == NAMES
-
-
-def test_a_mae_that_got_its_head_in_timm_comes_back_as_a_classifier(capsys):
-    export.main(["mae.pt", "--to", "timm", "--output", "timm.pt"])
-    content = load_file("timm.pt")
-    content["model_args"] |= {"num_classes": 3}
-    content["model"] |= {"head.weight": torch.zeros(3, 24), "head.bias": torch.zeros(3)}
-    save_file("trained.pt", content)
-    export.main(["trained.pt", "--from", "timm", "--output", "back.pt"])
-    assert load_model("back.pt", ViT_Classifier)[1]["classes"] == ["0", "1", "2"]
-    save_file("trained.pt", {**content, "classes": NAMES[:2]})
-    with pytest.raises(SystemExit):
-        export.main(["trained.pt", "--from", "timm", "--output", "back.pt"])
-    assert "trained.pt names 2 classes for a head of 3" in capsys.readouterr().err
-
-
+@pytest.mark.slow
 @torch.no_grad()
 def test_transformers_loads_what_is_written_for_it_and_computes_the_same(capsys):
     transformers = pytest.importorskip("transformers")
@@ -123,12 +95,11 @@ def test_transformers_loads_what_is_written_for_it_and_computes_the_same(capsys)
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("mae.pt --from timm", "mae.pt holds MAE_ViT; timm is needed here"),
-        ("timm.pt --to timm", "timm.pt holds timm; MAE_ViT or ViT_Classifier is needed here"),
-        ("timm.pt --from timm", r"no head \(num_classes=0\), and only a classifier"),
-        ("nowhere.pt --to hf", "No file nowhere.pt"),
-        ("classifier.pt --to hf --output mae.pt", "File exists: 'mae.pt'"),
-        ("mean.pt --to hf", "ViTForImageClassification of transformers cannot pool the mean .*; use --to timm"),
+        ("mae.pt", "--to"),
+        ("timm.pt --to timm", "timm.pt.*MAE_ViT or ViT_Classifier"),
+        ("nowhere.pt --to hf", "nowhere.pt"),
+        ("classifier.pt --to hf --output mae.pt", "mae.pt"),
+        ("mean.pt --to hf", "cannot pool the mean.*--to timm"),
     ],
 )
 def test_what_cannot_be_exported_gets_one_line(command, message, capsys):

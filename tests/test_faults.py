@@ -21,14 +21,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from images.pixels import ImageSet
+from images.shapes import shapes
 
 import mae_pretrain
 import train_classifier
 import visualize_predictions
 from engine import run as runs
 from engine.checkpoints import load_file, load_model, save_file
-from engine.run import Run, read_config, read_metrics
-from images import data
+from engine.records import read_config, read_metrics
+from engine.run import Run
+from images import load
 from model import MASK_STRATEGIES, MAE_ViT, PatchShuffle, ViT_Classifier
 
 ROOT = Path(__file__).parents[1]
@@ -41,9 +44,10 @@ RUNS = [
     (MAE, "--precision float32"),
     (MAE, "--precision bf16 --max_device_batch_size 4"),
     (MAE, "--precision fp16 --max_device_batch_size 4"),
-    (MAE, "--mask_strategy blockwise --max_device_batch_size 3 --augment"),
-    (CLS, "--precision float32 --max_device_batch_size 4 --augment"),
+    (MAE, "--mask_strategy blockwise --max_device_batch_size 3 --augment shift"),
+    (CLS, "--precision float32 --max_device_batch_size 4 --augment shift"),
     (CLS, f"--precision bf16 --max_device_batch_size 4 {OFFICIAL}"),
+    (CLS, f"--optimizer muon --precision fp16 --max_device_batch_size 4 {OFFICIAL}"),
     (CLS, "--train_images 60 --val_images 20 --total_epoch 8"),
 ]
 TIMING = {"seconds", "speed/images_per_sec", "memory/peak_mb"}
@@ -61,8 +65,7 @@ def run_script(
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
     os.environ.update(environment)
     torch.set_num_threads(1)
-    draw = data.shapes
-    data.shapes = lambda count, img_size, seed: draw(min(count, images), img_size, seed)
+    load.shapes = lambda count, img_size, seed: shapes(min(count, images), img_size, seed)
     if save_every_step:
         runs.SAVE_INTERVAL = runs.LEAST_SAVE_INTERVAL = 0
     if file_limit:
@@ -126,10 +129,10 @@ def only_run(directory):
 def same(one, other, tolerance=0.0):
     """Whether two finished runs have the same weights and the same metrics, but for the timing.
 
-    With a tolerance not in knn/acc: a rounding can change a whole answer.
+    With a tolerance not in probe/knn_acc: a rounding can change a whole answer.
     """
     weights, others = load_file(one)["model"], load_file(other)["model"]
-    left_out = TIMING | ({"knn/acc"} if tolerance else set())
+    left_out = TIMING | ({"probe/knn_acc"} if tolerance else set())
     rows, other_rows = (
         [{key: value for key, value in row.items() if key not in left_out} for row in read_metrics(run)]
         for run in (one, other)
@@ -266,7 +269,7 @@ def bad_model_files(directory):
     """Files that are no model of this program, in every way that came to mind, by name."""
     model_args = {"img_size": 8, "patch_size": 4, "embed_dim": 12, "encoder_depth": 1, "num_heads": 2}
     content = {"kind": "MAE_ViT", "model_args": {**model_args, "decoder_depth": 1}}
-    content |= {"run_name": "toy", "dataset": "shapes", "data_dir": "data"}
+    content |= {"name": "toy", "settings": {}, "parent": None, "dataset": "shapes", "data_dir": "data"}
     content["model"] = MAE_ViT(**content["model_args"]).state_dict()
     save_file(directory / "whole.pt", content)
     load_model(directory / "whole.pt", MAE_ViT, ViT_Classifier)
@@ -300,7 +303,7 @@ def bad_model_files(directory):
         "other_kind": {**content, "kind": "Unet"},
         "checkpoint": {**content, "kind": "checkpoint"},
         "no_sizes": {key: value for key, value in content.items() if key != "model_args"},
-        "no_run_name": {key: value for key, value in content.items() if key != "run_name"},
+        "no_name": {key: value for key, value in content.items() if key != "name"},
         "no_dataset": {key: value for key, value in content.items() if key != "dataset"},
         "no_weights": {**content, "model": None},
         "other_sizes": {**content, "model_args": {**content["model_args"], "embed_dim": 24}},
@@ -361,9 +364,10 @@ VAL = "--train_images 60 --val_images 20"
 @pytest.mark.parametrize(
     ("script", "options"),
     [
-        (MAE, "--augment"),
+        (MAE, "--augment shift"),
+        (MAE, "--optimizer muon"),
         (MAE, "--augment crop --norm_pix_loss --decoder_embed_dim 24 --positions sincos"),
-        (CLS, "--augment"),
+        (CLS, "--augment shift"),
         (CLS, VAL),
         (CLS, OFFICIAL),
     ],
@@ -519,19 +523,17 @@ FLAGS += ["warmup_epoch", "batch_size", "max_device_batch_size", "base_learning_
 ONLY = {MAE: ["mask_ratio", "mask_strategy", "decoder_depth"], CLS: ["val_images"]}
 
 
+def fifty_blank_images(count, size, seed):
+    return ImageSet(torch.zeros(50, 3, size, size), torch.arange(50) % 10, list("abcdefghij"))
+
+
 @SETTINGS
 @given(drawn=st.data(), script=st.sampled_from([MAE, CLS]))
 def test_any_command_line_is_accepted_or_gets_one_line(drawn, script, monkeypatch, capsys, tmp_path):
     flags = drawn.draw(st.dictionaries(st.sampled_from(FLAGS + ONLY[script]), NUMBERS, max_size=4))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [f"{script}.py"])
-    monkeypatch.setattr(
-        data,
-        "shapes",
-        lambda count, size, seed: data.ImageSet(
-            torch.zeros(50, 3, size, size), torch.arange(50) % 10, list("abcdefghij")
-        ),
-    )
+    monkeypatch.setattr(load, "shapes", fifty_blank_images)
 
     def reached(self, *args):
         raise ReachedTheRun

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from engine import features
 from engine.features import extract_features, fit_linear, knn_predict, linear_probe
-from images import data
+from images.pixels import normalize
 from model import MAE_ViT, ViT_Classifier
 
 SIZE = {"img_size": 8, "patch_size": 4, "embed_dim": 12, "encoder_depth": 3, "num_heads": 2}
@@ -40,9 +40,9 @@ def test_features_are_the_encoders_tokens_of_each_block_and_the_last_ones_are_no
     encoder = model.encoder if kind is MAE_ViT else model
     torch.nn.init.normal_(encoder.layer_norm.weight)  # else the LayerNorm's weights could be forgotten
     images = torch.randint(0, 256, (7, 3, 8, 8), dtype=torch.uint8, generator=seeded())
-    found = extract_features(encoder, images, data.normalize, [2, 3], ["mean", "cls"], batch_size=3)
+    found = extract_features(encoder, images, normalize, [2, 3], ["mean", "cls"], batch_size=3)
     with torch.no_grad():
-        tokens = encoder.embed(data.normalize(images))
+        tokens = encoder.embed(normalize(images))
         second = encoder.transformer[1](encoder.transformer[0](tokens))
         last = encoder.layer_norm(encoder.transformer(tokens))
     expected = {(2, "mean"): second[:, 1:].mean(1), (2, "cls"): second[:, 0]}
@@ -55,23 +55,23 @@ def test_features_of_a_classifier_that_pools_the_mean_are_what_its_head_takes():
     model = ViT_Classifier(**SIZE, pool="mean")
     torch.nn.init.normal_(model.layer_norm.weight)
     images = torch.randint(0, 256, (7, 3, 8, 8), dtype=torch.uint8, generator=seeded())
-    found = extract_features(model, images, data.normalize, [3], ["mean", "cls"], batch_size=3)
+    found = extract_features(model, images, normalize, [3], ["mean", "cls"], batch_size=3)
     with torch.no_grad():
-        torch.testing.assert_close(model.head(found[3, "mean"]), model(data.normalize(images)))
+        torch.testing.assert_close(model.head(found[3, "mean"]), model(normalize(images)))
 
 
 def test_blocks_after_the_last_one_wanted_are_not_computed():
     encoder = MAE_ViT(**SIZE).encoder
     encoder.transformer[2].register_forward_hook(lambda *_: pytest.fail("computed"))
-    extract_features(encoder, torch.zeros(1, 3, 8, 8), data.normalize, [1, 2], ["cls"], 10)
+    extract_features(encoder, torch.zeros(1, 3, 8, 8), normalize, [1, 2], ["cls"], 10)
 
 
 def test_features_of_a_bf16_encoder_are_float32_and_close():
     encoder = MAE_ViT(**SIZE).encoder
     images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8, generator=seeded())
-    exact = extract_features(encoder, images, data.normalize, [3], ["mean"], 10)[3, "mean"]
+    exact = extract_features(encoder, images, normalize, [3], ["mean"], 10)[3, "mean"]
     with torch.autocast("cpu", torch.bfloat16):
-        half = extract_features(encoder, images, data.normalize, [3], ["mean"], 10)[3, "mean"]
+        half = extract_features(encoder, images, normalize, [3], ["mean"], 10)[3, "mean"]
     assert half.dtype == torch.float32
     assert 0 < (half - exact).abs().max() < 0.05
 

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import mae_pretrain
 from engine.device import autocast, maybe_compiled, tune
 from engine.errors import UserError
-from images import augmentation, data
+from images.augmentation import flip_and_shift, random_resized_crop
+from images.pixels import normalize
 from model import (
     MASK_STRATEGIES,
     MAE_Encoder,
@@ -24,9 +24,8 @@ from model import (
     PatchShuffle,
     ViT_Classifier,
     bayer_matrix,
-    cls_after,
+    block_output,
     drop_path_scales,
-    mae_loss,
     patchify,
     transformer,
     unpatchify,
@@ -107,7 +106,7 @@ def test_mae_computes_the_references_numbers(parity):
     pred, mask = model(parity["image"], ids_shuffle)
     close(unpatchify(pred, 2), parity["predicted_img"])
     close(unpatchify(mask[..., None].expand_as(pred).float(), 2), parity["mask"])
-    loss = mae_loss(pred, parity["image"], mask)
+    loss = model.loss(parity["image"], ids_shuffle)
     close(loss, parity["loss"])
     loss.backward()
     for name, parameter in model.named_parameters():
@@ -177,7 +176,7 @@ def test_a_decoder_of_the_encoders_width_has_no_layer_more():
 
 def test_a_narrow_decoders_arithmetic_is_counted():
     sizes = {"img_size": 8, "patch_size": 2, "embed_dim": 24, "encoder_depth": 1, "num_heads": 3, "decoder_depth": 2}
-    full, narrow = (gflop_per_image({**sizes, "decoder_embed_dim": width}, True) for width in (None, 8))
+    full, narrow = (gflop_per_image({**sizes, "decoder_embed_dim": width}, "mae") for width in (None, 8))
 
     def decoder(width):  # of 17 tokens, 16 predicted
         block = 17 * 12 * width**2 + 2 * 17**2 * width
@@ -491,6 +490,14 @@ def test_hidden_pixels_do_not_reach_the_encoder(strategy):
     assert not torch.equal(model.encoder(images), model.encoder(changed))
 
 
+def loss_of(pred, images, mask, **model_args):
+    """The loss of a MAE that predicts pred, (B, N, P), where mask, (B, N), is hidden."""
+    size = int((pred.shape[-1] / 3) ** 0.5)
+    model = small_mae(img_size=images.shape[-1], patch_size=size, **model_args)
+    model.forward = lambda images, ids_shuffle: (pred, mask)
+    return model.loss(images)
+
+
 @pytest.mark.parametrize("size", [1, 2, 8])  # of a patch
 def test_loss_is_the_mean_over_hidden_pixels_and_has_no_gradient_elsewhere(size):
     images, pred = torch.randn(2, 3, 2 * size, 2 * size), torch.randn(2, 4, 3 * size**2, requires_grad=True)
@@ -501,7 +508,7 @@ def test_loss_is_the_mean_over_hidden_pixels_and_has_no_gradient_elsewhere(size)
             row, column = n // 2 * size, n % 2 * size
             patch = images[b, :, row : row + size, column : column + size].flatten()
             errors += [(p - q) ** 2 for p, q in zip(pred[b, n].tolist(), patch.tolist(), strict=True) if mask[b, n]]
-    loss = mae_loss(pred, images, mask)
+    loss = loss_of(pred, images, mask)
     assert loss.item() == pytest.approx(sum(errors) / len(errors), rel=1e-5)
     loss.backward()
     assert torch.equal(pred.grad.abs().sum(-1) > 0, mask)
@@ -516,9 +523,11 @@ def test_the_normalised_target_is_each_patchs_pixels_minus_their_mean_over_their
         pixels = images[b, :, row : row + 2, column : column + 2].flatten().tolist()
         mean, deviation = statistics.mean(pixels), (statistics.variance(pixels) + 1e-6) ** 0.5
         errors += [(p - (x - mean) / deviation) ** 2 for p, x in zip(pred[b, n].tolist(), pixels, strict=True)]
-    assert mae_loss(pred, images, mask, norm_pix_loss=True).item() == pytest.approx(sum(errors) / len(errors), rel=1e-4)
+    assert loss_of(pred, images, mask, norm_pix_loss=True).item() == pytest.approx(sum(errors) / len(errors), rel=1e-4)
     flat = torch.full((2, 3, 4, 4), 0.3)  # no variance: the target is 0
-    assert mae_loss(pred, flat, mask, True).item() == pytest.approx(pred[mask].square().mean().item(), rel=1e-4)
+    assert loss_of(pred, flat, mask, norm_pix_loss=True).item() == pytest.approx(
+        pred[mask].square().mean().item(), rel=1e-4
+    )
 
 
 def test_a_perfect_normalised_prediction_is_reconstructed_as_the_image():
@@ -528,7 +537,7 @@ def test_a_perfect_normalised_prediction_is_reconstructed_as_the_image():
     model.decoder.forward = lambda features, ids_restore: perfect
     ids = model.shuffle(4, seeded())
     torch.testing.assert_close(model.reconstruct(images, ids)[1], images)
-    assert mae_loss(*model(images, ids)[:1], images, model(images, ids)[1], model.norm_pix_loss) < 1e-10
+    assert model.loss(images, ids) < 1e-10
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 16, 16), (2, 3, 4, 16), (2, 1, 8, 8), (3, 8, 8)])
@@ -559,8 +568,9 @@ def test_the_fast_paths_have_the_plain_ones_loss_and_gradients(precision, compil
     images = torch.randint(256, (4, 3, 8, 8), generator=seeded(), dtype=torch.uint8)
 
     def loss_and_norm(model, precision, compiled=False):
-        forward = maybe_compiled(model, compiled, images.device)
-        loss = mae_pretrain.loss_of(forward, precision, images, model.shuffle(4, seeded()))
+        loss_of = maybe_compiled(model.loss, compiled, images.device, num_images=0)
+        with autocast(precision, images.device):
+            loss = loss_of(normalize(images), model.shuffle(4, seeded()))
         loss.backward()
         norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
         return loss.item(), norm.item()
@@ -578,10 +588,10 @@ def test_a_forward_pass_keeps_to_the_gpu_and_reads_no_number_back(strategy):
         with torch.device("cuda"):
             model, classifier = MAE_ViT(mask_strategy=strategy), ViT_Classifier()
         pixels = torch.zeros(4, 3, 32, 32, dtype=torch.uint8, device="cuda")
-        images = data.normalize(augmentation.random_resized_crop(augmentation.flip_and_shift(pixels, None), None))
+        images = normalize(random_resized_crop(flip_and_shift(pixels, None), None))
         ids_shuffle = model.shuffle(4, device=images.device)
-        pred, mask = model(images, ids_shuffle)
-        results = ids_shuffle, mae_loss(pred, images, mask), *model.reconstruct(images, ids_shuffle), classifier(images)
+        loss, pictures = model.loss(images, ids_shuffle), model.reconstruct(images, ids_shuffle)
+        results = ids_shuffle, loss, *pictures, classifier(images)
     assert {result.device.type for result in results} == {"cuda"}
 
 
@@ -640,14 +650,14 @@ def test_the_classifier_has_the_loss_and_gradients_of_computing_all_tokens(preci
         return loss.detach(), torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
     plain = loss_and_gradients(whole, "float32")
-    fast = loss_and_gradients(maybe_compiled(model, compiled, images.device), precision)
+    fast = loss_and_gradients(maybe_compiled(model, compiled, images.device, num_images=0), precision)
     for ours, theirs in zip(fast, plain, strict=True):
         assert (ours - theirs).norm() <= tolerance * theirs.norm()
 
 
 def test_a_blocks_result_for_the_cls_token_is_computed_for_it_alone():
     (block,), tokens = transformer(24, 1, 3), torch.randn(2, 17, 24)
-    torch.testing.assert_close(cls_after(block, tokens), block(tokens)[:, :1])
+    torch.testing.assert_close(block_output(block, tokens, cls_only=True), block(tokens)[:, :1])
 
 
 def test_a_tiny_model_learns_one_batch_by_heart():
@@ -655,8 +665,7 @@ def test_a_tiny_model_learns_one_batch_by_heart():
     images, ids = torch.randn(4, 3, 8, 8), model.shuffle(4, seeded())
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(300):
-        pred, mask = model(images, ids)
-        loss = mae_loss(pred, images, mask)
+        loss = model.loss(images, ids)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

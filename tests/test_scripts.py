@@ -4,7 +4,6 @@ import argparse
 import csv
 import functools
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -34,7 +33,7 @@ from engine.errors import exit_in_one_line
 from engine.run import Session, read_config, read_metrics
 from images import data
 from model import MASK_STRATEGIES, MAE_ViT, ViT_Classifier, mae_loss
-from scripts import benchmark, compare, export, make_report, plot_curves, sweep_jobs
+from scripts import benchmark, compare, export, make_report, plot_curves, sweep
 from scripts.ablations import BASE
 from scripts.report_figures import mask_matrix
 from scripts.results import read_features
@@ -996,280 +995,6 @@ def test_curves_can_be_drawn_from_the_scripts_path_as_well(tmp_path):
     assert done.stdout.endswith("curves.png\n")
 
 
-# --- sweeps ---
-
-SWEEP = {"EPOCHS": "7", "FINETUNE_EPOCHS": "3", "SEEDS": "1", "DATASET": "shapes", "DATA_DIR": "a b", "LOGS": "here"}
-SWEEP |= {"START": "run", "SIZE": "--patch_size 8 --embed_dim 12 --encoder_depth 1 --num_heads 2"}
-
-
-@pytest.fixture
-def listed(monkeypatch, capsys):
-    """A function: the jobs of some grids, each a list of commands, each a list of words."""
-
-    def list_jobs(*grids, **environment):
-        for name, value in {"LABELS": "", "SCRATCH": "", **SWEEP, **environment}.items():
-            monkeypatch.setenv(name, value)
-        sweep_jobs.main(grids)
-        lines = capsys.readouterr().out.splitlines()
-        return [[shlex.split(command)[1:] for command in line.split(" && ")] for line in lines]
-
-    return list_jobs
-
-
-def parsed(command):
-    script, *flags = command
-    modules = {f"{module.__name__}.py": module for module in (mae_pretrain, evaluate_features, train_classifier)}
-    return modules[script].parse_args(flags)
-
-
-def test_a_sweep_tries_every_combination_with_every_seed(listed):
-    jobs = listed("mask_ratio=0.5,0.9 patch_size=4,8", SEEDS="1 2", PRETRAIN_FLAGS="--mask_ratio 0.3")
-    maes = [parsed(job[0]) for job in jobs]
-    tried = [(mae.seed, mae.mask_ratio, mae.patch_size) for mae in maes]
-    assert tried == list(itertools.product([1, 2], [0.5, 0.9], [4, 8]))
-    assert {(mae.dataset, mae.data_dir, mae.total_epoch, mae.embed_dim) for mae in maes} == {("shapes", "a b", 7, 12)}
-    for mae, (pretrain, *rest) in zip(maes, jobs, strict=True):
-        assert pretrain[0] == "mae_pretrain.py"
-        features, classifier = map(parsed, rest)
-        directory = f"here/pretrain/{mae_pretrain.run_name(mae)}"
-        assert (features.model_path, features.data_dir, features.layers) == ([directory], "a b", "all")
-        assert features.train_images is None
-        assert (classifier.pretrained_model_path, classifier.data_dir) == (directory, "a b")
-        assert (classifier.seed, classifier.total_epoch, classifier.log_dir) == (mae.seed, 3, "here/classifier")
-
-
-WORDS = {"mask_strategy": ("grid", "block"), "mask_ratio": ("0.25", "0.5")}
-WORDS |= {"positions": ("learned", "sincos"), "augment": ("shift", "crop")}
-
-
-def test_runs_that_their_names_do_not_tell_apart_have_directories_of_their_own(listed):
-    jobs = listed("base_learning_rate=1e-3,2e-3 embed_dim=12,24 weight_decay=0.1")
-    places = [f"here/base_learning_rate_{lr}_weight_decay_0.1" for lr in ("1e-3", "2e-3") for _ in range(2)]
-    assert [parsed(job[0]).log_dir for job in jobs] == [f"{place}/pretrain" for place in places]
-    assert [parsed(job[-1]).log_dir for job in jobs] == [f"{place}/classifier" for place in places]
-    assert mae_pretrain.PRESETS["strong"].keys() <= sweep_jobs.IN_NAME
-    defaults = vars(mae_pretrain.parse_args([]))
-    for flag in sweep_jobs.IN_NAME:
-        values = WORDS.get(flag, ("off", "on") if isinstance(defaults[flag], bool) else ("4", "8"))
-        flags = (sweep_jobs.words_of({flag: value}) for value in values)
-        names = {mae_pretrain.run_name(mae_pretrain.parse_args(words)) for words in flags}
-        assert len(names) == 2, f"run_name of mae_pretrain.py does not tell {flag} apart"
-
-
-def test_settings_that_would_be_the_same_run_are_refused(listed, monkeypatch, capsys):
-    monkeypatch.setattr(sweep_jobs, "IN_NAME", sweep_jobs.IN_NAME | {"weight_decay"})
-    with pytest.raises(SystemExit):
-        listed("weight_decay=0.1,0.2")
-    error = capsys.readouterr().err
-    assert re.search(r"'--weight_decay 0.1' and '--weight_decay 0.2' would both be the run here/pretrain/mae_", error)
-    assert "run_name" in error
-
-
-def test_a_sweep_turns_switches_on_and_off(listed):
-    jobs = listed("norm_pix_loss=on,off augment=off,crop", PRETRAIN_FLAGS="--preset strong")
-    maes = [parsed(job[0]) for job in jobs]
-    assert [(mae.norm_pix_loss, mae.augment) for mae in maes] == [
-        (True, False),
-        (True, "crop"),
-        (False, False),
-        (False, "crop"),
-    ]
-    assert {mae.log_dir for mae in maes} == {"here/pretrain"}
-
-
-def test_what_two_grids_share_runs_once(listed):
-    jobs = listed("decoder_depth=2,4", "mask_strategy=random,block", "mask_ratio=0.750 decoder_depth=8", SCRATCH="1")
-    assert [job[0][0] for job in jobs] == ["train_classifier.py", *["mae_pretrain.py"] * 4]
-    maes = [parsed(job[0]) for job in jobs[1:]]
-    assert [(mae.decoder_depth, mae.mask_strategy) for mae in maes] == [
-        (2, "random"),
-        (4, "random"),
-        (4, "block"),
-        (8, "random"),
-    ]
-
-
-def test_label_fractions_start_from_one_mae_in_one_job(listed):
-    jobs = listed("patch_size=4,8 mask_ratio=0.5,0.6", LABELS="200 500", FINETUNE_FLAGS="--train_images 9", SCRATCH="1")
-    scratch, maes = jobs[:2], jobs[2:]  # from scratch: once each size
-    assert [[(parsed(run).patch_size, parsed(run).train_images) for run in job] for job in scratch] == [
-        [(4, 200), (4, 500)],
-        [(8, 200), (8, 500)],
-    ]
-    assert len(maes) == 4
-    for pretrain, *rest in maes:
-        assert pretrain[0] == "mae_pretrain.py"
-        scripts = ["evaluate_features.py"] * 3 + ["train_classifier.py"] * 2
-        assert [command[0] for command in rest] == scripts
-        assert [parsed(command).train_images for command in rest] == [None, 200, 500, 200, 500]
-
-
-def test_a_sweep_without_fine_tuning_only_pretrains_and_measures(listed):
-    ((pretrain, features),) = listed("mask_strategy=block", FINETUNE_EPOCHS="0", SCRATCH="1")
-    assert (pretrain[0], features[0]) == ("mae_pretrain.py", "evaluate_features.py")
-
-
-@pytest.mark.parametrize(
-    ("grid", "environment", "said"),
-    [
-        ("embed_dim", {}, "sweep.sh: error: VARY holds embed_dim; it needs flags with values"),
-        ("embed_dim=,", {}, "VARY holds embed_dim=,; it needs"),
-        ("seed=1,2", {}, "VARY holds seed; set SEEDS instead"),
-        ("mask_ratio=0.5,75", {}, "mae_pretrain.py: error: mask_ratio 75.0 does not split"),
-        ("mask_strategy=rnadom", {}, "invalid choice: 'rnadom'"),
-        ("augment=1", {}, "mae_pretrain.py: error: argument --augment: '1' is neither shift nor crop"),
-        ("", {"FINETUNE_FLAGS": "--bach_size 9"}, "train_classifier.py: error: unrecognized arguments: --bach_size"),
-        ("", {"LABELS": "100"}, "train_classifier.py: error: --batch_size 128 is more than the 100 training images"),
-        ("", {"LABELS": "few"}, "evaluate_features.py: error: argument --train_images: 'few' is not a positive"),
-    ],
-)
-def test_wrong_settings_end_a_sweep_before_it_starts(grid, environment, said, listed, capsys):
-    with pytest.raises(SystemExit) as leaving:
-        listed("mask_ratio=0.5", grid, **environment)
-    assert leaving.value.code == 2
-    done = capsys.readouterr()
-    assert said in done.err
-    assert done.err.count("\n") == 1
-    assert done.out == ""
-
-
-@pytest.fixture
-def checkout(tmp_path):
-    """The shell scripts, with a Python that only notes what it is asked in `calls`; jobs it lists from `jobs`."""
-    python = f"""#!/bin/bash
-echo "$(printf '%q ' "$@")" >>calls
-if [ "$2" = scripts.sweep_jobs ]; then
-  if [ -e jobs ]; then exec cat jobs; fi
-  cd {shlex.quote(str(ROOT))} && exec {shlex.quote(sys.executable)} "$@"
-fi
-"""
-    files = {f"scripts/{path.name}": path.read_text() for path in (ROOT / "scripts").glob("*.sh")}
-    for path, text in {**files, "scripts/setup.sh": "#!/bin/sh\necho installed\n", ".venv/bin/python": python}.items():
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_text(text)
-        (tmp_path / path).chmod(0o755)
-    return tmp_path
-
-
-def start(command, checkout, **environment):
-    """Run a line of bash there: its output."""
-    environment = {"PATH": os.environ["PATH"], "CUDA_VISIBLE_DEVICES": "", **environment}  # one worker, GPUs or not
-    done = subprocess.run(["bash", "-c", command], cwd=checkout, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def calls(checkout):
-    return [shlex.split(line) for line in (checkout / "calls").read_text().splitlines()]
-
-
-@pytest.mark.parametrize(
-    ("script", "expected"),
-    [
-        ("sweep.sh", [{}]),
-        ("ablate_decoder_depth.sh", [{"decoder_depth": depth} for depth in "248"]),
-        ("ablate_mask_strategy.sh", [{"mask_strategy": name} for name in MASK_STRATEGIES]),
-        ("ablate_mask_ratio.sh", [{"mask_ratio": f"0.{tenths}"} for tenths in (1, 2, 3, 4, 5, 6, 7, 75, 8, 9)]),
-        (
-            "reproduce_report.sh",
-            [{"mask_strategy": "random", "decoder_depth": depth} for depth in "428"]
-            + [{"mask_strategy": name, "decoder_depth": "4"} for name in MASK_STRATEGIES],
-        ),
-    ],
-)
-def test_the_ablations_and_the_report_are_sweeps(script, expected, checkout):
-    (checkout / "jobs").write_text("run mae_pretrain.py\n")
-    start(f"scripts/{script}", checkout)
-    listing, job, *report = calls(checkout)
-    assert [setting for grid in listing[2:] for setting in sweep_jobs.combinations(grid)] == expected
-    assert job == ["mae_pretrain.py"]
-    reports = [["-m", "scripts.make_report", "--runs", "logs/ablation", "--output", "logs/report"]]
-    assert report == (reports if script == "reproduce_report.sh" else [])
-    (checkout / "calls").unlink()
-    assert start(f"scripts/{script}", checkout, DRY="1") == "run mae_pretrain.py\n"
-    assert calls(checkout) == [listing]
-
-
-def test_a_sweep_is_told_what_varies_and_says_what_it_runs(checkout):
-    (checkout / "jobs").write_text("run a.py 'b c' && run d.py\nrun e.py\n")
-    varied = {
-        "STRATEGIES": "grid  block",
-        "DEPTHS": "2 4",
-        "RATIOS": "0.5",
-        "PATCH_SIZES": "4",
-        "VARY": "embed_dim=9,6",
-    }
-    said = start("scripts/sweep.sh", checkout, **varied)
-    (listing, *commands) = calls(checkout)
-    grid = "mask_strategy=grid,block decoder_depth=2,4 mask_ratio=0.5 patch_size=4 embed_dim=9,6"
-    assert " ".join(listing[2].split()) == grid
-    assert commands == [["a.py", "b c"], ["d.py"], ["e.py"]]
-    assert said == "[1 of 2]\n+ python a.py b\\ c\n+ python d.py\n[2 of 2]\n+ python e.py\n"
-
-
-def test_the_list_of_a_sweeps_jobs_runs_under_xargs_two_at_once(checkout):
-    environment = {**SWEEP, "SEEDS": "1 2", "RATIOS": "0.5 0.9", "SCRATCH": "1"}
-    start("DRY=1 scripts/sweep.sh >jobs.txt", checkout, **environment)
-    assert len(calls(checkout)) == 1  # nothing has run yet
-    jobs = [line.split(" && ") for line in (checkout / "jobs.txt").read_text().splitlines()]
-    assert [len(job) for job in jobs] == [1, 3, 3] * 2
-    (checkout / "calls").unlink()
-    start("tr '\\n' '\\0' <jobs.txt | xargs -0 -n 1 -P 2 bash -c", checkout)
-    done = calls(checkout)
-    for job in jobs:
-        order = [done.index(shlex.split(command)[1:]) for command in job]
-        assert order == sorted(order)
-    assert len(done) == sum(map(len, jobs))
-
-
-def sweep(lines, **environment):
-    """Source scripts/sweep.sh and run some lines of bash, with the jobs `run 1` to `run 5`."""
-    script = f"set -euo pipefail; source scripts/sweep.sh; list_jobs() {{ jobs=('run '{{1..5}}); }}; {lines}; run_all"
-    environment = {"PATH": os.environ["PATH"], "CUDA_VISIBLE_DEVICES": "", **environment}  # one worker, GPUs or not
-    return subprocess.run(["bash", "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
-
-
-def test_jobs_at_once_share_the_sweep_and_the_cores():
-    say = """python=say
-    say() { echo "$(sh -c "echo \\$PPID") $OMP_NUM_THREADS ${CUDA_VISIBLE_DEVICES:-}"; sleep 0.05; }"""
-    done = sweep(say, JOBS="2")
-    assert done.returncode == 0, done.stderr
-    assert sorted(re.findall(r"\[(\d) of 5\]", done.stdout)) == list("12345")
-    workers = re.findall(r"^(\d+) (\d+) (\S*)$", done.stdout, re.MULTILINE)
-    assert len({worker for worker, _, _ in workers}) == 2
-    assert {int(threads) for _, threads, _ in workers} == {max(1, os.cpu_count() // 2)}
-    done = sweep(say, CUDA_VISIBLE_DEVICES="0,3")
-    assert {gpu for _, _, gpu in re.findall(r"^(\d+) (\d+) (\S*)$", done.stdout, re.MULTILINE)} == {"0", "3"}
-
-
-@pytest.mark.parametrize("jobs", ["1", "2"])
-def test_a_sweep_stops_at_the_first_failure(jobs):
-    done = sweep("python=false", JOBS=jobs)
-    assert done.returncode != 0
-    assert 1 <= done.stdout.count("+ python") <= int(jobs)
-    assert "Stopped at job 1 of 5; the same command continues" in done.stderr
-
-
-@pytest.mark.parametrize("jobs", ["1", "2"])
-def test_a_stopped_sweep_ends_when_its_runs_have_saved(jobs, tmp_path):
-    run = tmp_path / "run"  # says that it has started; saves when stopped, which takes a while
-    run.write_text("""#!/bin/bash
-trap 'sleep 0.5; touch $$.saved; exit 143' TERM
-touch $$.started
-for i in {1..200}; do sleep 0.1; done
-""")
-    run.chmod(0o755)
-    script = (
-        f"set -euo pipefail; source {ROOT}/scripts/sweep.sh; list_jobs() {{ jobs=(run run); }}; python={run}; run_all"
-    )
-    process = subprocess.Popen(["bash", "-c", script], cwd=tmp_path, env={**os.environ, "JOBS": jobs}, text=True)
-    while process.poll() is None and len(list(tmp_path.glob("*.started"))) < int(jobs):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=20) == 130
-    assert len(list(tmp_path.glob("*.saved"))) == int(jobs)
-
-
 def test_gallery_of_masks_needs_no_model():
     visualize_predictions.main(["--masks"])
     assert picture_size("masks.png")[0] > 400
@@ -1298,7 +1023,7 @@ def test_dry_run_goes_through_every_line_and_leaves_nothing(script, more, capsys
 
 
 PARSERS = [mae_pretrain, train_classifier, evaluate_features, visualize_predictions, plot_curves, benchmark]
-PARSERS += [export, make_report, compare]
+PARSERS += [export, make_report, compare, sweep]
 
 
 @pytest.mark.parametrize("script", PARSERS)
@@ -1344,7 +1069,7 @@ def test_commands_in_the_readme_its_pages_and_the_scripts_have_flags_that_exist(
     commands = []
     modules = (mae_pretrain, train_classifier, evaluate_features, visualize_predictions)
     parsers = {f"{module.__name__}.py": module for module in modules}
-    parsers |= {module.__name__: module for module in (benchmark, compare, export, make_report, plot_curves)}
+    parsers |= {module.__name__: module for module in (benchmark, compare, export, make_report, plot_curves, sweep)}
     for path in [*PAGES, *ROOT.glob("*.py")]:
         for line in path.read_text().replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True) if COMMAND.match(line) else []
@@ -1371,27 +1096,6 @@ def test_the_readmes_python_runs():
     assert names["features"].shape == (1, 65, 96)
     assert names["pixels"].dtype == torch.uint8
     assert names["name"] in data.SHAPES
-
-
-def test_the_quickstart_asks_for_flags_that_exist(tmp_path):
-    """The script itself, with a Python that only notes what it is asked."""
-    for path, text in {
-        "scripts/quickstart.sh": (ROOT / "scripts" / "quickstart.sh").read_text(),
-        "scripts/setup.sh": "#!/bin/sh\n",
-        ".venv/bin/python": '#!/bin/sh\necho "$@" >> calls\n',
-    }.items():
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_text(text)
-        (tmp_path / path).chmod(0o755)
-    done = subprocess.run([tmp_path / "scripts" / "quickstart.sh"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    calls = [shlex.split(line) for line in (tmp_path / "calls").read_text().splitlines()]
-    scripts = (mae_pretrain, evaluate_features, train_classifier, visualize_predictions)
-    modules = {f"{module.__name__}.py": module for module in scripts}
-    for call in calls[:-1]:
-        modules[call[0]].parse_args(call[1:])
-    plot_curves.parse_args(calls[-1][2:])
-    assert len(calls) == 8
 
 
 def test_the_defaults_are_the_references_recipe():

@@ -18,17 +18,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from images.pixels import normalize
+from images.shapes import shapes
 from PIL import Image
-from test_augmentation import cropped_one_by_one
+from reference import cropped_one_by_one
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import mae_pretrain
 import train_classifier
 from engine import processes, training
 from engine.checkpoints import load_file, load_model
+from engine.device import loss_scaler
 from engine.errors import UserError
-from engine.run import Session, read_metrics
-from images import data
+from engine.optimizers import orthogonalized
+from engine.records import read_metrics
+from engine.run import Session
 from model import MAE_Encoder, MAE_ViT, PatchShuffle, ViT_Classifier
 
 SIZE = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "encoder_depth": 2, "num_heads": 3}
@@ -41,7 +45,8 @@ SWITCHES += [
     (
         "--norm_pix_loss --decoder_embed_dim 16 --positions sincos",
         {"norm_pix_loss": True, "decoder_embed_dim": 16, "positions": "sincos"},
-    )
+    ),
+    ("--optimizer muon", {}),
 ]
 TOLERANCE = {"": 1e-6, "shift": 1e-6, "crop": 1e-5}  # a pixel of a crop that lies between two values is rounded
 SIZE_FLAGS = " ".join(f"--{name} {value}" for name, value in SIZE.items())
@@ -55,8 +60,7 @@ def in_an_empty_directory(monkeypatch, tmp_path):
 @pytest.fixture
 def few_shapes(monkeypatch):
     """Drawn sets: 50 images for training, 140 for testing."""
-    draw = data.shapes
-    monkeypatch.setattr(data, "shapes", lambda count, size, seed: draw(140 if seed else 50, size, seed))
+    monkeypatch.setattr("images.load.shapes", lambda count, size, seed: shapes(140 if seed else 50, size, seed))
 
 
 def pretrain(flags):
@@ -103,14 +107,31 @@ def rate(step):
     return PEAK * (1 + math.cos(math.pi * (step - WARMUP + 1) / (EPOCHS * STEPS - WARMUP + 1))) / 2
 
 
-def plain_loop(model, betas, loss_of, evaluate=lambda model: {}, groups=None, rate=rate, clip=0):
+def step_by_muon(model, groups, momenta):
+    """Step and take the gradient from each matrix of the blocks. The formula's x x^T x needs no transpose."""
+    for name, weight in model.named_parameters():
+        if "transformer" not in name or weight.ndim == 1:
+            continue
+        (group,) = (group for group in groups if any(weight is other for other in group["params"]))
+        momenta[name] = 0.95 * momenta.get(name, 0) + weight.grad
+        updates = (weight.grad + 0.95 * momenta[name]).split(weight.shape[1] if "qkv" in name else weight.shape[0])
+        for i, x in enumerate(updates):
+            x = x / x.square().sum().sqrt()
+            for _ in range(5):
+                x = 3.4445 * x - 4.7750 * x @ x.T @ x + 2.0315 * x @ x.T @ x @ x.T @ x
+            part = weight.data[i * len(x) : (i + 1) * len(x)]
+            part -= group["lr"] * (group["weight_decay"] * part + 0.2 * max(x.shape) ** 0.5 * x)
+        weight.grad = None
+
+
+def plain_loop(model, betas, loss_of, evaluate=lambda model: {}, groups=None, rate=rate, clip=0, muon=False):
     """Train the model; a row of metrics an epoch.
 
     Args:
         groups: of parameters; lr_scale: by what a group's rate is multiplied; clip: the largest norm of the gradients.
     """
     optimizer = torch.optim.AdamW(groups or model.parameters(), betas=betas, weight_decay=0.05)
-    rows = []
+    rows, momenta = [], {}
     for epoch in range(EPOCHS):
         losses = []
         for step in range(STEPS):
@@ -124,6 +145,8 @@ def plain_loop(model, betas, loss_of, evaluate=lambda model: {}, groups=None, ra
                 norm = math.sqrt(sum(float((parameter.grad**2).sum()) for parameter in model.parameters()))
                 for parameter in model.parameters():
                     parameter.grad *= min(1, clip / norm)
+            if muon:
+                step_by_muon(model, optimizer.param_groups, momenta)
             optimizer.step()
             losses.append(loss.item())
         rows.append({"train/loss": sum(losses) / STEPS, "lr": lr, **evaluate(model)})
@@ -145,7 +168,7 @@ def check_same(directory, kind, model, rows, tolerance):
 def test_pretraining_ends_with_the_weights_of_a_plain_loop(switches, how, augment, parts, few_shapes):
     flags = f"{RUN} {SIZE_FLAGS} --decoder_depth 1 --max_device_batch_size {parts} {augment and f'--augment {augment}'}"
     run = pretrain(f"{flags} {switches}")
-    images = data.shapes(50, 16, seed=0).images
+    images = shapes(50, 16, seed=0).images
 
     def loss_of(model, epoch, step):
         _, x = batch_of(images, epoch, step, augment)
@@ -156,14 +179,15 @@ def test_pretraining_ends_with_the_weights_of_a_plain_loop(switches, how, augmen
             for patch in hidden:
                 row, column = patch // 4 * 4, patch % 4 * 4
                 pixels = image[:, row : row + 4, column : column + 4]
-                if switches:
+                if how:
                     pixels = (pixels - pixels.mean()) / (pixels.var() + 1e-6) ** 0.5
                 total = total + ((prediction[patch].view(3, 4, 4) - pixels) ** 2).mean()
         return total / (BATCH * 12)
 
     torch.manual_seed(SEED)
     model = MAE_ViT(**SIZE, decoder_depth=1, **how)
-    check_same(run, MAE_ViT, model, plain_loop(model, (0.9, 0.95), loss_of), TOLERANCE[augment])
+    rows = plain_loop(model, (0.9, 0.95), loss_of, muon="muon" in switches)
+    check_same(run, MAE_ViT, model, rows, TOLERANCE[augment])
 
 
 @pytest.mark.parametrize("augment", ["", "shift", "crop"])
@@ -173,7 +197,7 @@ def test_a_classifier_ends_with_the_weights_of_a_plain_loop(augment, parts, star
     flags = f"{RUN} --max_device_batch_size {parts} {augment and f'--augment {augment}'} "
     mae = pretrain(f"{RUN} {SIZE_FLAGS} --decoder_depth 1 --seed 1") if start == "pretrained" else None
     run = classify(flags + (f"--pretrained_model_path {mae}" if mae else SIZE_FLAGS))
-    train, test = data.shapes(50, 16, seed=0), data.shapes(140, 16, seed=1)
+    train, test = shapes(50, 16, seed=0), shapes(140, 16, seed=1)
 
     def logits_of(model, x):
         return model.head(MAE_Encoder.forward(model, x)[:, 0])
@@ -201,12 +225,15 @@ def test_a_classifier_ends_with_the_weights_of_a_plain_loop(augment, parts, star
 
 
 def test_losses_of_a_classifier_in_bf16_are_computed_in_float32(few_shapes):
-    images, model = data.shapes(50, 16, seed=0), ViT_Classifier(**SIZE, num_classes=10)
+    images, model = shapes(50, 16, seed=0), ViT_Classifier(**SIZE, num_classes=10)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        logits = model(data.normalize(images.images))
+        logits = model(normalize(images.images))
     assert logits.dtype == torch.bfloat16
     expected = F.cross_entropy(logits.float(), images.labels).item()
-    assert train_classifier.loss_of(model, "bf16", images.images, images.labels).item() == expected
+    experiment = train_classifier.Classification(train_classifier.parse_args(shlex.split(SIZE_FLAGS)))
+    experiment.model = model
+    with torch.autocast("cpu", torch.bfloat16):
+        assert experiment.loss(images.images, images.labels).item() == expected
     assert train_classifier.evaluate(model, images, "bf16", 50)["test/loss"] == pytest.approx(expected, rel=1e-6)
 
 
@@ -249,7 +276,10 @@ CLASSIFIER_SWITCHES = [
 CLASSIFIER_SWITCHES += ["--label_smoothing 0.2", "--mixup 0.8", "--cutmix 1", "--mixup 0.8 --cutmix 1"]
 
 
-@pytest.mark.parametrize("switches", [*CLASSIFIER_SWITCHES, " ".join(CLASSIFIER_SWITCHES)])
+ALL_SWITCHES = " ".join(CLASSIFIER_SWITCHES)
+
+
+@pytest.mark.parametrize("switches", [*CLASSIFIER_SWITCHES, ALL_SWITCHES, f"{ALL_SWITCHES} --optimizer muon"])
 def test_a_classifier_with_switches_ends_with_the_weights_of_a_plain_loop(switches, few_shapes):
     wanted = train_classifier.parse_args(shlex.split(switches))
     mae = pretrain(
@@ -257,7 +287,7 @@ def test_a_classifier_with_switches_ends_with_the_weights_of_a_plain_loop(switch
     )  # also a LayerNorm of its own
     flags = f"{RUN} --base_learning_rate 2e-2 --weight_decay 0.5 --max_device_batch_size 5 {switches}"
     run = classify(f"{flags} --pretrained_model_path {mae}")
-    train = data.shapes(50, 16, seed=0)
+    train = shapes(50, 16, seed=0)
 
     def loss_of(model, epoch, step):
         ids, x = batch_of(train.images, epoch, step, augment=False)
@@ -297,16 +327,16 @@ def test_a_classifier_with_switches_ends_with_the_weights_of_a_plain_loop(switch
                 "lr_scale": wanted.layer_decay ** (SIZE["encoder_depth"] + 1 - depth),
             }
         )
-    rows = plain_loop(
-        model, (0.9, 0.999), loss_of, groups=groups, rate=lambda step: 20 * rate(step), clip=wanted.clip_grad
-    )
+    rate_of, muon = (lambda step: 20 * rate(step)), wanted.optimizer == "muon"
+    rows = plain_loop(model, (0.9, 0.999), loss_of, groups=groups, rate=rate_of, clip=wanted.clip_grad, muon=muon)
     check_same(run, ViT_Classifier, model, rows, tolerance=1e-5)
 
 
 def test_layer_decay_counts_twelve_blocks():
-    model = ViT_Classifier(img_size=4, patch_size=2, embed_dim=2, encoder_depth=12, num_heads=1)
-    optimizer = train_classifier.build_optimizer(model, 1.0, 0.05, layer_decay=0.5)
-    scales = {parameter: group["lr_scale"] for group in optimizer.param_groups for parameter in group["params"]}
+    flags = "--img_size 4 --patch_size 2 --embed_dim 2 --encoder_depth 12 --num_heads 1 --layer_decay 0.5"
+    experiment = train_classifier.Classification(train_classifier.parse_args(flags.split()))
+    model = experiment.model = ViT_Classifier(**experiment.model_args)
+    scales = {weight: group["lr_scale"] for group in experiment.parameter_groups() for weight in group["params"]}
     found = [{scales[parameter] for parameter in block.parameters()} for block in model.transformer]
     assert found == [{0.5**k} for k in range(12, 0, -1)]
     assert (scales[model.cls_token], scales[model.head.weight]) == (0.5**13, 1)
@@ -385,6 +415,25 @@ def test_a_plan_that_cannot_be_is_refused_with_a_way_out(changes, message):
         plan(**changes)
 
 
+# --- optimizers ---
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_orthogonalized_matrices_keep_their_singular_vectors_and_have_singular_values_near_1(dtype, tolerance):
+    matrices = (
+        torch.randn(3, 8, 24, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-6, 1, 1e6])[:, None, None]
+    )
+    left, _, right = torch.linalg.svd(matrices, full_matrices=False)
+    found = left.mT @ orthogonalized(matrices, dtype) @ right.mT  # (3, 8, 8)
+    values = found.diagonal(dim1=1, dim2=2)
+    assert 0.65 < values.min() < values.max() < 1.25
+    torch.testing.assert_close(found, torch.diag_embed(values), rtol=0, atol=tolerance)
+
+
+def test_a_matrix_without_a_gradient_only_decays():
+    assert orthogonalized(torch.zeros(1, 2, 3), torch.float32).eq(0).all()
+
+
 # --- one update, one epoch ---
 
 
@@ -396,12 +445,21 @@ class Weight(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.tensor(0.0))
 
 
+CPU = torch.device("cpu")
+UNSCALED = loss_scaler("float32", CPU)
+
+
+def setup_of(slices, scaler=UNSCALED, clip_grad=0.0, steps_per_epoch=1, total_steps=1):
+    """How a toy computes: these micro-batches of batches that end with the last of them, at the full rate."""
+    plan = training.Plan(slices[-1].stop, slices, steps_per_epoch, warmup_steps=0, total_steps=total_steps, peak_lr=1.0)
+    return training.Setup(CPU, "float32", plan, 16, scaler, clip_grad)
+
+
 def test_an_update_follows_the_mean_of_this_processs_part_of_the_batch():
     model, values = Weight(), torch.tensor([9.0, 9, 9, 1, 2, 6, 9])
     optimizer = torch.optim.SGD(model.parameters(), lr=9.0)
-    loss = training.update(
-        model, optimizer, [slice(3, 4), slice(4, 6)], 0.5, lambda x: (model.weight * x + 1).mean(), [values]
-    )
+    setup = setup_of([slice(3, 4), slice(4, 6)])
+    loss = training.update(setup, model, optimizer, lambda x: (model.weight * x + 1).mean(), [values], 0.5)
     assert loss.item() == 1
     assert model.weight.item() == -0.5 * 3  # the rate times the mean of 1, 2 and 6
 
@@ -415,11 +473,11 @@ def product(model):
 @pytest.mark.parametrize(("clip_grad", "gradient"), [(0.0, 2.0), (3.0, 2.0), (0.5, 0.5)])
 def test_a_scaled_loss_steps_like_a_plain_one(slices, clip_grad, gradient):
     weights, values = [], torch.tensor([0.5, 1.5, 2.0, 4.0])
-    for scaler in (training.UNSCALED, torch.amp.GradScaler("cpu", init_scale=3.0)):
+    for scaler in (UNSCALED, torch.amp.GradScaler("cpu", init_scale=3.0)):
         model = Weight()
         optimizer = torch.optim.SGD(model.parameters())
         for _ in range(3):
-            training.update(model, optimizer, slices, 0.1, product(model), [values], scaler, clip_grad)
+            training.update(setup_of(slices, scaler, clip_grad), model, optimizer, product(model), [values], 0.1)
             weights.append(model.weight.item())
     assert weights == pytest.approx([-0.1 * gradient * step for step in (1, 2, 3)] * 2)
 
@@ -428,9 +486,9 @@ def bursting(rank, meeting, answers):
     """The body of a process of two: three steps, of which the gradient of the second process's second is infinite."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     model, scaler = Weight(), torch.amp.GradScaler("cpu", init_scale=8.0)
-    optimizer, weights = mae_pretrain.build_optimizer(model, 0.1, 0.0), []
+    optimizer, weights = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True), []
     for value in (1.0, math.inf if rank else 1.0, 1.0):
-        training.update(model, optimizer, [slice(0, 1)], 0.1, product(model), [torch.tensor([value])], scaler)
+        training.update(setup_of([slice(0, 1)], scaler), model, optimizer, product(model), [torch.tensor([value])], 0.1)
         weights.append(model.weight.item())
     answers.put((weights, scaler.get_scale(), optimizer.state[model.weight]["step"].item()))
 
@@ -446,13 +504,16 @@ def test_all_processes_pass_over_a_step_in_which_one_has_an_infinite_gradient(se
     assert one == other == ([pytest.approx(-0.1), pytest.approx(-0.1), pytest.approx(-0.2)], 4.0, 2)
 
 
-@pytest.mark.parametrize("script", ["mae_pretrain", "train_classifier"])
-def test_a_stopped_run_in_fp16_goes_on_with_its_scale(script, few_shapes, monkeypatch):
+@pytest.mark.parametrize(
+    ("script", "optimizer"), [("mae_pretrain", "adamw"), ("train_classifier", "adamw"), ("mae_pretrain", "muon")]
+)
+def test_a_stopped_run_in_fp16_goes_on_with_its_scale(script, optimizer, few_shapes, monkeypatch):
     """A scale that is too large for the first steps and then grows at every second one."""
     start = {"mae_pretrain": pretrain, "train_classifier": classify}[script]
     flags = f"{RUN} {SIZE_FLAGS} {'--decoder_depth 1' if script == 'mae_pretrain' else ''} --precision fp16"
+    flags += f" --optimizer {optimizer}"
     scaler = functools.partial(torch.amp.GradScaler, "cpu", init_scale=2.0**40, backoff_factor=2.0**-30)
-    monkeypatch.setattr(f"{script}.loss_scaler", lambda *_: scaler(growth_interval=2))
+    monkeypatch.setattr(training, "loss_scaler", lambda *_: scaler(growth_interval=2))
     whole, tick, steps = start(f"{flags} --log_dir whole"), Session.tick, []
 
     def stop_after_4(self):
@@ -472,21 +533,25 @@ def test_a_stopped_run_in_fp16_goes_on_with_its_scale(script, few_shapes, monkey
     assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
 
 
+def toy_experiment(model, num_images, draw_batch):
+    args = argparse.Namespace(seed=SEED)
+    return SimpleNamespace(args=args, model=model, num_images=num_images, draw_batch=draw_batch)
+
+
 def test_gradients_that_are_never_finite_end_a_run_in_fp16():
-    model, plan = Weight(), training.Plan(1, [slice(0, 1)], 100, warmup_steps=0, total_steps=100, peak_lr=1.0)
+    model = Weight()
+    setup = setup_of([slice(0, 1)], torch.amp.GradScaler("cpu"), steps_per_epoch=100, total_steps=100)
     session = SimpleNamespace(progress={"epoch": 0, "step": 0, "loss_sum": 0.0, "seconds": 0.0}, tick=lambda: None)
-    step = functools.partial(training.train_one_epoch, model, torch.optim.SGD(model.parameters()), plan)
-    scaler = torch.amp.GradScaler("cpu")
+    experiment = toy_experiment(model, 100, lambda *_: [torch.tensor([math.inf])])
     with pytest.raises(UserError, match="Gradients are infinite or nan at epoch 1, step 31, "):
-        step(torch.arange(100), lambda *_: [torch.tensor([math.inf])], product(model), session, scaler)
+        training.train_one_epoch(setup, experiment, torch.optim.SGD(model.parameters()), product(model), session)
 
 
 def test_an_epoch_that_was_stopped_goes_on_with_what_it_had(monkeypatch):
     """Its second and third step: order, loss and time are those of the whole epoch."""
     now, seen, ticks = [100.0], [], []
     monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
-    model = Weight()
-    plan = training.Plan(4, [slice(0, 4)], steps_per_epoch=3, warmup_steps=0, total_steps=9, peak_lr=1.0)
+    model, setup = Weight(), setup_of([slice(0, 4)], steps_per_epoch=3, total_steps=9)
     progress = {"epoch": 1, "step": 1, "loss_sum": 5.0, "seconds": 10.0}
 
     def draw_batch(ids, epoch, step):
@@ -501,16 +566,14 @@ def test_an_epoch_that_was_stopped_goes_on_with_what_it_had(monkeypatch):
         ticks.append(dict(progress))
         now[0] += 0.5
 
-    order = torch.arange(14).flip(0)
-    optimizer = torch.optim.SGD(model.parameters())
-    metrics = training.train_one_epoch(
-        model, optimizer, plan, order, draw_batch, loss_of, SimpleNamespace(progress=progress, tick=tick)
-    )
-    assert seen == [([9, 8, 7, 6], 1, 1), ([5, 4, 3, 2], 1, 2)]
+    optimizer, session = torch.optim.SGD(model.parameters()), SimpleNamespace(progress=progress, tick=tick)
+    metrics = training.train_one_epoch(setup, toy_experiment(model, 14, draw_batch), optimizer, loss_of, session)
+    order = torch.randperm(14, generator=drawn_from(SEED, 1, "order")).tolist()
+    assert seen == [(order[4:8], 1, 1), (order[8:12], 1, 2)]
     assert [(tick["step"], float(tick["loss_sum"]), tick["seconds"]) for tick in ticks] == [(2, 6, 12), (3, 8, 14.5)]
     assert metrics == {
         "train/loss": pytest.approx(8 / 3),
-        "lr": plan.lr(5),
+        "lr": setup.plan.lr(5),
         "seconds": 15,
         "speed/images_per_sec": 12 / 15,
     }
@@ -523,7 +586,7 @@ def test_several_processes_share_out_every_image_once(count, world_size, monkeyp
     monkeypatch.setattr(processes.dist, "get_world_size", lambda: world_size)
     taken = []
     for rank in range(world_size):
-        monkeypatch.setattr(processes.dist, "get_rank", lambda rank=rank: rank)
+        monkeypatch.setenv("RANK", str(rank))
         parts = [torch.arange(count)[part] for part in processes.shared_out(count, 500)]
         assert max(map(len, parts), default=0) <= 500
         assert len(parts) <= math.ceil(math.ceil(count / 500) / world_size)
@@ -552,7 +615,7 @@ def test_a_classifier_tells_classes_apart_that_differ_plainly(held_out, capsys):
     draw_folder(Path("lights"), {"train": 40, "test": 20})
     size = "--img_size 8 --patch_size 4 --embed_dim 24 --encoder_depth 1 --num_heads 2"
     flags = f"--dataset folder --data_dir lights {size} --total_epoch 12 --batch_size 15 --base_learning_rate 5e-2"
-    train_classifier.main(shlex.split(f"{flags} --augment --device cpu {held_out}"))
+    train_classifier.main(shlex.split(f"{flags} --augment shift --device cpu {held_out}"))
     (run,) = Path("logs/classifier").iterdir()
     assert read_metrics(run)[-1]["test/acc"] >= 0.95
     assert f"test accuracy {read_metrics(run)[-1]['test/acc']:.2%}" in capsys.readouterr().out
@@ -563,7 +626,7 @@ def test_pretraining_beats_the_mean_visible_colour():
     flags = "--dataset shapes --train_images 1000 --img_size 16 --patch_size 4 --embed_dim 32 --encoder_depth 2 "
     flags += "--num_heads 2 --decoder_depth 1 --batch_size 50 --total_epoch 14 --base_learning_rate 2e-2 --device cpu"
     model, _ = load_model(pretrain(flags), MAE_ViT)
-    images = data.shapes(1000, 16, seed=1).images / 127.5 - 1
+    images = shapes(1000, 16, seed=1).images / 127.5 - 1
     masks = PatchShuffle(4, 0.75, "random")(1000, torch.Generator().manual_seed(0))
     with torch.no_grad():
         pred, hidden = model(images, masks)  # (1000, 16, 48), (1000, 16)

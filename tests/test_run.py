@@ -7,13 +7,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from engine import processes
 from engine import run as runs
 from engine.checkpoints import load_file
-from engine.run import Run, read_config, read_metrics, start_of
+from engine.records import find_runs, read_metrics, read_run
+from engine.run import Run, start_of
 
 FACTS = {"parameters": 2040, "precision": "float32", "images": "aa", "masks": "bb"}
 START = {"device": "cpu", "processes": 1, "threads": 1}
-ARGUMENTS = {"dataset": "shapes", "data_dir": "data", "train_images": None, "seed": 1, "base_learning_rate": 0.1}
+SETTINGS = {"dataset": "shapes", "train_images": None, "seed": 1, "base_learning_rate": 0.1}
+IDENTITY = {"kind": "mae", "name": "toy", "settings": SETTINGS, "parent": None}
 
 
 def toy():
@@ -22,10 +25,19 @@ def toy():
     return model, torch.optim.AdamW(model.parameters())
 
 
-def opened(log_dir, facts=FACTS, start=START, **options):
+def run_of(log_dir, identity=IDENTITY, **arguments):
+    places = {"dataset": "shapes", "data_dir": "data", "log_dir": str(log_dir), "overwrite": False}
+    return Run(identity, {**places, **arguments})
+
+
+def run_with(log_dir, **settings):
+    return run_of(log_dir, {**IDENTITY, "settings": {**SETTINGS, **settings}})
+
+
+def opened(log_dir, facts=FACTS, start=START, **arguments):
     """A session of a run of a toy: four epochs of two steps of five images."""
     plan = SimpleNamespace(batch_size=5, steps_per_epoch=2, total_steps=8)
-    return Run(log_dir, "toy", ARGUMENTS, **options).open(*toy(), plan, facts, start)
+    return run_of(log_dir, **arguments).open(*toy(), plan, facts, start)
 
 
 def train(session, epochs):
@@ -51,7 +63,9 @@ def test_a_run_that_stopped_goes_on_as_if_it_had_not(tmp_path):
     assert csv[0] == csv[1]
     assert csv[0].count("epoch") == 1
     assert [row["train/loss"] for row in read_metrics(tmp_path / "parts" / "toy")] == [0, 1 / 3, 2 / 3, 1]
-    assert read_config(tmp_path / "parts" / "toy")["starts"] == [START] * 2
+    starts = read_run(tmp_path / "parts" / "toy").starts
+    assert [START.items() <= start.items() for start in starts] == [True, True]
+    assert starts[0]["arguments"]["log_dir"] == str(tmp_path / "parts")
 
 
 @pytest.mark.parametrize("tail", ["3,0.9\n4,0.7\n", "3,0.", "3,0.9\n4,0"])
@@ -65,40 +79,35 @@ def test_metrics_later_than_the_checkpoint_and_torn_lines_are_dropped(tmp_path, 
     assert [row["epoch"] for row in read_metrics(tmp_path / "toy")] == [1, 2, 3]
 
 
-def test_columns_that_an_older_version_did_not_have_are_added(tmp_path):
-    with opened(tmp_path) as run:
-        train(run, 2)
-    with opened(tmp_path) as run:
-        run.end_epoch({"knn/acc": 0.5, "train/loss": 0.25})  # in another order, too
-        run.save()
-    with opened(tmp_path) as run:
-        run.end_epoch({"train/loss": 0.125})
-    rows = read_metrics(tmp_path / "toy")
-    assert [row["train/loss"] for row in rows] == [0, 1 / 3, 0.25, 0.125]
-    assert [row["knn/acc"] for row in rows] == pytest.approx([math.nan, math.nan, 0.5, math.nan], nan_ok=True)
-
-
-def test_other_arguments_are_refused_by_name_and_places_may_change(tmp_path):
+def test_other_settings_are_refused_by_name_and_places_may_change(tmp_path):
     with opened(tmp_path):
         pass
-    with pytest.raises(ValueError, match=r"is a run with base_learning_rate 0\.1, and now base_learning_rate is 0\.2"):
-        Run(tmp_path, "toy", {**ARGUMENTS, "base_learning_rate": 0.2})
-    Run(tmp_path, "toy", {**ARGUMENTS, "data_dir": "elsewhere"})
-    Run(tmp_path, "toy", {**ARGUMENTS, "val_images": None})  # stored before there was such an argument
-    Run(tmp_path, "toy", {**ARGUMENTS, "loss_on_all": False}, defaults={"loss_on_all": False})
-    with pytest.raises(ValueError, match=r"is a run with loss_on_all False, and now loss_on_all is True"):
-        Run(tmp_path, "toy", {**ARGUMENTS, "loss_on_all": True}, defaults={"loss_on_all": False})
-    Run(tmp_path, "toy", {**ARGUMENTS, "base_learning_rate": 0.2}, overwrite=True)
+    with pytest.raises(ValueError, match=r"toy is a run with base_learning_rate 0\.1, .* is 0\.2.*--overwrite"):
+        run_with(tmp_path, base_learning_rate=0.2)
+    run_of(tmp_path, data_dir="elsewhere", output_model_path="mae.pt")
+    run_of(tmp_path, {**IDENTITY, "settings": {**SETTINGS, "base_learning_rate": 0.2}}, overwrite=True)
+
+
+def test_another_encoder_under_the_same_name_is_refused(tmp_path):
+    def child(digest):
+        parent = {"name": "mae", "digest": digest, "settings": SETTINGS}
+        return run_of(tmp_path, {**IDENTITY, "kind": "classifier", "parent": parent})
+
+    with child("aa").open(*toy(), SimpleNamespace(batch_size=5, steps_per_epoch=2, total_steps=8), FACTS, START):
+        pass
+    child("aa")
+    with pytest.raises(ValueError, match="other weights of the pretrained encoder"):
+        child("bb")
 
 
 def test_overwrite_starts_anew(tmp_path):
     with opened(tmp_path) as run:
         train(run, 2)
         run.finish({"kind": "toy"})
-    assert Run(tmp_path, "toy", ARGUMENTS).is_finished(FACTS)
+    assert run_of(tmp_path).is_finished(FACTS)
     with opened(tmp_path, overwrite=True) as run:
         assert run.progress == start_of(0)
-    assert not Run(tmp_path, "toy", ARGUMENTS).is_finished(FACTS)
+    assert not run_of(tmp_path).is_finished(FACTS)
     assert not (tmp_path / "toy" / "metrics.csv").exists()
 
 
@@ -110,8 +119,9 @@ def test_a_second_writer_is_refused_while_the_first_lives(tmp_path):
         pass
 
 
-def test_only_the_writer_writes(tmp_path):
-    with opened(tmp_path, writer=False) as run:
+def test_only_the_first_process_writes(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with opened(tmp_path) as run:
         train(run, 2)
         run.finish({"kind": "toy"})
     assert not list(tmp_path.iterdir())
@@ -139,7 +149,7 @@ def test_a_signal_that_comes_after_the_last_save_ends_the_program_when_the_run_i
         os.kill(os.getpid(), signal.SIGINT)
         run.finish({"kind": "toy"})
     assert leaving.value.code == 128 + signal.SIGINT
-    assert Run(tmp_path, "toy", ARGUMENTS).is_finished(FACTS)
+    assert run_of(tmp_path).is_finished(FACTS)
     assert signal.getsignal(signal.SIGINT) is handler
 
 
@@ -228,21 +238,15 @@ def test_a_finished_run_does_not_answer_for_other_images_or_masks(tmp_path, key,
     with opened(tmp_path) as run:
         train(run, 1)
         run.finish({"kind": "toy"})
-    run = Run(tmp_path, "toy", ARGUMENTS)
-    assert run.is_finished({**FACTS, "test_set": "not known when it ran"})
+    run = run_of(tmp_path)
+    assert run.is_finished(FACTS)
     with pytest.raises(ValueError, match=f"toy is a run with other {what}.*--overwrite starts it again"):
         run.is_finished({**FACTS, key: "cc"})
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "../mae", "x/../../ESCAPED", "/tmp/mae", "a\0b"])
-def test_a_name_that_leads_out_of_its_directory_is_refused(tmp_path, name):
-    with pytest.raises(ValueError, match="cannot be the name of a run's directory"):
-        Run(tmp_path, name, ARGUMENTS, overwrite=True)
-
-
 def test_a_run_says_where_it_is_and_how_each_epoch_went(tmp_path, capsys):
     with opened(tmp_path) as run:
-        run.end_epoch({"train/loss": 0.5, "lr": 0.1, "test/acc": 0.25, "knn/acc": math.nan})
+        run.end_epoch({"train/loss": 0.5, "lr": 0.1, "test/acc": 0.25, "probe/knn_acc": math.nan})
         run.save()
     with opened(tmp_path) as run:
         pass
@@ -262,14 +266,14 @@ def test_a_run_says_where_it_is_and_how_each_epoch_went(tmp_path, capsys):
 
 def test_a_repeated_signal_is_one_and_a_later_one_ends_the_process_at_once(monkeypatch):
     ended, clock = [], [100.0]
-    monkeypatch.setattr(runs.time, "monotonic", lambda: clock[0])
-    with runs.noted_signals() as noted:
+    monkeypatch.setattr(processes.time, "monotonic", lambda: clock[0])
+    with processes.noted_signals() as noted:
         signal.raise_signal(signal.SIGTERM)
         clock[0] += 1  # the same signal, which torchrun passes on
         signal.raise_signal(signal.SIGTERM)
         assert noted == [signal.SIGTERM]
         clock[0] += 10
-        monkeypatch.setattr(runs.os, "kill", lambda pid, number: ended.append(number))
+        monkeypatch.setattr(processes.os, "kill", lambda pid, number: ended.append(number))
         signal.raise_signal(signal.SIGTERM)
         assert ended == [signal.SIGTERM]
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
@@ -308,13 +312,40 @@ def test_overwriting_leaves_no_checkpoint_without_its_config(tmp_path, monkeypat
 def test_a_finished_run_has_a_model_and_can_be_exported(tmp_path):
     with opened(tmp_path) as run:
         train(run, 1)
-        run.finish({"kind": "toy", "model": {}})
-    assert load_file(tmp_path / "toy")["arguments"] == {
-        key: ARGUMENTS[key] for key in ("dataset", "train_images", "seed", "base_learning_rate")
+        assert not read_run(tmp_path / "toy").finished
+        run.finish({"kind": "toy"})
+    stored = load_file(tmp_path / "toy")
+    known = {
+        "kind": "toy",
+        "name": "toy",
+        "settings": SETTINGS,
+        "parent": None,
+        "dataset": "shapes",
+        "data_dir": "data",
     }
-    Run(tmp_path, "toy", ARGUMENTS).export(tmp_path / "out" / "mine.pt")
-    assert load_file(tmp_path / "out" / "mine.pt")["run_name"] == "toy"
-    assert load_file(tmp_path / "toy")["kind"] == "toy"
+    assert stored.keys() - {"model"} == known.keys()
+    assert {name: stored[name] for name in known} == known
+    run_of(tmp_path, output_model_path=str(tmp_path / "out" / "mine.pt")).export()
+    assert load_file(tmp_path / "out" / "mine.pt")["name"] == "toy"
+
+
+def test_a_run_is_read_as_a_record_also_where_it_was_moved(tmp_path):
+    with opened(tmp_path / "logs") as run:
+        train(run, 4)
+        run.finish({"kind": "toy"})
+    (tmp_path / "logs" / "toy" / "features.json").write_text('{"rows": [{"knn/acc": 0.5}]}')
+    (tmp_path / "logs" / "toy" / "hf").mkdir()
+    (tmp_path / "logs" / "toy" / "hf" / "config.json").write_text('{"model_type": "vit"}')  # an exported model's
+    (tmp_path / "logs" / "toy").rename(tmp_path / "logs" / "renamed")
+    (record,) = find_runs(tmp_path, tmp_path / "logs")
+    assert record.directory == tmp_path / "logs" / "renamed"
+    assert (record.kind, record.name, record.settings, record.parent) == ("mae", "toy", SETTINGS, None)
+    assert record.finished
+    assert record.facts == FACTS
+    assert [row["epoch"] for row in record.metrics] == [1, 2, 3, 4]
+    assert record.features == [{"rows": [{"knn/acc": 0.5}]}]
+    with pytest.raises(ValueError, match="is not a run's"):
+        read_run(tmp_path / "logs" / "renamed" / "hf")
 
 
 def test_tensorboard_has_the_numbers_of_the_csv_but_nan(tmp_path):

@@ -3,12 +3,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-import utils
 from engine.device import (
     COMPILE_FROM,
     PRECISIONS,
@@ -20,7 +18,6 @@ from engine.device import (
     peak_memory_mb,
     pick_device,
     pick_precision,
-    this_start,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -102,9 +99,9 @@ def test_a_run_records_the_processor_that_it_uses(device, name, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr("engine.device.cpu_name", lambda: "a CPU")
     device = torch.device(device)
-    for found in (environment(device), this_start(device, 1, SimpleNamespace(slices=[]))):
-        assert found["processor"] == name
-        assert found["cuda"] == ("13.0" if device.type == "cuda" else None)
+    found = environment(device)
+    assert found["processor"] == name
+    assert found["cuda"] == ("13.0" if device.type == "cuda" else None)
     assert environment()["processor"] == "GPU 0"
 
 
@@ -148,6 +145,6 @@ def test_the_command_of_a_run_is_the_one_that_was_typed(tmp_path):
         "from engine.device import environment; print(environment()['command'])"
     )
     typed = [sys.executable, "-m", "scripts.tell", "--output", "a b"]
-    paths = {**os.environ, "PYTHONPATH": str(Path(utils.__file__).parent)}
+    paths = {**os.environ, "PYTHONPATH": str(ROOT)}
     said = subprocess.check_output(typed, cwd=tmp_path, env=paths, text=True)
     assert said.strip().endswith(" -m scripts.tell --output 'a b'")
