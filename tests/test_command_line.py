@@ -105,6 +105,8 @@ def test_names_tell_what_sets_runs_apart():
 def test_a_folder_or_file_of_images_goes_by_its_own_name(script):
     assert "_pets_" in named(script, "--dataset folder --data_dir some/pets")
     assert "_pets_" in named(script, "--dataset npz --data_dir some/pets.npz")
+    versions = {named(script, f"--dataset folder --data_dir pets{version}") for version in ("1", "1.0", "1.00")}
+    assert len(versions) == 3
 
 
 def test_two_learning_rates_live_side_by_side_in_one_log_dir(mae):
@@ -118,7 +120,7 @@ def test_two_learning_rates_live_side_by_side_in_one_log_dir(mae):
 
 
 def test_a_name_that_is_too_long_for_a_file_system_ends_in_a_digest_and_pretrains_and_fine_tunes(image_folder):
-    data_dir = Path("x" * 241)
+    data_dir = Path(f"x{'é' * 120}")  # two bytes each
     shutil.copytree(image_folder, data_dir)
     flags = ["--dataset", "folder", "--data_dir", data_dir, "--img_size", "16", "--batch_size", "2"]
     flags += ["--train_images", "4", "--total_epoch", "1"]
