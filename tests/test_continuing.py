@@ -174,6 +174,18 @@ def test_a_run_with_other_settings_under_this_name_is_refused(mae, capsys):
     refused(lambda: pretrain("--seed", "7"), capsys, other, "seed 42", "7", "--overwrite", "--log_dir")
 
 
+@pytest.mark.parametrize("name", ["scratch", "pretrained"])
+def test_a_classifier_from_scratch_does_not_answer_for_a_pretrained_one_nor_the_other_way_round(
+    name, mae, classifier, capsys
+):
+    starts = {"scratch": classify, "pretrained": lambda: classify("--pretrained_model_path", mae)}
+    runs = {"scratch": classifier, "pretrained": starts["pretrained"]()}
+    other = runs.pop(name)
+    shutil.rmtree(other)
+    runs.popitem()[1].rename(other)
+    refused(starts[name], capsys, other, "encoder", "--overwrite")
+
+
 # --- damaged files ---
 
 
