@@ -200,6 +200,16 @@ def test_a_damaged_file_of_a_run_is_named(name, mae, capsys):
     refused(lambda: mae_pretrain.main([*SIZE, "--decoder_depth", "1", *SET]), capsys, mae / name, "--overwrite")
 
 
+def test_a_finished_run_without_its_model_says_how_to_get_it_again(mae, capsys):
+    """As the kept ones, or where it was deleted; the same command alone passes it over."""
+    (mae / "model.pt").unlink()
+    command = [*SIZE, "--decoder_depth", "1", *SET]
+    refused(lambda: mae_pretrain.main(command), capsys, mae / "model.pt", "--overwrite")
+    refused(lambda: classify("--pretrained_model_path", mae), capsys, mae / "model.pt", "--overwrite")
+    mae_pretrain.main([*command, "--overwrite"])
+    assert (mae / "model.pt").exists()
+
+
 def test_an_unfinished_run_without_its_model_trains_on(mae):
     shutil.copytree(mae, "before")
     unfinish(mae)
