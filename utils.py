@@ -10,11 +10,10 @@ import re
 import tempfile
 from pathlib import Path
 
-from images.load import DATASETS, data_name
-
 from engine.device import COMPILE_FROM, PRECISIONS
 from engine.optimizers import OPTIMIZERS
 from images.augmentation import AUGMENTATIONS
+from images.load import DATASETS, data_name
 
 # --- argument types ---
 
