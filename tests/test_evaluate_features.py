@@ -193,7 +193,7 @@ def test_what_is_measured_is_passed_over_until_the_model_or_the_command_changes(
     assert not Path("run/features.png").exists()  # it was of another table
     save_model("run/model.pt", seed=1)
     assert [measures(), measures()] == [True, False]
-    for text in ("{", "{}"):
+    for text in ("{", "{}", "[]", '{"settings": {}}'):
         measured.write_text(text)
         with pytest.raises(SystemExit):
             main(["--model_path", "run"])
