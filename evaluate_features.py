@@ -136,12 +136,11 @@ def measured_already(place, settings, facts):
     try:
         stored = json.loads(path.read_text())
         had = stored["settings"]
+        covers = had["layers"] in ("all", settings["layers"]) and {*settings["pool"]} <= {*had["pool"]}
+        covers = covers and had["untrained"] >= settings["untrained"]
+        return covers and had["seed"] == settings["seed"] and facts.items() <= stored.items()
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"Cannot read {path}: {error!r}. Delete it, or measure again (--overwrite).") from error
-    covers = had["layers"] in ("all", settings["layers"]) and {*settings["pool"]} <= {*had["pool"]}
-    covers = covers and had["untrained"] >= settings["untrained"]
-    same = all(had[name] == settings[name] for name in ("dataset", "train_images", "seed"))
-    return covers and same and facts.items() <= stored.items()
 
 
 def check_writable(directory):

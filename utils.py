@@ -10,11 +10,10 @@ import re
 import tempfile
 from pathlib import Path
 
-from images.load import DATASETS, data_name
-
 from engine.device import COMPILE_FROM, PRECISIONS
 from engine.optimizers import OPTIMIZERS
 from images.augmentation import AUGMENTATIONS
+from images.load import DATASETS, data_name
 
 # --- argument types ---
 
@@ -286,7 +285,7 @@ def spelled(word, value):
     """A setting in a name: ep15, normpix, nonormpix."""
     if isinstance(value, bool):
         return word if value else f"no{word}"
-    return f"{word}{value}".removesuffix(".0")
+    return f"{word}{value}".removesuffix(".0" if isinstance(value, float) else "")
 
 
 def joined(parts):
@@ -296,4 +295,4 @@ def joined(parts):
     if len(encoded) <= LONGEST_NAME:
         return name
     digest = hashlib.blake2b(encoded, digest_size=8).hexdigest()
-    return f"{os.fsdecode(encoded[: LONGEST_NAME - 17])}_{digest}"
+    return f"{encoded[: LONGEST_NAME - 17].decode(errors='ignore')}_{digest}"  # no half of a letter

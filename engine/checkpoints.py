@@ -45,7 +45,8 @@ def load_file(path, *kinds):
             path = path / "model.pt"
         found = path.exists()
     if not found:
-        hint = " The run is not finished; give its command again." if (path.parent / "config.json").exists() else ""
+        again = " Give its run's command again, with --overwrite where the run is finished."
+        hint = again if (path.parent / "config.json").exists() else ""
         raise UserError(f"No file {path}.{hint}")
     try:
         with zipfile.ZipFile(path) as archive:

@@ -68,8 +68,8 @@ class Run:
                 return None
         stored = read_run(self.directory)
         self._check_same(stored.settings, self.identity["settings"])
-        if self.identity["parent"]:
-            self._check_same({"parent": stored.parent["digest"]}, {"parent": self.identity["parent"]["digest"]})
+        parents = stored.parent, self.identity["parent"]
+        self._check_same(*({"parent": parent and parent["digest"]} for parent in parents))
         self._check_same(stored.facts, facts)
         return stored
 

@@ -124,7 +124,7 @@ def time_growth(device, seconds):
 # --- showing ---
 
 
-def write_report(table, path, device):
+def write_steps(table, path, device):
     """Print a table and write it as CSV, and where and from what it was measured as JSON."""
     installed = [name for name in ("transformers", "lightly") if importlib.util.find_spec(name)]
     facts = environment(device) | {name: metadata.version(name) for name in installed}
@@ -155,7 +155,7 @@ def main(argv=None):
         args.output.mkdir(parents=True, exist_ok=True)  # what cannot be written is told now
         if args.growth:
             table = time_growth(device, args.seconds)
-            write_report(table, args.output / "growth.csv", device)
+            write_steps(table, args.output / "growth.csv", device)
             draw_growth(table, args.output / "growth.png")
             return
         names = [name for name in args.paths if device.type == "cpu" or not PATHS[name].a_process_a_core]
@@ -165,7 +165,7 @@ def main(argv=None):
         default = {name: 64 if device.type == "cpu" else PATHS[name].gpu_batch for name in names}
         jobs = [(name, {"batch_size": args.batch_size or default[name]}) for name in names]
         rows = time_paths(jobs, device, args.seconds, ROUNDS)
-        write_report(pd.DataFrame(rows), args.output / "steps.csv", device)
+        write_steps(pd.DataFrame(rows), args.output / "steps.csv", device)
 
 
 if __name__ == "__main__":

@@ -89,10 +89,9 @@ def to_hf(model, classes):
     model_args, timm_state = to_timm(model)
     if "global_pool" in model_args:
         raise UserError("ViTForImageClassification of transformers cannot pool the mean of the patches; use --to timm.")
-    prefix = "vit." if classes else ""
-    state = {}
+    prefix, state = "vit." if classes else "", {}
     for name, tensor in timm_state.items():
-        module, _, kind = name.rpartition(".")  # kind: weight or bias
+        module, _, kind = name.rpartition(".")  # weight or bias
         if module.startswith("blocks."):
             _, block, part = module.split(".", 2)
             layer = f"{prefix}encoder.layer.{block}"

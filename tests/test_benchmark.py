@@ -11,6 +11,7 @@ import torch
 from engine.figures import plt
 from scripts import benchmark
 from scripts.benchmark_paths import PATHS, take_steps
+from scripts.cost import gflop_per_image
 
 SIZES = {"img_size": 16, "patch_size": 8, "embed_dim": 12, "encoder_depth": 1, "num_heads": 2, "batch_size": 8}
 SLOW = {"huggingface", "lightly"}  # to import
@@ -22,6 +23,24 @@ def images(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     benchmark.write_images("images.npz", 16)
     return {**SIZES, "dataset": "npz", "data_dir": str(tmp_path / "images.npz"), "device": "cpu"}
+
+
+def matrix_flop(tokens, width, depth):
+    """Forward pass of transformer blocks: 2 for each weight and token; keys by queries, and weights by values."""
+    return depth * (2 * tokens * 12 * width**2 + 2 * 2 * tokens**2 * width)
+
+
+@pytest.mark.parametrize("width", [None, 24])
+def test_the_cost_counts_the_matrix_products_of_a_step(width):
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 12, "encoder_depth": 2, "num_heads": 3, "decoder_depth": 1}
+    flop = 3 * matrix_flop(1 + 4, 12, 2) + 2 * 2 * 4 * 48 * 12  # pixels need no gradient
+    flop += 3 * (matrix_flop(1 + 16, width or 12, 1) + 2 * 16 * 48 * (width or 12))
+    flop += 3 * 2 * 5 * 12 * width if width else 0  # from the encoder's width to the decoder's
+    settings = {**sizes, "decoder_embed_dim": width, "total_epoch": 3, "mask_strategy": "grid"}
+    assert gflop_per_image(settings, "mae") == pytest.approx(flop / 1e9)
+    whole = 3 * (matrix_flop(1 + 16, 12, 2) + 2 * 12 * 10) + 2 * 2 * 16 * 48 * 12
+    last = 3 * (2 * 16 * 10 * 12**2 + 2 * 2 * 17 * 16 * 12)  # its queries, projection and MLP are of one token
+    assert gflop_per_image({**settings, "num_classes": 10}, "classifier") == pytest.approx((whole - last) / 1e9)
 
 
 def as_words(flags):

@@ -80,6 +80,7 @@ def test_the_table_is_of_the_models_features_and_stands_beside_it(capsys):
         predicted, weight_decay = features.linear_probe(x, train.labels, queries, 10, held_out)
         assert float(row["linear/acc"]) == (predicted == test.labels).double().mean().item()
         assert float(row["linear/weight_decay"]) == weight_decay
+        assert all(0 < float(row[f"{name}/seconds"]) < 60 for name in ("knn", "linear"))
         line = next(line for line in shown.splitlines() if line.split()[:3] == ["trained", "3", row["pool"]])
         assert line.split()[3:5] == [f"{float(row[name]):.2%}" for name in ("knn/acc", "linear/acc")]
     facts = json.loads(Path("run/features.json").read_text())
@@ -192,7 +193,7 @@ def test_what_is_measured_is_passed_over_until_the_model_or_the_command_changes(
     assert not Path("run/features.png").exists()  # it was of another table
     save_model("run/model.pt", seed=1)
     assert [measures(), measures()] == [True, False]
-    for text in ("{", "{}"):
+    for text in ("{", "{}", "[]", '{"settings": {}}'):
         measured.write_text(text)
         with pytest.raises(SystemExit):
             main(["--model_path", "run"])

@@ -53,6 +53,7 @@ def test_a_mae_and_a_classifier_compute_the_same_in_timm(capsys):
     for name in ("mae.pt", "sincos.pt"):
         export.main([name, "--to", "timm"])
         mae, _ = load_model(name, MAE_ViT)
+        assert not load_file("timm.pt")["model"]["pos_embed"][:, 0].any()  # of cls, which has none
         close(in_timm("timm.pt").forward_features(images()), mae.encoder(images()))
     export.main(["classifier.pt", "--to", "timm", "--output", "there/c.pt"])
     classifier, _ = load_model("classifier.pt", ViT_Classifier)

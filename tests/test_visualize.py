@@ -144,6 +144,20 @@ def test_a_classifier_names_three_classes_for_own_images_and_asks_for_no_data_se
     assert figure.axes[0].get_xlabel() == "\n".join(f"{name} {share:.0%}" for share, name in best)
 
 
+def test_a_classifiers_predictions_stand_below_the_test_images_and_their_classes_above(classifier, monkeypatch):
+    figure = drawn(monkeypatch, classifier, "--num_images", 5)
+    _, test = load.load_dataset("shapes", "data", 32)
+    chosen = torch.randperm(100, generator=generator("cpu", 42, "images"))[:5]
+    with torch.no_grad():
+        confidence, predicted = (
+            load_model(classifier, ViT_Classifier)[0](normalize(test.images[chosen])).softmax(dim=1).max(dim=1)
+        )
+    for place, image, guess, sure in zip(figure.axes[:5], chosen, predicted, confidence, strict=True):
+        assert (place.images[0].get_array() == test.images[image].permute(1, 2, 0).numpy()).all()
+        assert place.get_title() == test.classes[test.labels[image]]
+        assert place.get_xlabel().split(" ", 1)[1] == f"{test.classes[guess]} {sure:.0%}"
+
+
 def test_a_picture_of_a_classifier_goes_where_it_is_asked_for(classifier):
     main(["--model_path", classifier, "--num_images", "10", "--output", "deep/p.png"])
     assert picture_size("deep/p.png")[1] > 400

@@ -1,0 +1,49 @@
+"""README.md and its pages: commands have flags that exist, links lead to files, the Python runs."""
+
+import importlib
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import torch
+from starting import classify
+
+from images.shapes import SHAPES
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("logs/report/*.md")), ROOT / "pretrained" / "README.md"]
+COMMAND = re.compile(r" *(scripts/setup.sh && )?(\.venv/bin/python|python|torchrun) ")
+
+
+def test_commands_in_the_readme_its_pages_and_the_scripts_have_flags_that_exist():
+    count = 0
+    for path in [*PAGES, *ROOT.glob("*.py"), *ROOT.glob("scripts/*.py")]:
+        for line in path.read_text().replace("\\\n", " ").splitlines():
+            command = re.split(r"(?<=\S)  +", line)[0]  # without what is said beside it
+            words = shlex.split(command, comments=True) if COMMAND.match(line) else []
+            for i, word in enumerate(words):
+                if re.fullmatch(r"\w+\.py|scripts\.\w+", word):
+                    importlib.import_module(word.removesuffix(".py")).parse_args(words[i + 1 :])
+                    count += 1
+                    break
+    assert count > 20
+
+
+def test_links_in_the_readme_and_its_pages_lead_to_files():
+    for page in PAGES:
+        links = re.findall(r"\]\(((?!http)[^)]+)\)", page.read_text())
+        assert links
+        for link in links:
+            assert (page.parent / link).is_file(), f"{page}: {link}"
+
+
+def test_the_readmes_python_runs(mae):
+    (code,) = re.findall(r"```python\n(import torch.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    shutil.copytree(ROOT / "pretrained", "pretrained")
+    classify("--pretrained_model_path", mae, "--output_model_path", "logs/quickstart/seed42/pretrained.pt")
+    names = {}
+    exec(code, names)
+    assert names["features"].shape == (1, 65, 96)
+    assert names["pixels"].dtype == torch.uint8
+    assert names["name"] in SHAPES

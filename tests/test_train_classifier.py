@@ -1,0 +1,155 @@
+"""train_classifier.py from end to end: where it starts from, how accuracy is counted, the epoch chosen on held-out
+images.
+"""
+
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from starting import SET, SIZE, classify, classify_and_choose, pretrain, untimed_metrics, weights
+
+import train_classifier
+from engine.checkpoints import digest, load_file
+from engine.records import read_metrics, read_run
+from images.pixels import ImageSet
+
+pytestmark = pytest.mark.usefixtures("empty_directory", "few_shapes")
+
+
+# --- where it starts ---
+
+
+def test_a_classifier_starts_from_the_pretrained_encoder(mae):
+    start = weights(mae)["encoder.transformer.0.attn.qkv.weight"]
+    name = "transformer.0.attn.qkv.weight"
+    run = classify("--pretrained_model_path", mae, "--base_learning_rate", "1e-7")
+    assert (weights(run)[name] - start).abs().max() < 1e-5
+    assert run.name.endswith(f"from_{mae.name}")
+    parent = read_run(run).parent
+    assert parent == {"name": mae.name, "settings": read_run(mae).settings, "digest": digest(weights(mae))}
+
+
+def test_a_classifier_from_scratch_starts_elsewhere(mae):
+    start = weights(mae)["encoder.transformer.0.attn.qkv.weight"]
+    run = classify("--base_learning_rate", "1e-7")
+    assert (weights(run)["transformer.0.attn.qkv.weight"] - start).abs().max() > 1e-3  # the same draw, but not trained
+    assert "_scratch" in run.name
+    assert read_run(run).parent is None
+    assert read_metrics(run)[0].keys() >= {"epoch", "test/loss", "test/acc", "test/acc_mean_of_batches", "train/loss"}
+
+
+def test_a_pretrained_file_and_its_run_directory_are_the_same(mae):
+    run = classify("--pretrained_model_path", mae / "model.pt")
+    before = (run / "model.pt").stat().st_mtime_ns
+    assert classify("--pretrained_model_path", mae) == run
+    assert (run / "model.pt").stat().st_mtime_ns == before
+
+
+def test_a_classifier_takes_the_data_of_its_mae_and_keeps_how_that_was_pretrained():
+    mae = pretrain("--decoder_depth", "2", "--mask_strategy", "block")
+    train_classifier.main(f"--pretrained_model_path {mae} --total_epoch 1 --batch_size 8 --train_images 40".split())
+    run = read_run(next(Path("logs/classifier").iterdir()))
+    assert run.settings["dataset"] == "shapes"
+    kept = {name: run.parent["settings"][name] for name in ("decoder_depth", "mask_strategy", "mask_ratio", "seed")}
+    assert kept == {"decoder_depth": 2, "mask_strategy": "block", "mask_ratio": 0.75, "seed": 42}
+
+
+def test_a_foreign_file_does_not_choose_where_is_written(mae):
+    other = Path("ESCAPED")
+    other.mkdir()
+    (other / "other.pt").write_text("of someone else")
+    content = load_file(mae / "model.pt")
+    torch.save({**content, "name": "x/../../../ESCAPED"}, "foreign.pt")
+    run = classify("--pretrained_model_path", "foreign.pt", "--overwrite")
+    assert run.resolve().parent == Path("logs/classifier").resolve()
+    assert [path.name for path in other.iterdir()] == ["other.pt"]
+
+
+def test_a_classifier_of_the_official_preset_stores_its_settings(mae):
+    run = read_run(classify("--pretrained_model_path", mae, "--preset", "official"))
+    assert run.settings.items() >= train_classifier.PRESETS["official"].items()
+    assert run.starts[0]["arguments"]["preset"] == "official"
+
+
+# --- what it measures ---
+
+
+@pytest.mark.parametrize("at_once", [7, 500])
+def test_accuracy_counts_every_image_once_and_the_reports_figure_beside_it(at_once, monkeypatch):
+    monkeypatch.setattr(train_classifier, "EVAL_BATCH", 48)
+
+    class Model(torch.nn.Module):  # says class 1, wrong for the last 16 images only
+        def forward(self, images):
+            assert len(images) <= at_once
+            return torch.eye(10)[torch.ones(len(images), dtype=torch.long)]
+
+    labels = torch.tensor([1] * 128 + [0] * 16)
+    test = ImageSet(torch.zeros(144, 3, 4, 4, dtype=torch.uint8), labels, [])
+    metrics = train_classifier.evaluate(Model(), test, "float32", at_once)
+    assert metrics["test/acc"] == pytest.approx(128 / 144)
+    assert metrics["test/acc_mean_of_batches"] == pytest.approx(0.5)
+    right, wrong = torch.eye(10)[1].log_softmax(0)[[1, 0]].neg().tolist()
+    assert metrics["test/loss"] == pytest.approx((128 * right + 16 * wrong) / 144, rel=1e-5)
+
+
+def scripted(accuracies, seen, evaluate=train_classifier.evaluate):
+    """An `evaluate` that finds these val/acc, one after the other, and notes the number of images and the weights."""
+
+    def evaluate_scripted(model, images, *args):
+        seen.append((len(images.images), digest(model.state_dict())))
+        scores = evaluate(model, images, *args)
+        return {**scores, "val/acc": accuracies.pop(0)} if "val/acc" in scores else scores
+
+    return evaluate_scripted
+
+
+def test_the_epoch_is_chosen_on_held_out_images_and_the_test_set_is_used_once(monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(train_classifier, "evaluate", scripted([0.1, 0.4, 0.4, 0.3], seen))
+    command = [*SIZE, *SET, "--total_epoch", "4"]
+    train_classifier.main([*command, "--val_images", "10"])
+    (run,) = Path("logs/classifier").iterdir()
+    assert "_val10_" in run.name
+    assert [count for count, _ in seen] == [10, 10, 10, 10, 100]
+    assert len(set(seen)) == 5
+    assert digest(weights(run)) == seen[4][1] == seen[1][1] != seen[3][1]
+    rows = read_metrics(run)
+    columns = ["test/loss", "test/acc", "test/acc_mean_of_batches", "chosen_epoch"]
+    assert rows[0].keys() >= {"epoch", "val/loss", "val/acc", *columns, "train/loss"}
+    assert [row["val/acc"] for row in rows] == [0.1, 0.4, 0.4, 0.3]
+    assert all(math.isnan(row[name]) for row in rows[:3] for name in columns)
+    assert rows[3]["chosen_epoch"] == 2
+    said = capsys.readouterr().out
+    assert f"{rows[3]['test/acc']:.2%}" in said
+    assert "epoch 2, chosen on held-out images" in said
+    train_classifier.main(command)
+    plain = run.with_name(run.name.replace("_val10", ""))
+    assert digest(weights(plain)) == seen[3][1]  # trained on the same images
+
+
+def test_a_stopped_run_does_not_forget_its_best_epoch(monkeypatch):
+    """Stopped at the end of the second epoch, and while the test set is used."""
+    seen = {"whole": [], "parts": []}
+    monkeypatch.setattr(train_classifier, "evaluate", scripted([0.4, 0.2, 0.3], seen["whole"]))
+    whole = classify_and_choose("--log_dir", "whole")
+    evaluate = scripted([0.4, 0.2, 0.3], seen["parts"])
+
+    def stopping(*args):
+        scores = evaluate(*args)
+        if len(seen["parts"]) in (2, 4):
+            os.kill(os.getpid(), signal.SIGINT)
+        return scores
+
+    monkeypatch.setattr(train_classifier, "evaluate", stopping)
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            classify_and_choose("--log_dir", "parts")
+    parts = classify_and_choose("--log_dir", "parts")
+    assert seen["parts"] == seen["whole"]
+    assert [count for count, _ in seen["parts"]] == [10, 10, 10, 100]
+    assert digest(weights(parts)) == digest(weights(whole)) == seen["parts"][0][1]
+    assert untimed_metrics(parts) == untimed_metrics(whole)
+    assert read_metrics(parts)[-1]["chosen_epoch"] == 1
