@@ -18,8 +18,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from images.pixels import normalize
-from images.shapes import shapes
 from PIL import Image
 from reference import cropped_one_by_one
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -33,6 +31,8 @@ from engine.errors import UserError
 from engine.optimizers import orthogonalized
 from engine.records import read_metrics
 from engine.run import Session
+from images.pixels import normalize
+from images.shapes import shapes
 from model import MAE_Encoder, MAE_ViT, PatchShuffle, ViT_Classifier
 
 SIZE = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "encoder_depth": 2, "num_heads": 3}
