@@ -253,11 +253,12 @@ class MAE_Encoder(nn.Module):
             size = self.img_size
             raise ValueError(f"img_size is {size}: images must be (B, 3, {size}, {size}), not {tuple(images.shape)}.")
         patches = patchify(images, self.patch_size)  # (B, N, P)
-        position = self.pos_embedding.transpose(0, 1).expand(len(images), -1, -1)  # (B, N, D)
+        count = images.shape[0]  # len(images) would be a fixed number in an exported program
+        position = self.pos_embedding.transpose(0, 1).expand(count, -1, -1)  # (B, N, D)
         if ids_keep is not None:  # before the embedding, so that hidden patches cost nothing
             patches, position = take(patches, ids_keep), take(position, ids_keep)  # (B, V, ...)
         tokens = F.linear(patches, self.patchify.weight.flatten(1), self.patchify.bias) + position  # as the convolution
-        return torch.cat([self.cls_token.expand(len(images), -1, -1), tokens], dim=1)  # (B, 1 + V, D)
+        return torch.cat([self.cls_token.expand(count, -1, -1), tokens], dim=1)  # (B, 1 + V, D)
 
     def forward(self, images, ids_keep=None):
         """Encode images (B, 3, H, W) to features (B, 1 + V, D), cls first."""
@@ -285,7 +286,7 @@ class MAE_Decoder(nn.Module):
                 f"decoder_embed_dim {width} is a multiple neither of the encoder's head width {head_width} nor of "
                 f"num_heads {num_heads}; use a multiple of one of them."
             )
-        # equal widths need no layer: keys and random draws are then the reference's
+        # equal widths need no layer: keys and distributions of the weights are then the reference's
         self.embed = nn.Identity() if width == embed_dim else nn.Linear(embed_dim, width)
         self.mask_token = init_token(1, 1, width)
         self.pos_embedding = init_positions(positions, img_size // patch_size, width, cls=True)
