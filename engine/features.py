@@ -109,9 +109,9 @@ def fit_linear(features, labels, num_classes, weight_decays):
 
     Standardising is what the affine-free batch norm of the official MAE's linear probe does (eps 1e-6). For each
     weight decay the mean cross-entropy plus weight_decay / 2 x the sum of squared weights, without the bias, is
-    minimised, until all have converged. That is a convex problem, so no seed and no learning rate matter: the curvature of the softmax loss is
-    at most half of the features' covariance (Boehning 1992, "Multinomial logistic regression algorithm"), which gives
-    each of its eigenvectors a step of its own; momentum as in Nesterov's method.
+    minimised, until all have converged. That is a convex problem, so no seed and no learning rate matter: the
+    curvature of the softmax loss is at most half of the features' covariance (Boehning 1992, "Multinomial logistic
+    regression algorithm"), which gives each of its eigenvectors a step of its own; momentum as in Nesterov's method.
 
     Args:
         features: (N, D) float; labels: (N,) int64; weight_decays: K numbers above 0.
