@@ -131,19 +131,32 @@ def test_only_the_first_process_writes(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_signal_saves_and_leaves_with_the_usual_code(tmp_path, capsys):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_saves_and_leaves_with_the_usual_code(number, tmp_path, capsys):
+    handler = signal.getsignal(number)
     with opened(tmp_path) as run:
         run.progress |= {"step": 1, "loss_sum": 0.5}
         run.tick()
         assert not (tmp_path / "toy" / "checkpoint.pt").exists()
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         run.progress |= {"step": 2, "loss_sum": 1.0}
         with pytest.raises(SystemExit) as leaving:
             run.tick()
-    assert leaving.value.code == 128 + signal.SIGTERM
+    assert leaving.value.code == 128 + number
     assert load_file(tmp_path / "toy" / "checkpoint.pt")["progress"]["step"] == 2
     assert "same command continues" in capsys.readouterr().err
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(number) is handler
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing(tmp_path, monkeypatch):
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with opened(tmp_path) as run:
+            os.kill(os.getpid(), signal.SIGHUP)
+            train(run, 4)
+            assert run.is_done()
+    finally:
+        signal.signal(signal.SIGHUP, handler)
 
 
 def test_a_signal_that_comes_after_the_last_save_ends_the_program_when_the_run_is_finished(tmp_path):
