@@ -54,10 +54,11 @@ def load_file(path, *kinds):
     except Exception as error:  # damage shows in many ways, and all of them mean the same
         raise UserError(f"Cannot read {path}: {reason_of(path, error)}") from error
     found = content.get("kind") if isinstance(content, dict) else None
+    needed = f"needed here: {' or '.join(kinds) or 'one'}"
     if found is None:
-        raise UserError(f"{path} is whole, but no model of this program. {ELSEWHERE}")
+        raise UserError(f"{path} is whole, but no model of this program; {needed}. {ELSEWHERE}")
     if kinds and not {found, found == "checkpoint" and content.get("of")} & {*kinds}:
-        raise UserError(f"{path} holds a {content.get('of') or found}; needed here: {' or '.join(kinds)}.")
+        raise UserError(f"{path} holds a {content.get('of') or found}; {needed}.")
     return content
 
 

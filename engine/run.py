@@ -17,7 +17,7 @@ from tqdm import tqdm
 from engine import processes
 from engine.checkpoints import load_file, save_file
 from engine.errors import UserError, as_user_error, counted
-from engine.files import locked, replacing, sync
+from engine.files import check_writable, locked, replacing, sync
 from engine.records import csv_text, read_config, read_metrics, read_run
 
 # What must be as it was, beside the settings, as digests: of a finished run, too
@@ -142,6 +142,8 @@ class Run:
                 raise UserError(f"Another process is at work on {self.directory}; wait for it or stop it.") from None
 
     def _begin(self, facts, starts):
+        if path := self.arguments.get("output_model_path"):
+            check_writable(Path(path).parent, "--output_model_path")
         if self.overwrite:
             for pattern in ("*.pt", "metrics.csv", "events.out.tfevents.*", "config.json"):
                 for path in self.directory.glob(pattern):

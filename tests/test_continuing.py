@@ -194,6 +194,27 @@ def test_a_classifier_from_scratch_does_not_answer_for_a_pretrained_one_nor_the_
     refused(starts[name], capsys, other, "encoder", "--overwrite")
 
 
+# --- where it cannot write ---
+
+
+@pytest.mark.parametrize("start", [pretrain, classify])
+def test_a_place_for_the_model_that_cannot_be_written_is_refused_before_training(
+    start, few_shapes, empty_directory, capsys, monkeypatch
+):
+    Path("file").touch()
+    monkeypatch.setattr(Session, "tick", None)
+    refused(
+        lambda: start("--output_model_path", "file/model.pt"), capsys, "Cannot write in file", "--output_model_path"
+    )
+
+
+def test_a_picture_that_cannot_be_written_is_refused_before_it_is_drawn(mae, capsys, monkeypatch):
+    Path("file").touch()
+    monkeypatch.setattr(visualize_predictions, "images_to_draw", None)
+    command = ["--model_path", str(mae), "--output", "file/picture.png"]
+    refused(lambda: visualize_predictions.main(command), capsys, "Cannot write in file", "--output")
+
+
 # --- a stopped run ---
 
 
