@@ -178,8 +178,8 @@ class PatchShuffle(nn.Module):
         """Draw a mask for each image: ids_shuffle (B, N) int64, the visible patches in its first num_visible columns.
 
         Raises:
-            ValueError: the strategy's scores have another shape, or are no finite real numbers; they would sort into
-                wrong masks without an error.
+            ValueError: the strategy's scores have another shape, are no finite real numbers, or are a mask (bool, False
+                where visible) of another number of patches; they would sort into wrong masks without an error.
         """
         score, shape = MASK_STRATEGIES[self.mask_strategy], (batch_size, self.grid_size**2)
         scores = score(batch_size, self.grid_size, self.num_visible, generator, device)
@@ -188,6 +188,11 @@ class PatchShuffle(nn.Module):
             raise ValueError(f"mask_strategy {self.mask_strategy!r} must give real scores {shape}, not {found}.")
         if scores.device.type == "cpu" and not scores.isfinite().all():  # a GPU would have to be waited for
             raise ValueError(f"mask_strategy {self.mask_strategy!r} gave nan or infinite scores.")
+        if scores.dtype == torch.bool and (scores.sum(dim=1) != shape[1] - self.num_visible).any():
+            raise ValueError(
+                f"mask_strategy {self.mask_strategy!r} gave a mask; {self.num_visible} of {shape[1]} patches must be "
+                f"visible in it (mask_ratio {self.mask_ratio}), not {shape[1] - int(scores[0].sum())}, say."
+            )
         return scores.argsort(dim=1, stable=True)  # (B, N)
 
 

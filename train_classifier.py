@@ -104,9 +104,8 @@ def parse_args(argv=None):
     group.add_argument("--label_smoothing", type=utils.fraction, help="share of a label spread evenly over all classes")
     alpha = "alpha of the Beta distribution of an image's share; 0: off"
     group.add_argument("--mixup", type=utils.non_negative_float, help=f"mix each image with another; {alpha}")
-    group.add_argument(
-        "--cutmix", type=utils.non_negative_float, help=f"the same with a rectangle; {alpha}; both: each step draws one"
-    )
+    text = f"paste a rectangle of another image; {alpha}; both: each step draws one"
+    group.add_argument("--cutmix", type=utils.non_negative_float, help=text)
     utils.add_run_arguments(parser, log_dir="logs/classifier")
     utils.add_presets(parser, PRESETS, argv)
     return parser.parse_args(argv)

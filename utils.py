@@ -198,7 +198,7 @@ def add_run_arguments(parser, log_dir):
         "--compile",
         action=argparse.BooleanOptionalAction,
         help=f"torch.compile the step; default: on CUDA where a GPU has at least {COMPILE_FROM:,} images to train on, "
-        f"each epoch counted, as compiling takes about a minute",
+        f"counting each epoch, because compiling takes about a minute",
     )
     group.add_argument("--overwrite", action="store_true", help="start again where a run of this name exists")
     group.add_argument(

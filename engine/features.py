@@ -170,7 +170,7 @@ def linear_probe(features, labels, queries, num_classes, generator):
     """
     check_features(features, labels, queries)
     if len(features) < 2:
-        raise UserError("The linear probe needs 2 or more training images, as one is held out.")
+        raise UserError("The linear probe needs 2 or more training images, because one is held out.")
     order = torch.randperm(len(features), generator=generator).to(features.device)
     held_out, rest = order.tensor_split([min(MOST_HELD_OUT, -(-len(features) // 10))])
     layers = zip(*fit_linear(features[rest], labels[rest], num_classes, WEIGHT_DECAYS), strict=True)

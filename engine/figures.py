@@ -3,6 +3,7 @@
 Each `draw_` function draws into the axes it is given, or returns a figure of its own.
 """
 
+import logging
 import math
 import os
 import textwrap
@@ -15,6 +16,7 @@ from matplotlib import font_manager
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # not of fonts without the usual weight
 plt.rcParams["font.family"] = ["DejaVu Sans"]  # comes with matplotlib; `undrawable` adds others
 plt.rcParams["figure.constrained_layout.use"] = True  # leaves room for titles and legends
 # of Okabe and Ito's palette, each with a line of its own

@@ -22,7 +22,7 @@ from engine.records import csv_text, read_config, read_metrics, read_run
 
 # What must be as it was, beside the settings, as digests: of a finished run, too
 DIGESTS = {"images": "training images", "test_set": "test images", "parent": "weights of the pretrained encoder"}
-DIGESTS |= {"masks": "masks, as the strategy's code has changed"}
+DIGESTS |= {"masks": "masks, because the code of the strategy has changed"}
 SAVE_INTERVAL = 50  # times as long as a save takes; so saving takes under 2 % of the time
 LEAST_SAVE_INTERVAL = 60  # seconds: files of 100 MB would else wear the disk
 SHOWN = ("train/loss", "test/loss", "val/acc", "test/acc", "probe/knn_acc")  # after each epoch
@@ -208,7 +208,7 @@ class Session:
         )
 
     def _restore(self):
-        """Load what was saved last; metrics of later epochs are dropped, as they will come again."""
+        """Load what was saved last; metrics of later epochs are dropped: they will come again."""
         path, progress = self.run.directory / "checkpoint.pt", start_of(0)
         if path.exists():
             state = load_file(path, "checkpoint")

@@ -77,7 +77,7 @@ def long_table(runs, entries, measures=MEASURES):
 
 
 def judge_all(found, values, baseline, margin=None):
-    """compare.csv: for each measure and setting mean, sd and n, the difference to the baseline and a verdict.
+    """compare.csv: for each measure and setting mean, sd and n, the difference from the baseline and a verdict.
 
     Args:
         found: as `long_table` makes it; values: {setting: {name: value}} of what varies.
@@ -169,7 +169,7 @@ def difference_text(row, measure):
 
 
 def difference_table(judged):
-    """Settings x measures: the difference to the baseline, its 95 % interval, and the verdict."""
+    """Settings x measures: the difference from the baseline, its 95 % interval, and the verdict."""
     cells = {(row.measure, row.setting): difference_text(row, row.measure) for row in judged.itertuples()}
     return pd.Series(cells).unstack(0, fill_value="")[judged.measure.unique()]
 
@@ -262,7 +262,7 @@ def main(argv=None):
     tables = means, differences, means.iloc[:, :1].join(cost_table(runs, records, entries))
     text = markdown(", ".join(map(str, args.directories)), baseline, tables, notes, captions)
     (output / "compare.md").write_text(text)
-    print(means.to_string(), f"{first}: difference to {baseline}", sep="\n\n", end="\n\n")
+    print(means.to_string(), f"{first}: difference from {baseline}", sep="\n\n", end="\n\n")
     print(differences[[first]].to_string(header=False), end="\n\n")
     print(*notes, *(output / name for name in ("compare.md", "compare.csv", "*.png")), sep="\n")
 

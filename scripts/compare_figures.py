@@ -10,8 +10,8 @@ from scripts.settings import SCRATCH
 
 WIDE = 16  # times the smallest number of an axis: from there on it is logarithmic
 CAPTION = (
-    "Large points: means; small points: the seeds; dashed: the baseline. Bars: 95 % interval of the difference to the "
-    "baseline, for all settings together: a setting whose bar misses the dashed line differs from the baseline."
+    "Large points: means; small points: the seeds; dashed: the baseline. Bars: 95 % interval of the difference from "
+    "the baseline, for all settings together: a setting whose bar misses the dashed line differs from the baseline."
 )
 
 

@@ -26,7 +26,7 @@ class Model(NamedTuple):
 
 
 class Verdicts(NamedTuple):
-    table: pd.DataFrame  # of each setting: mean, sd, n (seeds), and contrasts() of its difference to the baseline
+    table: pd.DataFrame  # of each setting: mean, sd, n (seeds), and contrasts() of its difference from the baseline
     sd: float  # of the pooled noise
     degrees: int  # of freedom
     pooled: bool  # whether it judges all differences

@@ -457,6 +457,8 @@ def test_the_smallest_block_of_blockwise_can_be_chosen(smallest):
         (torch.zeros(32, 16, dtype=torch.complex64), "complex64"),
         ([[0.5] * 16] * 32, "list"),
         (torch.tensor([0.5, math.nan] * 8).expand(32, -1), "nan or infinite"),
+        (torch.arange(16).expand(32, -1) >= 8, "4 of 16 patches must be visible .* not 8"),
+        (torch.arange(16).expand(32, -1) >= 2, "4 of 16 patches must be visible .* not 2"),
     ],
 )
 def test_scores_that_are_none_are_refused_by_the_strategys_name(monkeypatch, scores, found):
