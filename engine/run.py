@@ -137,7 +137,7 @@ class Run:
 
     def _begin(self, facts, starts):
         if self.overwrite:
-            for pattern in ("*.pt", "metrics.csv", "events.out.tfevents.*", "config.json"):
+            for pattern in ("*.pt", "metrics.csv", "*features*", "events.out.tfevents.*", "config.json"):
                 for path in self.directory.glob(pattern):
                     path.unlink()
         self.write_config({**self.identity, "finished": False, "facts": facts, "starts": starts})

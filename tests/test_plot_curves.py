@@ -1,7 +1,5 @@
 """Curves of runs, from runs written by hand."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -99,10 +97,3 @@ def test_the_legend_of_long_names_lies_below_the_plots_and_leaves_them_their_siz
     for axes in figure.axes:
         assert axes.get_window_extent().y0 > box.y1
         assert (axes.get_window_extent().size / figure.dpi > (4, 3)).all()
-
-
-def test_curves_can_be_drawn_from_the_scripts_path_as_well():
-    command = [sys.executable, ROOT / "scripts" / "plot_curves.py", make_mae(1)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("curves.png\n")
