@@ -23,7 +23,7 @@ from engine.device import (
     pick_precision,
     tune,
 )
-from engine.errors import UserError
+from engine.errors import UserError, counted
 from engine.optimizers import OPTIMIZERS
 from engine.run import Run
 
@@ -97,7 +97,11 @@ def plan_training(args, num_images, warmup, at_once, rank, world_size):
         raise UserError(f"--batch_size {batch_size} is not a multiple of the {world_size} processes.")
     share = batch_size // world_size
     if batch_size > num_images:
-        raise UserError(f"--batch_size {batch_size} is more than the {num_images} training images; use at most that.")
+        fits = num_images // world_size * world_size
+        raise UserError(
+            f"--batch_size {batch_size} is more than the {counted(num_images, 'training image')}; give --batch_size "
+            f"{fits} or less."
+        )
     warmup_epochs = warmup * args.total_epoch if args.warmup_epoch is None else args.warmup_epoch
     if not 0 <= warmup_epochs <= args.total_epoch:
         raise UserError(f"--warmup_epoch {warmup_epochs:g} is not within 0 to --total_epoch {args.total_epoch}.")
@@ -256,7 +260,7 @@ def train(args, start_experiment):
             of processes changes which images are seen, and how.
             loss(*parts): mean loss of a part (b, ...) of each of these tensors, under autocast.
             evaluate(session, setup): metrics after an epoch, {name: number, nan where not measured}.
-            content(): as `Session.finish` takes it.
+            content(): as `Run.open` takes it.
     """
     device = pick_device(args.device)
     processes.join(device)
@@ -272,14 +276,14 @@ def train(args, start_experiment):
     optimizer, loss_of = build(experiment, setup)
     model = experiment.model
     facts = {"parameters": sum(p.numel() for p in model.parameters()), "precision": setup.precision}
-    facts |= experiment.digests | setup.plan.facts()
+    facts |= {"train_images": experiment.num_images} | experiment.digests | setup.plan.facts()
     start = {"processes": processes.world_size(), "micro_batches": len(setup.plan.slices), **environment(device)}
-    with run.open(model, optimizer, setup.plan, facts, start) as session:
+    with run.open(model, optimizer, setup.plan, facts, start, experiment.content()) as session:
         while not session.is_done():
             metrics = train_one_epoch(setup, experiment, optimizer, loss_of, session)
             session.check_finite(metrics["train/loss"])
             metrics["memory/peak_mb"] = peak_memory_mb(device)
             session.end_epoch(metrics | experiment.evaluate(session, setup))
-        session.finish(experiment.content())
+        session.finish()
     run.export()
     return run.directory
