@@ -11,8 +11,6 @@ import argparse
 import math
 
 import torch
-from images.load import load_dataset, sample
-from images.pixels import normalize, to_pixels
 from torchvision.utils import make_grid
 
 import utils
@@ -23,6 +21,8 @@ from engine.errors import exit_in_one_line
 from engine.features import extract_features, knn_predict
 from engine.training import train
 from images.augmentation import AUGMENTATIONS
+from images.load import load_dataset, sample
+from images.pixels import normalize, to_pixels
 from model import MASK_STRATEGIES, POSITIONS, MAE_ViT, PatchShuffle
 
 SIZE = ("img_size", "patch_size", "embed_dim", "encoder_depth", "num_heads", "decoder_depth")
@@ -144,8 +144,7 @@ class Pretraining:
         every = probe_interval(args, setup.plan, sum(len(bank.images) for bank in self.banks))
         if every and (last or session.epoch % every == 0):
             return probe(self.model, *self.banks, setup.precision, setup.at_once)
-        measures = ("test/loss", "probe/knn_acc") if self.banks[0].classes else ("test/loss",)
-        return dict.fromkeys(measures, math.nan) if every else {}
+        return dict.fromkeys(("test/loss", "probe/knn_acc") if self.banks[0].classes else ("test/loss",), math.nan)
 
     def content(self):
         return {"kind": "MAE_ViT", "model_args": self.model_args}

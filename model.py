@@ -253,11 +253,12 @@ class MAE_Encoder(nn.Module):
             size = self.img_size
             raise ValueError(f"img_size is {size}: images must be (B, 3, {size}, {size}), not {tuple(images.shape)}.")
         patches = patchify(images, self.patch_size)  # (B, N, P)
-        position = self.pos_embedding.transpose(0, 1).expand(len(images), -1, -1)  # (B, N, D)
+        count = images.shape[0]  # len(images) would be a fixed number in an exported program
+        position = self.pos_embedding.transpose(0, 1).expand(count, -1, -1)  # (B, N, D)
         if ids_keep is not None:  # before the embedding, so that hidden patches cost nothing
             patches, position = take(patches, ids_keep), take(position, ids_keep)  # (B, V, ...)
         tokens = F.linear(patches, self.patchify.weight.flatten(1), self.patchify.bias) + position  # as the convolution
-        return torch.cat([self.cls_token.expand(len(images), -1, -1), tokens], dim=1)  # (B, 1 + V, D)
+        return torch.cat([self.cls_token.expand(count, -1, -1), tokens], dim=1)  # (B, 1 + V, D)
 
     def forward(self, images, ids_keep=None):
         """Encode images (B, 3, H, W) to features (B, 1 + V, D), cls first."""
@@ -285,7 +286,7 @@ class MAE_Decoder(nn.Module):
                 f"decoder_embed_dim {width} is a multiple neither of the encoder's head width {head_width} nor of "
                 f"num_heads {num_heads}; use a multiple of one of them."
             )
-        # equal widths need no layer: keys and random draws are then the reference's
+        # equal widths need no layer: keys and distributions of the weights are then the reference's
         self.embed = nn.Identity() if width == embed_dim else nn.Linear(embed_dim, width)
         self.mask_token = init_token(1, 1, width)
         self.pos_embedding = init_positions(positions, img_size // patch_size, width, cls=True)
@@ -467,6 +468,9 @@ class ViT_Classifier(MAE_Encoder):
     def forward(self, images, scales=None):
         """Classify images (B, 3, H, W) in [-1, 1]: logits (B, num_classes).
 
+        Without gradients, that is to evaluate, the head computes in float32 whatever the precision: in bf16, about one
+        image in 200 has two highest logits.
+
         Args:
             scales: (B, depth, 2) from `drop_path_scales`, in training; None: no drop path.
         """
@@ -475,4 +479,8 @@ class ViT_Classifier(MAE_Encoder):
             last_of_cls = self.pool == "cls" and block is self.transformer[-1]
             tokens = block_output(block, tokens, None if scales is None else scales[:, i], cls_only=last_of_cls)
         pooled = tokens[:, 0] if self.pool == "cls" else tokens[:, 1:].mean(dim=1)  # (B, D)
-        return self.head(self.layer_norm(pooled))
+        pooled = self.layer_norm(pooled)
+        if torch.is_grad_enabled():
+            return self.head(pooled)
+        with torch.autocast(pooled.device.type, enabled=False):
+            return self.head(pooled.float())

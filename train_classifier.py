@@ -11,8 +11,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from images.load import hold_out, load_dataset
-from images.pixels import normalize
 from timm.optim import param_groups_layer_decay
 
 import utils
@@ -23,6 +21,8 @@ from engine.errors import UserError, exit_in_one_line
 from engine.records import read_metrics
 from engine.training import train
 from images.augmentation import AUGMENTATIONS, mix
+from images.load import hold_out, load_dataset
+from images.pixels import normalize
 from model import MAE_ViT, ViT_Classifier, drop_path_scales
 
 WARMUP = 0.05  # of all epochs

@@ -111,9 +111,10 @@ def peak_memory_mb(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     status = Path("/proc/self/status")
-    if status.exists():  # Linux, where ru_maxrss would begin with what the parent process had
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS: bytes
+    if status.exists() and (peak := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):  # gVisor's has none
+        return int(peak[1]) / 2**10
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # on Linux it begins with what the parent process had
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 # --- randomness ---

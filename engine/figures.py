@@ -4,12 +4,12 @@ Each `draw_` function draws into the axes it is given, or returns a figure of it
 """
 
 import math
+import os
 import textwrap
 
-import matplotlib
 import numpy as np
 
-matplotlib.use("Agg")
+os.environ["MPLBACKEND"] = "agg"  # a notebook's may name a module that is not here
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 

@@ -11,6 +11,16 @@ except ImportError:
     sys.exit("This program needs Linux or macOS. On Windows, run it in WSL: https://learn.microsoft.com/windows/wsl")
 
 NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}  # of some network file systems
+NO_SYNC = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}  # of directories in VirtualBox or CIFS, say
+
+
+def sync(file):
+    """Wait until a file, or a directory with its new names, is on the disk; where a file system can tell that."""
+    try:
+        os.fsync(file)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise
 
 
 @contextlib.contextmanager
@@ -21,13 +31,13 @@ def replacing(path):
         with open(temporary, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     directory = os.open(path.parent, os.O_RDONLY)
-    os.fsync(directory)  # the new name, too
+    sync(directory)  # the new name, too
     os.close(directory)
 
 

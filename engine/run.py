@@ -7,7 +7,6 @@ the end, model.pt. The name says what sets the run apart, so the same command ag
 import contextlib
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ from tqdm import tqdm
 from engine import processes
 from engine.checkpoints import load_file, save_file
 from engine.errors import UserError, as_user_error
-from engine.files import locked, replacing
+from engine.files import locked, replacing, sync
 from engine.records import csv_text, read_config, read_metrics, read_run
 
 # What must be as it was, beside the settings, as digests: of a finished run, too
@@ -138,7 +137,7 @@ class Run:
 
     def _begin(self, facts, starts):
         if self.overwrite:
-            for pattern in ("*.pt", "metrics.csv", "events.out.tfevents.*", "config.json"):
+            for pattern in ("*.pt", "metrics.csv", "*features*", "events.out.tfevents.*", "config.json"):
                 for path in self.directory.glob(pattern):
                     path.unlink()
         self.write_config({**self.identity, "finished": False, "facts": facts, "starts": starts})
@@ -364,7 +363,7 @@ class Session:
             with open(path, "a", newline="") as file:
                 file.write(csv_text([row], header=not self.columns))
                 file.flush()
-                os.fsync(file.fileno())  # before a checkpoint says that the epoch is done
+                sync(file.fileno())  # before a checkpoint says that the epoch is done
             self.columns = row.keys()
             for key, value in metrics.items():
                 if not math.isnan(value):

@@ -4,9 +4,7 @@ import functools
 import math
 import textwrap
 
-from matplotlib.ticker import MaxNLocator
-
-from engine.figures import STYLES, WRAP, draw_seeds, name_of, plt, save
+from engine.figures import STYLES, WRAP, MaxNLocator, draw_seeds, name_of, plt, save
 from scripts.results import MEASURES, common_accuracy
 from scripts.settings import SCRATCH
 

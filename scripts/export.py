@@ -122,11 +122,16 @@ def to_hf(model, classes):
 
 
 def write_hf(config, state, directory):
-    """A directory for from_pretrained."""
+    """A directory for from_pretrained: the model, and the processor that prepares pictures as we do."""
     from safetensors.torch import save_file as save_safetensors  # timm brings it
 
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    size = {"height": config["image_size"], "width": config["image_size"]}
+    processor = {"image_processor_type": "ViTImageProcessor", "size": size, "resample": 2, "rescale_factor": 1 / 255}
+    processor |= {"do_resize": True, "do_rescale": True, "do_normalize": True}
+    processor |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (directory / "preprocessor_config.json").write_text(json.dumps(processor, indent=1) + "\n")
     save_safetensors({name: tensor.contiguous() for name, tensor in state.items()}, directory / "model.safetensors")
 
 

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
 from engine.checkpoints import load_file, load_model, save_file
+from images.pixels import normalize
 from model import MAE_ViT, ViT_Classifier
 from scripts import export
 
@@ -91,6 +93,40 @@ def test_transformers_loads_what_is_written_for_it_and_computes_the_same(capsys)
     close(model.eval()(images()).logits, classifier(images()))
     assert model.config.id2label[2] == "eel"
     assert json.loads(Path("there/config.json").read_text())["qkv_bias"] is False
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_transformers_prepares_pictures_as_we_do(capsys):
+    transformers = pytest.importorskip("transformers")
+    export.main(["classifier.pt", "--to", "hf"])
+    pixels = torch.randint(256, (16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    processor = transformers.AutoImageProcessor.from_pretrained("hf")
+    prepared = processor(Image.fromarray(pixels.numpy()), return_tensors="pt")["pixel_values"]
+    close(prepared, normalize(pixels.permute(2, 0, 1)[None]))
+    assert processor(Image.new("RGB", (64, 64)), return_tensors="pt")["pixel_values"].shape == (1, 3, 16, 16)
+    classifier, _ = load_model("classifier.pt", ViT_Classifier)
+    (best, *_) = transformers.pipeline("image-classification", model="hf")(Image.fromarray(pixels.numpy()))
+    assert best["label"] == NAMES[classifier(prepared).argmax()]
+
+
+def test_a_processor_is_written_beside_an_exported_model():
+    export.main(["mae.pt", "--to", "hf"])
+    processor = json.loads(Path("hf/preprocessor_config.json").read_text())
+    assert processor["size"] == {"height": 16, "width": 16}
+    assert (processor["image_mean"], processor["image_std"], processor["resample"]) == ([0.5] * 3, [0.5] * 3, 2)
+
+
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_an_exported_program_takes_any_number_of_images():
+    model, _ = load_model("classifier.pt", ViT_Classifier)
+    sizes = ({0: torch.export.Dim("count", min=1, max=64)},)
+    program = torch.export.export(model.eval(), (images(),), dynamic_shapes=sizes).module()
+    traced = torch.jit.trace(model, images()[:1])
+    for count in (1, 3, 5):
+        for exported in (program, traced):
+            close(exported(images()[:count]), model(images()[:count]))
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from images.pixels import ImageSet
-from images.shapes import shapes
 
 import mae_pretrain
 import train_classifier
@@ -32,6 +30,8 @@ from engine.checkpoints import load_file, load_model, save_file
 from engine.records import read_config, read_metrics
 from engine.run import Run
 from images import load
+from images.pixels import ImageSet
+from images.shapes import shapes
 from model import MASK_STRATEGIES, MAE_ViT, PatchShuffle, ViT_Classifier
 
 ROOT = Path(__file__).parents[1]

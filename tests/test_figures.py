@@ -1,4 +1,8 @@
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -135,3 +139,15 @@ def test_a_figure_is_saved_where_asked_and_closed(tmp_path):
     figures.save(figure, tmp_path / "new" / "f.png")
     assert plt.imread(tmp_path / "new" / "f.png").shape[2] == 4
     assert not plt.fignum_exists(figure.number)
+
+
+def test_a_notebooks_backend_that_is_not_installed_here_does_no_harm():
+    """As under `!python ...` in Colab, Kaggle and Jupyter, which export MPLBACKEND."""
+    environment = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_of_a_notebook"}
+    root = Path(__file__).parents[1]
+    code = "from engine.figures import plt; plt.subplots(); print(plt.get_backend())"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=root, env=environment, text=True) == "agg\n"
+    importers = [path for path in root.glob("[!.t]*/*.py") if "from matplotlib" in path.read_text()]
+    assert [path.name for path in [*importers, *root.glob("*.py")] if "matplotlib" in path.read_text()] == [
+        "figures.py"
+    ]

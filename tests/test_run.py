@@ -1,3 +1,4 @@
+import errno
 import math
 import os
 import re
@@ -111,6 +112,24 @@ def test_overwrite_starts_anew(tmp_path):
     assert not (tmp_path / "toy" / "metrics.csv").exists()
 
 
+def test_overwrite_drops_what_was_measured_of_the_run_before(tmp_path):
+    with opened(tmp_path) as run:
+        train(run, 1)
+    for name in ("features.json", "features_1000.csv", "features.png"):
+        (tmp_path / "toy" / name).write_text("of the run before")
+    with opened(tmp_path, overwrite=True):
+        assert not list((tmp_path / "toy").glob("*features*"))
+
+
+@pytest.mark.parametrize("damage", [b"\xff\xfe", b"epoch,train/loss\n1,x\n", b"a,b\n1,2\n"])
+def test_a_damaged_metrics_csv_is_named(tmp_path, damage):
+    with opened(tmp_path) as run:
+        train(run, 1)
+    (tmp_path / "toy" / "metrics.csv").write_bytes(damage + b"\n")
+    with pytest.raises(ValueError, match=r"Cannot read .*toy/metrics\.csv.*--overwrite"), opened(tmp_path):
+        pass
+
+
 def test_a_second_writer_is_refused_while_the_first_lives(tmp_path):
     refused = pytest.raises(ValueError, match="Another process is at work on")
     with opened(tmp_path), refused, opened(tmp_path):
@@ -203,7 +222,7 @@ def test_a_weight_that_is_no_number_is_never_saved(tmp_path, step):
 
 def test_an_epochs_numbers_are_on_disk_before_its_checkpoint(tmp_path, monkeypatch):
     synced, fsync = [], os.fsync
-    monkeypatch.setattr(runs.os, "fsync", lambda file: (synced.append(os.fstat(file).st_ino), fsync(file)))
+    monkeypatch.setattr(os, "fsync", lambda file: (synced.append(os.fstat(file).st_ino), fsync(file)))
     with opened(tmp_path) as run:
         train(run, 1)
     csv, checkpoint = ((tmp_path / "toy" / name).stat().st_ino for name in ("metrics.csv", "checkpoint.pt"))
@@ -222,6 +241,23 @@ def test_saving_takes_at_most_a_fiftieth_of_the_time_and_comes_at_most_once_a_mi
             monkeypatch.setattr(runs.time, "monotonic", lambda passed=passed: saved_at + passed)
             run.tick()
     assert saves == [first]
+
+
+def test_a_file_system_that_cannot_sync_directories_or_anything_will_do_and_a_bad_disk_will_not(tmp_path, monkeypatch):
+    def fails(number):
+        def fsync(file):
+            raise OSError(number, os.strerror(number))
+
+        return fsync
+
+    for number in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):  # VirtualBox, CIFS, FUSE
+        monkeypatch.setattr(os, "fsync", fails(number))
+        with opened(tmp_path) as run:
+            train(run, 1)
+        assert (tmp_path / "toy" / "checkpoint.pt").exists()
+    monkeypatch.setattr(os, "fsync", fails(errno.EIO))
+    with pytest.raises(ValueError, match="Input/output error"), opened(tmp_path):
+        pass
 
 
 def test_other_facts_are_refused_under_the_same_arguments(tmp_path):

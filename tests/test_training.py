@@ -18,8 +18,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from images.pixels import normalize
-from images.shapes import shapes
 from PIL import Image
 from reference import cropped_one_by_one
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -33,6 +31,8 @@ from engine.errors import UserError
 from engine.optimizers import orthogonalized
 from engine.records import read_metrics
 from engine.run import Session
+from images.pixels import normalize
+from images.shapes import shapes
 from model import MAE_Encoder, MAE_ViT, PatchShuffle, ViT_Classifier
 
 SIZE = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "encoder_depth": 2, "num_heads": 3}
@@ -226,7 +226,7 @@ def test_a_classifier_ends_with_the_weights_of_a_plain_loop(augment, parts, star
 
 def test_losses_of_a_classifier_in_bf16_are_computed_in_float32(few_shapes):
     images, model = shapes(50, 16, seed=0), ViT_Classifier(**SIZE, num_classes=10)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16):
         logits = model(normalize(images.images))
     assert logits.dtype == torch.bfloat16
     expected = F.cross_entropy(logits.float(), images.labels).item()
@@ -234,7 +234,19 @@ def test_losses_of_a_classifier_in_bf16_are_computed_in_float32(few_shapes):
     experiment.model = model
     with torch.autocast("cpu", torch.bfloat16):
         assert experiment.loss(images.images, images.labels).item() == expected
-    assert train_classifier.evaluate(model, images, "bf16", 50)["test/loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_evaluating_a_classifier_in_bf16_ranks_logits_that_bf16_cannot_tell_apart(few_shapes):
+    torch.manual_seed(0)
+    images, model = shapes(50, 16, seed=0), ViT_Classifier(**SIZE, num_classes=10)
+    torch.nn.init.normal_(model.head.weight)
+    with torch.no_grad():
+        exact = model(normalize(images.images))
+    images = images._replace(labels=exact.argmax(1))
+    torch.nn.init.constant_(model.head.bias, 1000.0)  # where bf16 counts in steps of 4
+    scores = train_classifier.evaluate(model, images, "bf16", 50)
+    assert scores["test/acc"] > 0.95
+    assert scores["test/loss"] == pytest.approx(F.cross_entropy(exact, images.labels).item(), rel=0.03)
 
 
 @pytest.mark.parametrize("script", ["mae_pretrain", "train_classifier"])
