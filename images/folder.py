@@ -37,7 +37,7 @@ class Tree(NamedTuple):
 
     def __str__(self):
         """In words what is not read: a sentence, or nothing."""
-        kinds = (f"{len(paths)} x {kind} (first: {readable(paths[0])!r})" for kind, paths in self.not_read.items())
+        kinds = (f"{len(paths)} x {kind} (first: '{readable(paths[0])}')" for kind, paths in self.not_read.items())
         return f"Not read: {', '.join(kinds)}." if self.not_read else ""
 
 
@@ -93,11 +93,8 @@ def find_classes(trees, folders, labelled):
     if not labelled:
         return sorted(train) if train == test and "" not in train else []
     if others := (train ^ test) - {""}:
-        told = ", ".join(map(repr, sorted(others)))
+        told = ", ".join(f"'{name}'" for name in sorted(others))
         raise UserError(f"{trees['train'].directory}, ../test: only one has {told}; both need the same classes.")
-    for tree in trees.values():
-        if loose := [path for path in tree.files.values() if not class_of(path)]:
-            tree.not_read["image in no class folder"] = loose
     return sorted(train - {""})
 
 
@@ -117,6 +114,8 @@ def list_images(directory, labelled):
             not_read["no regular file"].append(path)
         elif identity not in files:
             files[identity] = path
+            if labelled and not class_of(path):
+                not_read["image in no class folder"].append(path)
             key.update(os.fsencode(f"{path}\0{info and (info.st_size, info.st_mtime_ns)}\0"))  # not only UTF-8
         elif labelled and class_of(path) != class_of(files[identity]):
             raise UserError(f"{directory}: {files[identity]} and {path} are one file in two classes. Keep one of them.")

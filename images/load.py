@@ -111,16 +111,19 @@ def load_dataset(name, data_dir, img_size, train_images=None, labelled=True):
             held_out = f"{len(test.images)} of its {count} images, always the same ones, are not trained on"
             print(f"{place} has no test set: {held_out}.")
     train = train if train_images is None else first_of_each_class(train, train_images)
-    say_shared(train, test, f"{place}: {{}} test images are training images, too, pixel for pixel.")
+    say_copies(train, test, place, "test")
     return train, test
 
 
-def say_shared(train, other, sentence):
-    """Print how many images of another set are training images too, if any."""
-    if processes.is_first():
-        known = {hash(image.tobytes()) for image in train.images.numpy()}
-        if both := sum(hash(image.tobytes()) in known for image in other.images.numpy()):
-            print(sentence.format(f"{both} of {len(other.images)}"))
+def say_copies(train, other, place, other_name):
+    """Print how many training images are there twice, and how many of another set are training images, if any."""
+    if not processes.is_first():
+        return
+    known = {hash(image.tobytes()) for image in train.images.numpy()}
+    if again := len(train.images) - len(known):
+        print(f"{place}: {again} of {len(train.images)} training images are copies of others, pixel for pixel.")
+    if both := sum(hash(image.tobytes()) in known for image in other.images.numpy()):
+        print(f"{place}: {both} of {len(other.images)} {other_name} images are training images, too, pixel for pixel.")
 
 
 def data_name(dataset, data_dir):
@@ -166,7 +169,7 @@ def hold_out(images, count, train_images=None):
     if train_images is not None:
         train = first_of_each_class(train, train_images, f"With --val_images {count}, --train_images")
     val = images.where(held_out)
-    say_shared(train, val, "{} held-out images are training images, too, pixel for pixel.")
+    say_copies(train, val, f"--val_images {count}", "held-out")
     return train, val
 
 

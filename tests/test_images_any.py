@@ -340,6 +340,9 @@ def test_copies_of_training_images_among_those_to_test_on_are_counted_and_said(t
     double = ImageSet(train.images[[0, 1, 2, 0, 3, 4]], torch.tensor([0, 0, 0, 0, 1, 1]), ["cat", "dog"])
     hold_out(double, 2)
     assert "1 of 2 held-out images are training images, too" in capsys.readouterr().out
+    (root / "train" / "dog" / "copy.png").write_bytes((root / "train" / "dog" / "0.png").read_bytes())
+    load_dataset("folder", str(root), 8)
+    assert f"{root}: 1 of 7 training images are copies of others" in capsys.readouterr().out
 
 
 # --- names ---
@@ -430,12 +433,6 @@ def test_a_number_that_means_no_label_is_no_class(tmp_path, labels, meant):
     assert train.labels.tolist() == test.labels.tolist() == [0] * 6
 
 
-def test_256_classes_are_classes(tmp_path):
-    labels, images = np.arange(256, dtype=np.uint8), np.stack([noise(i) for i in range(256)])
-    np.savez(tmp_path / "a.npz", train_images=images, test_images=images, train_labels=labels, test_labels=labels)
-    assert load_dataset("npz", str(tmp_path / "a.npz"), 8)[0].labels.tolist() == list(range(256))
-
-
 @pytest.mark.parametrize("name", ["unlabeled", "Unlabelled", "nan", "-1"])
 def test_a_folder_of_images_without_labels_is_no_class(tmp_path, name):
     root = pets(tmp_path, ("cat", "dog", name))
@@ -443,16 +440,3 @@ def test_a_folder_of_images_without_labels_is_no_class(tmp_path, name):
         load_dataset("folder", str(root), 8)
     train, _ = load_dataset("folder", str(root), 8, labelled=False)
     assert (len(train.images), train.classes) == (9, [])
-
-
-@pytest.mark.parametrize(
-    ("size", "said"), [((28, 28), "."), ((224, 224), "."), ((60, 80), ", 6 of them centre-cropped.")]
-)
-def test_an_npz_of_another_size_says_what_is_done_to_it(tmp_path, capsys, size, said):
-    arrays = {f"{part}_images": np.zeros((6, *size, 1), np.uint8) for part in ("train", "test")}
-    np.savez(tmp_path / "a.npz", **arrays, train_labels=np.arange(6), test_labels=np.arange(6))
-    load_dataset("npz", str(tmp_path / "a.npz"), 32)
-    for part in ("training", "test"):
-        assert (
-            f"a.npz, {part} images: Resized 6 of 6 images to 32 x 32{said}" in capsys.readouterr().out or part == "test"
-        )
