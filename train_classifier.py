@@ -225,7 +225,9 @@ class Classification:
         return scores
 
     def content(self):
-        return {"kind": "ViT_Classifier", "model_args": self.model_args, "classes": self.train.classes}
+        most = self.test.labels.bincount().max().item() / len(self.test.labels)  # what always one answer would reach
+        facts = {"classes": self.train.classes, "largest_class": most}
+        return {"kind": "ViT_Classifier", "model_args": self.model_args, **facts}
 
 
 @torch.no_grad()
@@ -237,7 +239,7 @@ def evaluate(model, images, precision, at_once, name="test"):
     test/acc_mean_of_batches is the course report's figure: the mean of the accuracies of batches of 128, in which a
     short last batch counts as much as a full one. For comparison with it only.
     """
-    pixels, labels, _ = images
+    pixels, labels = images.images, images.labels
     device = labels.device
     loss, correct = torch.zeros((), device=device), torch.zeros(len(labels), device=device)
     for part in processes.shared_out(len(labels), EVAL_BATCH):
@@ -275,10 +277,12 @@ def main(argv=None):
         directory = train_classifier(args)
         processes.leave()
         if processes.is_first():
-            load_model(Path(directory, "model.pt"), ViT_Classifier)
+            _, content = load_model(Path(directory, "model.pt"), ViT_Classifier)
             row = read_metrics(directory)[-1]
             chosen = f" (epoch {row['chosen_epoch']:.0f}, chosen on held-out images)" if "chosen_epoch" in row else ""
             result = f"Trained: {directory}/model.pt, test accuracy {row['test/acc']:.2%}{chosen}"
+            if (most := content.get("largest_class", 0)) * len(content["classes"]) > 1.1:  # uneven classes
+                result += f"; the most frequent class alone is {most:.2%} of the test images"
             print("Dry run: trained, evaluated, logged, saved and reloaded." if args.dry_run else result)
 
 

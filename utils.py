@@ -108,15 +108,12 @@ DATA_DEFAULTS = {"dataset": "cifar10", "data_dir": "data"}
 def add_data_arguments(parser, pretrained=False):
     """Args: pretrained: a pretrained model brings its own defaults, which the script fills in."""
     group = parser.add_argument_group("data")
-    texts = {
-        "dataset": "what to train and test on",
-        "data_dir": "directory of the files, or to download them to; for npz the file",
-    }
-    for name, text in texts.items():
-        default, choices = DATA_DEFAULTS[name], DATASETS if name == "dataset" else None
-        if pretrained:
-            default, text = None, f"{text} (default: the pretrained model's; from scratch {default})"
-        group.add_argument(f"--{name}", choices=choices, default=default, help=text)
+    default = {name: None if pretrained else value for name, value in DATA_DEFAULTS.items()}
+    note = "; default: the pretrained model's; from scratch {}" if pretrained else ""
+    text = "what to train and test on" + note.format(DATA_DEFAULTS["dataset"])
+    group.add_argument("--dataset", choices=DATASETS, default=default["dataset"], help=text)
+    text = "directory of the files, or to download them to; for npz the file" + note.format(DATA_DEFAULTS["data_dir"])
+    group.add_argument("--data_dir", default=default["data_dir"], help=text)
     group.add_argument("--train_images", type=positive_int, help="train on this many, equally many of each class")
     group.add_argument(
         "--augment",

@@ -91,13 +91,12 @@ def read_metrics(directory):
     path = Path(directory) / "metrics.csv"
     if not path.exists():
         return []
-    with open(path, newline="") as file:
-        lines = [line for line in file if line.endswith("\n")]
-    rows = csv.DictReader(lines)
     try:
-        return [{key: int(v) if key == "epoch" else float(v) for key, v in row.items()} for row in rows]
-    except (TypeError, ValueError) as error:
-        raise UserError(f"Cannot read {path}: {error}. Copy the file again, or start again (--overwrite).") from error
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader([line for line in file if line.endswith("\n")]))
+        return [{"epoch": int(row.pop("epoch")), **{name: float(value) for name, value in row.items()}} for row in rows]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"Cannot read {path}: {error!r}. Copy the file again, or start again (--overwrite).") from error
 
 
 def csv_text(rows, header):

@@ -145,7 +145,7 @@ class Run:
         if path := self.arguments.get("output_model_path"):
             check_writable(Path(path).parent, "--output_model_path")
         if self.overwrite:
-            for pattern in ("*.pt", "metrics.csv", "events.out.tfevents.*", "config.json"):
+            for pattern in ("*.pt", "metrics.csv", "*features*", "events.out.tfevents.*", "config.json"):
                 for path in self.directory.glob(pattern):
                     path.unlink()
         self.write_config({**self.identity, "finished": False, "facts": facts, "starts": starts})

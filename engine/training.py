@@ -230,7 +230,7 @@ def set_up(experiment, device):
 
 
 def build(experiment, setup):
-    """Draw the model from the seed and put it on its device: (its optimizer, its loss, compiled where that pays)."""
+    """Draw the model from the seed: (the model on its device, its optimizer, its loss, compiled where that pays)."""
     args, plan = experiment.args, setup.plan
     torch.manual_seed(args.seed)
     model = experiment.build().to(setup.device)
@@ -238,7 +238,7 @@ def build(experiment, setup):
     recipe = {"lr": plan.peak_lr, "betas": experiment.betas, "weight_decay": args.weight_decay}
     dtype = PRECISIONS[setup.precision]
     optimizer = OPTIMIZERS[args.optimizer](model, experiment.parameter_groups(), dtype, **recipe)
-    return optimizer, maybe_compiled(experiment.loss, args.compile, setup.device, plan.num_images)
+    return model, optimizer, maybe_compiled(experiment.loss, args.compile, setup.device, plan.num_images)
 
 
 def train(args, start_experiment):
@@ -266,15 +266,14 @@ def train(args, start_experiment):
     processes.join(device)
     with processes.together():
         experiment = start_experiment(args)
-        args, run = experiment.args, Run(experiment.identity, experiment.arguments)
+        run = Run(experiment.identity, experiment.arguments)
         experiment.load(device)
         finished = run.is_finished(experiment.digests)
     if processes.broadcast([int(finished)])[0]:
         return run.pass_over()
 
     setup = set_up(experiment, device)
-    optimizer, loss_of = build(experiment, setup)
-    model = experiment.model
+    model, optimizer, loss_of = build(experiment, setup)
     facts = {"parameters": sum(p.numel() for p in model.parameters()), "precision": setup.precision}
     facts |= {"train_images": experiment.num_images} | experiment.digests | setup.plan.facts()
     start = {"processes": processes.world_size(), "micro_batches": len(setup.plan.slices), **environment(device)}

@@ -4,6 +4,7 @@ A set is one tensor on the training device; a batch is an index, a cast and a no
 """
 
 import math
+import re
 import socket
 from pathlib import Path
 from typing import NamedTuple
@@ -14,9 +15,9 @@ from torchvision import datasets
 from engine import processes
 from engine.errors import UserError, as_user_error
 from engine.files import locked
-from images.folder import read_folder
+from images.folder import read_folder, readable
 from images.npz import read_npz
-from images.pixels import ImageSet, to_images
+from images.pixels import ImageSet, flatness, to_images
 from images.shapes import shapes
 
 
@@ -38,11 +39,11 @@ class Download(NamedTuple):
             files = self.kind(data_dir, **part)
         except (RuntimeError, ValueError):  # missing, or damaged
             files = self.download(part, data_dir)
-        images = to_images(files.data, img_size)
+        images, done = to_images(files.data, img_size)
         if part is self.unlabelled:
-            return ImageSet(images, torch.zeros(len(images), dtype=torch.int64), [])
-        labels = files.targets if hasattr(files, "targets") else files.labels
-        return ImageSet(images, torch.as_tensor(labels).long(), list(getattr(files, "classes", map(str, range(10)))))
+            return ImageSet(images, torch.zeros(len(images), dtype=torch.int64), [], done)
+        labels = torch.as_tensor(files.targets if hasattr(files, "targets") else files.labels).long()
+        return ImageSet(images, labels, list(getattr(files, "classes", map(str, range(10)))), done)
 
     def download(self, part, data_dir):
         timeout = socket.getdefaulttimeout()
@@ -74,6 +75,7 @@ DATASETS = {  # called with data_dir, img_size, labelled (see load_dataset): the
     "npz": read_npz,
     "shapes": lambda _, img_size, labelled: (shapes(5000, img_size, seed=0), shapes(1000, img_size, seed=1)),
 }
+NO_LABEL = re.compile(r"-\d+|nan|unlabell?ed", re.IGNORECASE)  # a class of this name is none
 # A few images for dry runs, which the command line does not offer
 FAKE = {"fake": lambda _, img_size, labelled: (shapes(1000, img_size, seed=0), shapes(20, img_size, seed=1))}
 
@@ -92,19 +94,42 @@ def load_dataset(name, data_dir, img_size, train_images=None, labelled=True):
         raise UserError(f"--dataset {name!r} is unknown; choose from {', '.join(DATASETS)}.")
     with as_user_error(OSError, ImportError):  # torchvision reads SVHN with SciPy
         train, test = load(data_dir, img_size, labelled)
+    place, count = readable(str(data_dir)) if name in ("folder", "npz") else name, len(train.images)
+    if nameless := [name for name in train.classes if NO_LABEL.fullmatch(name)]:
+        if labelled:
+            raise UserError(f"{place}: {', '.join(nameless)} is no class but the lack of a label; remove its images.")
+        train, test = (part and part._replace(labels=part.labels * 0, classes=[]) for part in (train, test))
+    if labelled and len(train.labels.unique()) < 2:
+        raise UserError(f"{place} has 1 class, nothing to tell apart; is train/<class>/ right?")
+    if processes.is_first():
+        for part, images in ("training images", train), ("test images", test):
+            if images and (done := (*images.done, *flatness(images.images))):
+                print(f"{place}, {part}: {' '.join(done)}")
     if test is None:
-        count = len(train.images)
         train, test = split_off_test(train)
         if processes.is_first():
             held_out = f"{len(test.images)} of its {count} images, always the same ones, are not trained on"
-            print(f"{data_dir} has no test set: {held_out}.")
-    return train if train_images is None else first_of_each_class(train, train_images), test
+            print(f"{place} has no test set: {held_out}.")
+    train = train if train_images is None else first_of_each_class(train, train_images)
+    say_copies(train, test, place, "test")
+    return train, test
+
+
+def say_copies(train, other, place, other_name):
+    """Print how many training images are there twice, and how many of another set are training images, if any."""
+    if not processes.is_first():
+        return
+    known = {hash(image.tobytes()) for image in train.images.numpy()}
+    if again := len(train.images) - len(known):
+        print(f"{place}: {again} of {len(train.images)} training images are copies of others, pixel for pixel.")
+    if both := sum(hash(image.tobytes()) in known for image in other.images.numpy()):
+        print(f"{place}: {both} of {len(other.images)} {other_name} images are training images, too, pixel for pixel.")
 
 
 def data_name(dataset, data_dir):
     """What to call a data set; a folder or file goes by its own name."""
     path = Path(data_dir).resolve()
-    return {"folder": path.name, "npz": path.stem}.get(dataset, dataset)
+    return readable({"folder": path.name, "npz": path.stem}.get(dataset, dataset))
 
 
 def split_off_test(images):
@@ -143,7 +168,9 @@ def hold_out(images, count, train_images=None):
     train = images.where(~held_out)
     if train_images is not None:
         train = first_of_each_class(train, train_images, f"With --val_images {count}, --train_images")
-    return train, images.where(held_out)
+    val = images.where(held_out)
+    say_copies(train, val, f"--val_images {count}", "held-out")
+    return train, val
 
 
 def of_each_class(images, count, flag, last=False):

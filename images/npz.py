@@ -10,8 +10,8 @@ from images.pixels import ImageSet, to_images
 def read_npz(path, img_size, labelled=True):
     """The arrays (train|test)_images and _labels of a file: the training and the test set, None without test images.
 
-    Images are uint8, (N, H, W) or (N, H, W, 3); labels one whole number each, (N,) or (N, 1). No other array is used.
-    Without `labelled`, test images may be missing, and labels too, or be several for an image: no classes then.
+    Images are uint8, (N, H, W), (N, H, W, 1) or (N, H, W, 3); labels one whole number each, (N,) or (N, 1). No other
+    array is used. Without `labelled`, test images may be missing, and labels too, or be others: no classes then.
     """
     names = [f"{part}_{kind}" for part in ("train", "test") for kind in ("images", "labels")]
     try:
@@ -23,26 +23,34 @@ def read_npz(path, img_size, labelled=True):
         raise UserError(f"Cannot read {path}: {error}. --data_dir must name an .npz file.") from error
     found = f"{path} has {', '.join(f'{name} {v.dtype} {v.shape}' for name, v in arrays.items()) or 'none of them'}"
     images = {part: arrays[f"{part}_images"] for part in ("train", "test") if f"{part}_images" in arrays}
+    images = {part: v[..., 0] if v.shape[3:] == (1,) else v for part, v in images.items()}
     are_pixels = [v.dtype == np.uint8 and v.size and (v.ndim == 3 or v.shape[3:] == (3,)) for v in images.values()]
     if "train" not in images or not all(are_pixels):
         raise UserError(f"train_images and test_images must be uint8, (N, H, W) or (N, H, W, 3); {found}.")
-    labels = {part: arrays.get(f"{part}_labels", np.zeros(0)) for part in images}
-    counts = {part: len(pixels) for part, pixels in images.items()}
-    by_class = all(
-        labels[part].dtype.kind in "iu" and labels[part].shape in ((n,), (n, 1)) for part, n in counts.items()
-    )
+    labels = {part: as_numbers(arrays.get(f"{part}_labels"), len(pixels)) for part, pixels in images.items()}
+    by_class = all(numbers is not None for numbers in labels.values())
     if labelled and not (by_class and "test" in images):
         raise UserError(
             f"A classifier needs test_images, and train_labels and test_labels with one whole number for each image; "
             f"without them it serves pretraining only; {found}."
         )
-    if not by_class:
-        labels = {part: np.zeros(n, int) for part, n in counts.items()}
-    values = np.unique(labels["train"])
-    if others := set(labels.get("test", values).flat) - set(values):
+    others = by_class and set(labels.get("test", labels["train"]).tolist()) - set(labels["train"].tolist())
+    if labelled and others:
         raise UserError(f"{path}: test_labels has {', '.join(map(str, sorted(others)))}, which train_labels has not.")
-    sets = {}
-    for part, pixels in images.items():
-        index = torch.from_numpy(np.searchsorted(values, labels[part].reshape(-1)))
-        sets[part] = ImageSet(to_images(pixels, img_size), index, [str(value) for value in values if by_class])
+    if others or not by_class:
+        labels = {part: np.zeros(len(pixels), int) for part, pixels in images.items()}
+    values, sets = np.unique(labels["train"]), {}
+    classes = [str(value) for value in values] if by_class and not others else []
+    for part, array in images.items():
+        pixels, done = to_images(array, img_size)
+        sets[part] = ImageSet(pixels, torch.from_numpy(np.searchsorted(values, labels[part])), classes, done)
     return sets["train"], sets.get("test")
+
+
+def as_numbers(labels, count):
+    """Labels as (count,) whole numbers, None where they are others; -1 of an unsigned type is its largest number."""
+    if labels is None or labels.dtype.kind not in "iu" or labels.shape not in ((count,), (count, 1)):
+        return None
+    labels, largest = labels.reshape(-1), np.iinfo(labels.dtype).max
+    is_minus_1 = (labels == largest) & (labels.dtype.kind == "u" and largest - 1 not in labels)
+    return np.where(is_minus_1, -1, labels.astype(int)) if is_minus_1.any() else labels

@@ -2,20 +2,31 @@
 
 import contextlib
 import hashlib
+import re
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from engine.errors import UserError
+
+with contextlib.suppress(ImportError):  # reads the photos of iPhones, where it is installed
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+Image.MAX_IMAGE_PIXELS = 2**29  # PIL refuses more than twice as many
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28  # bytes; of colour profiles, too
+USUAL = 8192  # pixels along the edge of a square JPEG
+FLAT = 16  # levels: an image with fewer in each channel is of one colour, or nearly
 
 
 class ImageSet(NamedTuple):
     images: torch.Tensor  # (N, 3, H, W) uint8
     labels: torch.Tensor  # (N,) int64
     classes: list  # names, by label; empty for unlabelled images, whose labels are all 0
+    done: tuple = ()  # in words what was done to the pictures, and what was left out: a sentence each
 
     def digest(self):
         """16 hex digits that change with any pixel or label."""
@@ -29,45 +40,72 @@ class ImageSet(NamedTuple):
         return self._replace(images=self.images.to(device), labels=self.labels.to(device))
 
 
-def open_image(path, img_size):
-    """An upright RGB image from a file; a UserError names what cannot be read, and why.
+KINDS = {  # how files begin that PIL does not read: what they are, and the way in
+    b".{4}ftyp(hei|hev|mif|msf|avi)": "HEIC or AVIF; convert it to JPEG, or pip install pillow-heif",
+    b"\xff\x0a|\0\0\0\x0cJXL": "JPEG XL; convert it to PNG",
+    b"version https://git-lfs": "a pointer of Git LFS; fetch the image with git lfs pull",
+    rb"(\xef\xbb\xbf)?\s*<": "text, SVG or a web page; convert it to PNG, or download the image again",
+    b"$": "empty, 0 bytes; copy it again or delete it",
+}
+
+
+def open_image(path, img_size, limits=None):
+    """An upright RGB image from a file, and its own limits, both as by `to_rgb`; a UserError says what is not read.
 
     A JPEG whose shorter side has at least 4 x img_size is decoded at 1/2, 1/4 or 1/8 of its size, with 2 x img_size
-    left: twice as fast, for pixels that differ by little. A square one is always decoded at full size.
+    left: twice as fast, for pixels that differ by little. A square one of a usual size is decoded at full size.
     """
     try:
         with Image.open(path) as image:
-            if image.width != image.height:
+            if image.width != image.height or image.width > USUAL:
                 image.draft(None, (2 * img_size, 2 * img_size))
-            return to_rgb(image)
+            return to_rgb(image, limits)
     except MemoryError:
         raise
-    except FileNotFoundError as error:
-        raise UserError(f"No file {path}.") from error
-    except IsADirectoryError as error:
-        raise UserError(f"{path} is a directory; name image files.") from error
     except Exception as error:  # PIL raises many kinds on damaged files
-        raise UserError(f"Cannot read {path} as an image: {error}. Repair or delete it, then run again.") from error
+        raise UserError(why_not_read(path, error)) from error
 
 
-def to_rgb(image):
-    """A PIL image as RGB: turned as its EXIF says, 16-bit greyscale scaled to 8, transparency laid over black.
+def why_not_read(path, error):
+    """What a file is that cannot be read as an image, and the way in."""
+    short = {FileNotFoundError: f"No file {path}.", IsADirectoryError: f"{path} is a directory; name image files."}
+    short[PermissionError] = f"{path} may not be read: permission denied. Give yourself the right (chmod u+r)."
+    if type(error) in short:
+        return short[type(error)]
+    reason = f"{error}. Repair, convert or delete it"
+    if isinstance(error, UnidentifiedImageError):
+        with open(path, "rb") as file:
+            start = file.read(100)
+        reason = next((f"it is {kind}" for form, kind in KINDS.items() if re.match(form, start, re.DOTALL)), reason)
+    return f"Cannot read {path} as an image: {reason}, then run again."
 
-    Whole numbers of 32 bits are taken as 8 bits where they fit, else as 16.
+
+def to_rgb(image, limits=None):
+    """A PIL image as RGB, and the smallest and largest value of one whose values are not of 8 bits, else None.
+
+    It is turned as its EXIF says; transparency is laid over white. Values of more than 8 bits, or with a fraction, are
+    spread over 0 to 255 from `limits` on, a set's smallest and largest value; without them, from the image's own.
     """
     image.load()
     with contextlib.suppress(Exception):  # damaged EXIF: then the image is taken as it lies
         image = ImageOps.exif_transpose(image)
+    own = None
     if image.mode.startswith(("I", "F")):
-        values = np.asarray(image)
-        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-            raise UserError("its pixels are not 8 or 16 bits, so black and white are unknown; save it as 8 bits")
-        is_8_bit = image.mode == "I" and values.max() <= 255
-        image = Image.fromarray((values if is_8_bit else values // 257).astype(np.uint8))
+        values = np.asarray(image).astype(np.float64)
+        own = values.min().item(), values.max().item()
+        if not np.isfinite(own).all():
+            raise UserError("some of its pixels are infinite or no numbers; save it as 8 or 16 bits")
+        low, high = limits or own
+        if low == high:  # of one grey
+            low, high = 0, 255 if high <= 255 else 65535
+        image = Image.fromarray(((values - low) * 255 // (high - low)).clip(0, 255).astype(np.uint8))
+    if image.mode == "LAB":
+        profiles = (ImageCms.createProfile(space) for space in ("LAB", "sRGB"))
+        image = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "black"), rgba).convert("RGB")
-    return image.convert("RGB")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return image.convert("RGB"), own
 
 
 def square(image, img_size):
@@ -78,14 +116,18 @@ def square(image, img_size):
 def read_image(source, img_size):
     """A path or PIL image as (3, img_size, img_size) uint8: upright, RGB, the middle square, bilinear, antialiased.
 
-    A path gives the pixels that a folder data set has of this file, and a UserError where it cannot be read.
+    A path gives the pixels that a folder data set has of this file (but for values of more than 8 bits, see `to_rgb`),
+    and a UserError where it cannot be read.
     """
-    image = to_rgb(source) if isinstance(source, Image.Image) else open_image(source, img_size)
+    image, _ = to_rgb(source) if isinstance(source, Image.Image) else open_image(source, img_size)
     return torch.from_numpy(square(image, img_size))
 
 
 def to_images(pixels, img_size):
-    """uint8 (N, H, W), (N, H, W, 3) or (N, 3, H, W) as RGB (N, 3, img_size, img_size): middle squares, antialiased."""
+    """uint8 (N, H, W), (N, H, W, 3) or (N, 3, H, W) as RGB (N, 3, img_size, img_size): middle squares, antialiased.
+
+    Also returns in words what was done, as `resizing`.
+    """
     images = torch.as_tensor(pixels)
     if images.ndim == 3:
         images = images[:, None]
@@ -98,7 +140,23 @@ def to_images(pixels, img_size):
         images, size = images[..., top : top + side, left : left + side], (img_size, img_size)
         parts = (part.contiguous() for part in images.split(1000))  # another memory format would round other ways
         images = torch.cat([F.interpolate(part, size, mode="bilinear", antialias=True) for part in parts])
-    return images.expand(-1, 3, -1, -1).contiguous()
+    return images.expand(-1, 3, -1, -1).contiguous(), resizing([(width, height)] * len(images), img_size)
+
+
+def resizing(sizes, img_size):
+    """In words how many pictures of these (width, height) `square` or `to_images` changed: one sentence or none."""
+    resized = sum(size != (img_size, img_size) for size in sizes)
+    cropped = sum(width != height for width, height in sizes)
+    crops = f", {cropped} of them centre-cropped" if cropped else ""
+    return (f"Resized {resized} of {len(sizes)} images to {img_size} x {img_size}{crops}.",) if resized else ()
+
+
+def flatness(images):
+    """In words how many of the images (N, 3, H, W) uint8 show next to nothing: one sentence or none."""
+    parts = [part.flatten(2) for part in images.split(1000)]
+    levels = torch.cat([(part.amax(2) - part.amin(2)).amax(1) for part in parts])  # uint8: amax >= amin
+    flat = int((levels < FLAT).sum())
+    return (f"{flat} of {len(images)} images are of one colour, or nearly.",) if flat else ()
 
 
 def normalize(images):

@@ -121,7 +121,7 @@ def power(judged):
     if not judged.sd > 0 or settings < 2 or n < 2:
         return ""
     points, seeds = chance.detectable(judged.sd, settings, n), chance.seeds_needed(judged.sd, settings, 1)
-    return f" With this spread, {n} seeds decide {points:.1f} points (power 80 %), and {seeds} seeds one point."
+    return f" {n} seeds can show a difference of {points:.1f} points (power 80 %); one point needs {seeds} seeds."
 
 
 def best_of(measure, units):
@@ -218,7 +218,8 @@ the patches' tokens after the last block, on {TUNED}train_images labels where th
 
 {differences}
 In brackets the 95 % interval of this difference alone. The verdict stands on wider intervals, which hold for all \
-settings of the column together: of twenty such columns without any true difference, one says otherwise.
+settings of the column together: of twenty such columns without any true difference, one says otherwise. "Within 1.4": \
+the two differ by at most 1.4 points, in either direction.
 
 {"".join(f"- {line}{chr(10)}" for line in notes)}
 ## Cost

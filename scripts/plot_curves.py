@@ -1,21 +1,17 @@
-"""Draw metrics of finished or running runs by epoch, a line for each run, from their metrics.csv alone.
+"""Draw metrics of finished or running runs by epoch, a line for each run.
 
 python -m scripts.plot_curves logs/classifier/* --metric train/loss test/acc --output curves.png
 """
 
 import math
-import sys
 from pathlib import Path
-
-if not __package__:  # started as python scripts/plot_curves.py, which puts scripts/ on the path and not the root
-    sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import utils
 from engine.errors import UserError, as_user_error, exit_in_one_line
 from engine.figures import draw_curves, draw_legend, is_share, name_of, plt, save
 from engine.records import read_run
-from scripts.compare import entries_of, label_all
 from scripts.results import common_accuracy, table_of
+from scripts.settings import entries_of, label_all
 
 
 def parse_args(argv=None):

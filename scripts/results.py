@@ -81,6 +81,7 @@ def table_of(records):
         rows[str(record.directory)] = row, numbers | frozen(record)
     names = pd.Index(rows, name="directory")
     about = pd.DataFrame([row for row, _ in rows.values()], names, dtype=object)  # so that no number becomes a float
+    about = about.astype({"finished": bool, "epochs": int, "minutes": float, "parameters": float})
     return about.join(pd.DataFrame([numbers for _, numbers in rows.values()], names, dtype=float))
 
 

@@ -30,7 +30,10 @@ def entries_of(runs):
         settings: a row each: the MAE's settings by name, the classifier's as finetune/name; or by name, where no
             classifier has another value of it than its MAE.
     """
-    told = {run: row.dropna().to_dict() for run, row in runs.select_dtypes("object").drop(columns=[*ABOUT]).iterrows()}
+    told = {
+        run: row.dropna().to_dict()
+        for run, row in runs.select_dtypes("object").drop(columns=[*ABOUT], errors="ignore").iterrows()
+    }
     plain = {run: {name: v for name, v in values.items() if "/" not in name} for run, values in told.items()}
     measured = [name.removeprefix("knn/acc") for name in runs if name.startswith("knn/acc")]
     done = runs[(runs.kind == "classifier") & runs.finished.astype(bool)]

@@ -178,7 +178,8 @@ def run(jobs, environments):
     with ThreadPoolExecutor(len(environments)) as pool:
         list(pool.map(work, environments))
     if stopped:
-        print(f"Stopped: {stopped[0][1]}. The same command continues.", file=sys.stderr)
+        mended = "" if stopped[0][0] > 128 else "When that is mended, "
+        print(f"Stopped: {stopped[0][1]}. {mended}{'t' if mended else 'T'}he same command continues.", file=sys.stderr)
         sys.exit(stopped[0][0])
 
 

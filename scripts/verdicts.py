@@ -90,9 +90,9 @@ def own_spread(grid, weights):
 
 
 def contrasts(grid, names, model, rows, margin=None):
-    """Judge [{setting: weight}], such as {one: 1, other: -1}: a table with a row for each.
+    """Judge [{setting: weight}], such as {one: 1, other: -1}: columns of a table with a row for each.
 
-    Columns: difference; low, high: 95 % interval; low_all, high_all: intervals that hold together with 95 %; p:
+    These are difference; low, high: 95 % interval; low_all, high_all: intervals that hold together with 95 %; p:
     two-sided, not adjusted; n: seeds that its settings share, or else of the smallest; pooled: whether by the model
     (a setting apart from it, or no common seeds: own_spread(), Bonferroni's share of the family); verdict.
     """
@@ -115,15 +115,14 @@ def contrasts(grid, names, model, rows, margin=None):
         units = linear[pooled] / lengths[pooled, None]
         correlation = tuple(map(tuple, np.round(units @ units.T, 7)))
         together[pooled] = error[pooled] * critical(correlation, model.degrees, share * pooled.sum())
-    table = pd.DataFrame({"difference": difference})
+    columns = {"difference": difference}
     for name, half in (("", one), ("_all", together)):
         half = np.where(half > 0, half, np.nan)
-        table[f"low{name}"], table[f"high{name}"] = difference - half, difference + half
-    table["p"] = 2 * special.stdtr(degrees, -np.abs(difference) / np.where(error > 0, error, np.nan))
-    table["n"] = [t.all(0).sum() or t.sum(1).min() for t in (~np.isnan(grid[w != 0]) for w in weights)]
-    table["pooled"] = pooled
-    table["verdict"] = [sentence(*row, margin) for row in zip(difference, together, strict=True)]
-    return table
+        columns |= {f"low{name}": difference - half, f"high{name}": difference + half}
+    columns["p"] = 2 * special.stdtr(degrees, -np.abs(difference) / np.where(error > 0, error, np.nan))
+    columns["n"] = [t.all(0).sum() or t.sum(1).min() for t in (~np.isnan(grid[w != 0]) for w in weights)]
+    verdicts = [sentence(*row, margin) for row in zip(difference, together, strict=True)]
+    return columns | {"pooled": pooled, "verdict": verdicts}
 
 
 def sentence(difference, half, margin=None):
@@ -145,9 +144,10 @@ def judge(values, baseline, margin=None):
     """Verdicts of all settings against the baseline. Against the best one: those it is told from (Hsu 1984)."""
     grid, names = read(values, [baseline])
     model, others = fit(grid), [name for name in names if name != baseline]
-    found = contrasts(grid, names, model, [{baseline: -1, other: 1} for other in others], margin).set_axis(others)
-    rows = pd.DataFrame(grid, pd.Index(names, name="setting"))
-    table = pd.DataFrame({"mean": rows.mean(axis=1), "sd": rows.std(axis=1), "n": rows.count(axis=1)})
+    rows = [{baseline: -1, other: 1} for other in others]
+    found = pd.DataFrame(contrasts(grid, names, model, rows, margin), others)
+    of = pd.DataFrame(grid, pd.Index(names, name="setting"))
+    table = pd.DataFrame({"mean": of.mean(axis=1), "sd": of.std(axis=1), "n": of.count(axis=1)})
     table = table.join(found.drop(columns="n"))
     table["verdict"] = table["verdict"].astype(object).fillna("baseline")
     pool = "settings, seeds as blocks" if model.design.shape[1] > len(names) else "settings"
@@ -163,15 +163,15 @@ def judge(values, baseline, margin=None):
 def pairs(values, pairs, margin=None):
     """contrasts() of one minus other, for each (one, other), after columns with both."""
     grid, names = read(values, [name for pair in pairs for name in pair])
-    table = contrasts(grid, names, fit(grid), [{one: 1, other: -1} for one, other in pairs], margin)
-    return pd.DataFrame(pairs, columns=["one", "other"]).join(table)
+    found = contrasts(grid, names, fit(grid), [{one: 1, other: -1} for one, other in pairs], margin)
+    return pd.DataFrame({"one": [one for one, _ in pairs], "other": [other for _, other in pairs]} | found)
 
 
 def trend(values, x, margin=None):
     """contrasts() of the slope over {setting: x}; per doubling of a depth where x is its log2."""
     grid, names = read(values, x)
     steps = pd.Series(x, dtype=float) - pd.Series(x, dtype=float).mean()
-    return contrasts(grid, names, fit(grid), [steps / max(steps @ steps, 1e-99)], margin).iloc[0]
+    return pd.DataFrame(contrasts(grid, names, fit(grid), [steps / max(steps @ steps, 1e-99)], margin)).iloc[0]
 
 
 def spread(values, digits=2):

@@ -56,7 +56,7 @@ def make_classifier(
     """A classifier of two epochs, from a MAE's directory or from scratch; first: other numbers of its first epoch."""
     parent = parent_of(mae) if mae else None
     name = "_".join(filter(None, ["cls", end, f"s{seed}", f"from_{parent['name']}" if mae else "scratch"]))
-    rows = [{"train/loss": 1, "test/loss": 1, "test/acc": acc} for acc in (0.1, accuracy)]
+    rows = [{"train/loss": 1, "test/loss": 2 - acc, "test/acc": acc} for acc in (0.1, accuracy)]
     rows = [row | {"test/acc_mean_of_batches": row["test/acc"] + 0.001} for row in rows]
     rows[0] |= first or {}
     settings = {**CLASSIFIER, "total_epoch": 2, **settings, "seed": seed}

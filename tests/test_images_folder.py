@@ -30,21 +30,21 @@ def test_folder_is_decoded_once_and_again_when_it_changed(image_folder, monkeypa
     calls = []
     monkeypatch.setattr(folder, "decode", lambda *args: calls.append(1) or decode(*args))
     first = load_dataset("folder", str(image_folder), 16)
-    assert len(calls) == 2
-    again = load_dataset("folder", str(image_folder), 16)
-    assert len(calls) == 2
+    assert len(calls) == 1
+    again = load_dataset("folder", str(image_folder), 16, labelled=False)
+    assert len(calls) == 1
     assert torch.equal(first[0].images, again[0].images)
     Image.new("RGB", (16, 16), "red").save(image_folder / "train" / "cat" / "0.png")
     changed, _ = load_dataset("folder", str(image_folder), 16)
     assert changed.images[0, :, 0, 0].tolist() == [255, 0, 0]
     assert len(list(image_folder.glob(".cache*"))) == 1  # the stale one is gone
-    assert len(calls) == 4
+    assert len(calls) == 2
     os.utime(image_folder / "train" / "cat" / "0.png", (1, 1))  # another file, maybe, of the same size
     load_dataset("folder", str(image_folder), 16)
-    assert len(calls) == 6
+    assert len(calls) == 3
     monkeypatch.setattr(folder, "DECODER", folder.DECODER + 1)
     load_dataset("folder", str(image_folder), 16)
-    assert len(calls) == 8
+    assert len(calls) == 4
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b[:300] + bytes([b[300] ^ 1]) + b[301:]])
@@ -56,20 +56,18 @@ def test_a_damaged_cache_is_built_again(image_folder, damage):
     assert torch.equal(first.images, again.images)
 
 
-def test_other_sizes_are_resized_and_cropped_and_said_once(image_folder, capsys):
+def test_other_sizes_are_resized_and_cropped_and_that_is_said_each_time(image_folder, capsys):
     Image.new("RGB", (40, 40), "red").save(image_folder / "train" / "cat" / "0.png")
     load = functools.partial(load_dataset, "folder", str(image_folder), 16)
     assert load()[0].images[0, :, 8, 8].tolist() == [255, 0, 0]
     said = capsys.readouterr().out
-    assert f"1 of 6 images in {image_folder}/train to 16 x 16" in said
+    assert f"{image_folder}, training images: Resized 1 of 6 images to 16 x 16." in said
     assert "cropped" not in said
     Image.new("RGB", (40, 20), "red").save(image_folder / "train" / "cat" / "1.png")
-    load()
-    said = capsys.readouterr().out
-    assert f"2 of 6 images in {image_folder}/train to 16 x 16, 1 of them centre-cropped" in said
-    assert said.count("\n") == 1
-    load()
-    assert capsys.readouterr().out == ""
+    for _ in range(2):  # the second time from the cache
+        load()
+        said = capsys.readouterr().out
+        assert said.count("Resized") == said.count("Resized 2 of 6 images to 16 x 16, 1 of them centre-cropped.") == 1
 
 
 def test_read_image_gives_the_pixels_of_the_folder(image_folder):
@@ -82,35 +80,32 @@ def test_read_image_gives_the_pixels_of_the_folder(image_folder):
 
 def test_images_are_decoded_in_order_and_all_bad_ones_are_told_at_once(image_folder):
     paths = sorted((image_folder / "train").glob("*/*")) * 40
-    pixels = decode(image_folder, paths, 16)
+    pixels = decode({"train": paths[:100], "test": paths[100:]}, 16)
+    pixels = np.concatenate([pixels["train"], pixels["test"]])
     assert pixels[:, :, 0, 0].tolist() == [[100 * k, 40 * i, 200] for k in range(2) for i in range(3)] * 40
     for k in 70, 90, 200:
         paths[k] = image_folder / f"nowhere{k}.png"
     others = ", ".join(str(image_folder / f"nowhere{k}.png") for k in (90, 200))
     with pytest.raises(UserError, match=rf"nowhere70\.png.* 2 more .*: {others}\.$"):
-        decode(image_folder, paths, 16)
+        decode({"train": paths[:100], "test": paths[100:]}, 16)
     with pytest.raises(UserError, match=r"99 more .*: ([^,]*, ){8}[^,]* \.\.\.\.$"):
-        decode(image_folder, [image_folder / f"{k}.jpg" for k in range(100)], 16)
+        decode({"train": [image_folder / f"{k}.jpg" for k in range(100)]}, 16)
 
 
-def test_files_that_are_not_read_are_counted_and_said_once(image_folder, capsys):
+def test_files_that_are_not_read_are_counted_and_said_each_time(image_folder, capsys):
     cat = image_folder / "train" / "cat"
-    for name in ("a.HEIC", "b.heic", "notes.txt", ".DS_Store", "._0.png"):
+    for name in ("a.TGA", "b.tga", "notes.txt", ".DS_Store", "._0.png"):
         (cat / name).write_bytes(b"")
-    (cat / "old").mkdir()
+    os.mkfifo(cat / "pipe.png")
     (image_folder / "train" / ".ipynb_checkpoints").mkdir()
     (image_folder / "train" / ".ipynb_checkpoints" / "0.png").write_bytes(b"")
-    train, _ = load_dataset("folder", str(image_folder), 16)
-    assert len(train.images) == 6
-    others = "2 x .heic (first: 'cat/a.HEIC'), 1 x .txt (first: 'cat/notes.txt'), 1 x subfolder (first: 'cat/old')"
-    said = capsys.readouterr().out
-    assert f"{image_folder}/train: {others}" in said
-    assert said.count("\n") == 1
-    load_dataset("folder", str(image_folder), 16)
-    assert capsys.readouterr().out == ""
-    (cat / "c.heic").write_bytes(b"")
-    load_dataset("folder", str(image_folder), 16)
-    assert "3 x .heic" in capsys.readouterr().out
+    Image.new("RGB", (16, 16)).save(image_folder / "train" / "loose.png")
+    others = "2 x .tga (first: 'cat/a.TGA'), 1 x .txt (first: 'cat/notes.txt'), 1 x no regular file"
+    for _ in range(2):
+        train, _ = load_dataset("folder", str(image_folder), 16)
+        assert len(train.images) == 6
+        said = capsys.readouterr().out
+        assert f"Not read: {others} (first: 'cat/pipe.png'), 1 x image in no class folder (first: 'loose.png')." in said
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="its file system takes UTF-8 only")
@@ -194,12 +189,6 @@ def without_classes(root):
         path.rename(path.parent.parent / f"{path.parent.name}{path.name}")
 
 
-def deeper(root):
-    for path in list(root.glob("*/*/*")):
-        (path.parent / "deeper").mkdir(exist_ok=True)
-        path.rename(path.parent / "deeper" / path.name)
-
-
 def other_classes_in_test(root):
     (root / "test" / "cat").rename(root / "test" / "unknown")
 
@@ -215,12 +204,6 @@ def one_outside_a_class_in_each_part(root):
     path.rename(root / "test" / path.name)
 
 
-def one_class_deeper(root):
-    for path in list(root.glob("train/dog/*")):
-        (path.parent / "deeper").mkdir(exist_ok=True)
-        path.rename(path.parent / "deeper" / path.name)
-
-
 @pytest.mark.parametrize(
     ("change", "counts", "said"),
     [
@@ -230,11 +213,9 @@ def one_class_deeper(root):
             (change, (6, 4), "")
             for change in (
                 without_classes,
-                deeper,
                 other_classes_in_test,
                 one_outside_a_class,
                 one_outside_a_class_in_each_part,
-                one_class_deeper,
             )
         ),
     ],
@@ -244,14 +225,13 @@ def test_pretraining_takes_folders_without_classes_or_without_a_test_part(image_
     load = functools.partial(load_dataset, "folder", str(image_folder), 16)
     train, test = load(labelled=False)
     out = capsys.readouterr().out
-    assert out.count("\n") == 1
-    assert f"{image_folder}{f' has no test set: {said}' if said else ': no classes are read'}" in out
+    assert (f"{image_folder} has no test set: {said}" if said else "No classes are read") in out
     assert (len(train.images), len(test.images)) == counts
     assert len(torch.cat([train.images, test.images]).flatten(1).unique(dim=0)) == 6  # no image twice, none lost
     assert train.classes == test.classes == []
     assert train.labels.tolist() == [0] * counts[0]
     assert [part.digest() for part in load(labelled=False)] == [train.digest(), test.digest()]  # from the cache
-    if change in (flat, without_test, without_classes, deeper):
+    if change in (flat, without_test, without_classes):
         with pytest.raises(UserError, match="without classes or test/ serves pretraining only"):
             load()
 
@@ -309,14 +289,9 @@ def damage_empty_file(root):
     return root, "0.png as an image"
 
 
-def damage_float(root):
-    Image.fromarray(np.eye(16, dtype=np.float32)).save(root / "test" / "dog" / "0.tif")  # all black in PIL
-    return root, r"0\.tif.*not 8 or 16 bits"
-
-
-def damage_32_bits(root):
-    Image.fromarray(np.eye(16, dtype=np.int32) * 10**6).save(root / "test" / "dog" / "0.tif")
-    return root, r"0\.tif.*not 8 or 16 bits"
+def damage_no_numbers(root):
+    Image.fromarray(np.full((16, 16), np.nan, np.float32)).save(root / "test" / "dog" / "0.tif")
+    return root, r"0\.tif.*infinite or no numbers"
 
 
 def damage_only_phone_photos(root):
@@ -328,7 +303,7 @@ def damage_only_phone_photos(root):
 def damage_dangling_link(root):
     (root / "test" / "dog" / "0.png").unlink()
     (root / "test" / "dog" / "0.png").symlink_to(root / "moved" / "0.png")
-    return root, "No such file.*dog/0.png"
+    return root, "No file .*dog/0.png"
 
 
 def damage_link_loop(root):
@@ -338,7 +313,7 @@ def damage_link_loop(root):
 
 def damage_classes(root):
     (root / "test" / "dog").rename(root / "test" / "wolf")
-    return root, "dog, wolf"
+    return root, "only one has 'dog', 'wolf'"
 
 
 @pytest.mark.parametrize(
@@ -350,8 +325,7 @@ def damage_classes(root):
         damage_cut,
         damage_header,
         damage_empty_file,
-        damage_float,
-        damage_32_bits,
+        damage_no_numbers,
         damage_only_phone_photos,
         damage_dangling_link,
         damage_link_loop,

@@ -51,6 +51,27 @@ def test_pretraining_takes_npz_without_labels_or_test_images(tmp_path, changes, 
 
 
 @pytest.mark.parametrize(
+    ("size", "said"), [((28, 28), "."), ((224, 224), "."), ((60, 80), ", 6 of them centre-cropped.")]
+)
+def test_an_npz_of_another_size_says_what_is_done_to_it(tmp_path, capsys, size, said):
+    images = np.random.default_rng(0).integers(0, 256, (6, *size, 1), dtype=np.uint8)
+    load_dataset("npz", write_npz(tmp_path / "a.npz", train_images=images), 32)
+    out = capsys.readouterr().out
+    assert f"a.npz, training images: Resized 6 of 6 images to 32 x 32{said}" in out
+    assert "a.npz, test images: Resized 4 of 4 images to 32 x 32." in out
+
+
+def test_256_classes_are_classes(tmp_path):
+    labels, images = (
+        np.arange(256, dtype=np.uint8),
+        np.arange(256, dtype=np.uint8)[:, None, None].repeat(8, 1).repeat(8, 2),
+    )
+    changes = {"train_images": images, "test_images": images, "train_labels": labels, "test_labels": labels}
+    train, _ = load_dataset("npz", write_npz(tmp_path / "a.npz", **changes), 8)
+    assert train.labels.tolist() == list(range(256))
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"train_images": None}, r"must be uint8.*a\.npz.*train_labels uint8 \(6, 1\)"),

@@ -115,6 +115,24 @@ def test_overwrite_starts_anew(tmp_path):
     assert not (tmp_path / "toy" / "metrics.csv").exists()
 
 
+def test_overwrite_drops_what_was_measured_of_the_run_before(tmp_path):
+    with opened(tmp_path) as run:
+        train(run, 1)
+    for name in ("features.json", "features_1000.csv", "features.png"):
+        (tmp_path / "toy" / name).write_text("of the run before")
+    with opened(tmp_path, overwrite=True):
+        assert not list((tmp_path / "toy").glob("*features*"))
+
+
+@pytest.mark.parametrize("damage", [b"\xff\xfe", b"epoch,train/loss\n1,x\n", b"a,b\n1,2\n"])
+def test_a_damaged_metrics_csv_is_named(tmp_path, damage):
+    with opened(tmp_path) as run:
+        train(run, 1)
+    (tmp_path / "toy" / "metrics.csv").write_bytes(damage + b"\n")
+    with pytest.raises(ValueError, match=r"Cannot read .*toy/metrics\.csv.*--overwrite"), opened(tmp_path):
+        pass
+
+
 def test_a_second_writer_is_refused_while_the_first_lives(tmp_path):
     refused = pytest.raises(ValueError, match="Another process is at work on")
     with opened(tmp_path), refused, opened(tmp_path):

@@ -4,9 +4,11 @@ images.
 
 import math
 import os
+import shlex
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from starting import SET, SIZE, classify, classify_and_choose, pretrain, untimed_metrics, weights
@@ -153,3 +155,17 @@ def test_a_stopped_run_does_not_forget_its_best_epoch(monkeypatch):
     assert digest(weights(parts)) == digest(weights(whole)) == seen["parts"][0][1]
     assert untimed_metrics(parts) == untimed_metrics(whole)
     assert read_metrics(parts)[-1]["chosen_epoch"] == 1
+
+
+@pytest.mark.parametrize(
+    ("counts", "said"), [((18, 2), "; the most frequent class alone is 90.00% of the test"), ((10, 10), "")]
+)
+def test_an_accuracy_stands_beside_the_share_of_the_most_frequent_class_where_classes_are_uneven(capsys, counts, said):
+    labels, draw = np.repeat([0, 1], counts), np.random.default_rng(0)
+    arrays = {f"{part}_images": draw.integers(0, 256, (20, 8, 8)).astype(np.uint8) for part in ("train", "test")}
+    np.savez("rare.npz", **arrays, train_labels=labels, test_labels=labels)
+    flags = "--img_size 8 --dataset npz --data_dir rare.npz --total_epoch 1 --batch_size 8"
+    train_classifier.main([*SIZE, *shlex.split(flags)])
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "test accuracy" in line)
+    assert said in line
+    assert ("frequent" in line) == bool(said)
