@@ -10,7 +10,6 @@ measure; the probe's weight decay is chosen on training images.
 """
 
 import json
-import tempfile
 import time
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from engine.device import autocast, environment, generator, peak_memory_mb, pick
 from engine.errors import UserError, as_user_error, exit_in_one_line
 from engine.features import FROZEN_MEASURES, POOLS, extract_features, knn_predict, linear_probe
 from engine.figures import draw_blocks, save
-from engine.files import replacing
+from engine.files import check_writable, replacing
 from engine.records import csv_text
 from images.load import DATASETS, data_name, load_dataset
 from images.pixels import normalize
@@ -143,15 +142,6 @@ def measured_already(place, settings, facts):
         raise UserError(f"Cannot read {path}: {error!r}. Delete it, or measure again (--overwrite).") from error
 
 
-def check_writable(directory):
-    """Make a directory where it is missing; raises UserError where no file can be written in it."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=directory).close()
-    except OSError as error:
-        raise UserError(f"Cannot write in {directory}: {error}. --output takes another directory.") from error
-
-
 def write_table(place, rows, facts, by_block):
     """Write the table and, by block, its picture; the .json last, as it says that all is there."""
     with replacing(place.with_name(f"{place.name}.csv")) as file:
@@ -180,7 +170,7 @@ def measure_model(path, model, content, args):
         print(f"Measured already: {place}.csv")
         return
     for directory in (place.parent, *([args.save.parent] if args.save else [])):
-        check_writable(directory)
+        check_writable(directory, "--output")
 
     models = {"trained": model}
     if args.untrained:

@@ -9,6 +9,7 @@ Recipe: He et al. 2021 (arXiv:2111.06377), appendix A.1, at CIFAR size.
 
 import argparse
 import math
+from pathlib import Path
 
 import torch
 from torchvision.utils import make_grid
@@ -215,7 +216,7 @@ def main(argv=None):
         directory = pretrain(args)
         processes.leave()
         if processes.is_first():
-            load_model(directory, MAE_ViT)
+            load_model(Path(directory, "model.pt"), MAE_ViT)
             print(
                 "Dry run: trained, logged, saved and reloaded." if args.dry_run else f"Pretrained: {directory}/model.pt"
             )

@@ -8,6 +8,7 @@ End-to-end fine-tuning (He et al. 2021, arXiv:2111.06377, section 4), at CIFAR s
 
 import argparse
 import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -277,7 +278,7 @@ def main(argv=None):
         directory = train_classifier(args)
         processes.leave()
         if processes.is_first():
-            _, content = load_model(directory, ViT_Classifier)
+            _, content = load_model(Path(directory, "model.pt"), ViT_Classifier)
             row = read_metrics(directory)[-1]
             chosen = f" (epoch {row['chosen_epoch']:.0f}, chosen on held-out images)" if "chosen_epoch" in row else ""
             result = f"Trained: {directory}/model.pt, test accuracy {row['test/acc']:.2%}{chosen}"

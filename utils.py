@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import difflib
 import hashlib
 import inspect
 import math
@@ -16,6 +17,9 @@ from images.augmentation import AUGMENTATIONS
 from images.load import DATASETS, data_name
 
 # --- argument types ---
+
+
+USUAL_NAMES = {"lr": "base_learning_rate", "blr": "base_learning_rate", "bs": "batch_size", "wd": "weight_decay"}
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -33,7 +37,13 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        """Exit with one line, which says what flag may have been meant by an unknown one."""
+        hints, unknown = [], message.startswith("unrecognized")
+        for name in re.findall(r"(?<!\S)--([^\s=]+)", message) if unknown else []:
+            word = name.replace("-", "_")
+            near = difflib.get_close_matches(f"--{USUAL_NAMES.get(word, word)}", self._option_string_actions, n=1)
+            hints += [f"; --{name}: did you mean {near[0]}?"] if near else []
+        self.exit(2, f"{self.prog}: error: {message}{''.join(hints)}\n")
 
 
 def positive_int(text):
@@ -50,10 +60,10 @@ def seed(text):
     return int(text)
 
 
-def png_path(text):
+def picture_path(text):
     """An argparse type: the path of a picture to write."""
-    if Path(text).suffix != ".png":
-        raise argparse.ArgumentTypeError(f"{text!r} does not end in .png")
+    if Path(text).suffix not in (".png", ".pdf", ".svg"):
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in .png, .pdf or .svg")
     return Path(text)
 
 

@@ -18,6 +18,7 @@ from engine.checkpoints import load_model
 from engine.device import generator
 from engine.errors import UserError, as_user_error, exit_in_one_line
 from engine.figures import draw_rows, draw_title, plt, save
+from engine.files import check_writable
 from images.load import DATASETS, load_dataset
 from images.pixels import normalize, read_image, to_pixels
 from model import MASK_STRATEGIES, MAE_ViT, PatchShuffle, ViT_Classifier
@@ -44,7 +45,9 @@ def parse_args(argv=None):
     group.add_argument("--seed", type=utils.seed, default=42, help="which test images and masks are drawn")
     group.add_argument("--dataset", choices=DATASETS, help="default: the one the model was trained on")
     group.add_argument("--data_dir", help="default: where that was")
-    parser.add_argument("--output", type=utils.png_path, help="PNG to write; default: beside the model, or masks.png")
+    parser.add_argument(
+        "--output", type=utils.picture_path, help="PNG, PDF or SVG to write; default: beside the model, or masks.png"
+    )
     args = parser.parse_args(argv)
     if args.num_images and args.num_images > MOST_IMAGES:
         parser.error(f"--num_images {args.num_images} is more than the {MOST_IMAGES} that fit in a picture")
@@ -125,7 +128,9 @@ def draw_classified(model, classes, images, names, labels, args):
 def draw_model(args):
     """What the model of --model_path makes of some images: (figure, the path beside the model to write it to)."""
     model, content = load_model(args.model_path, MAE_ViT, ViT_Classifier)
-    is_mae = isinstance(model, MAE_ViT)
+    is_mae, place = isinstance(model, MAE_ViT), Path(args.model_path)
+    place = place if place.is_dir() else place.parent
+    check_writable(args.output.parent if args.output else place, "--output")
     if not is_mae and (args.mask_strategy or args.mask_ratio):
         raise UserError(f"{args.model_path} is a classifier, which masks nothing: leave out --mask_*.")
     images, names, labels = images_to_draw(args, content, is_mae)
@@ -135,8 +140,7 @@ def draw_model(args):
     else:
         figure, words = draw_classified(model, content["classes"], images, names, labels, args), ["predictions"]
     words += ["images"] if args.images else []
-    place = Path(args.model_path)
-    return figure, (place if place.is_dir() else place.parent) / f"{'_'.join(words)}.png"
+    return figure, place / f"{'_'.join(words)}.png"
 
 
 def draw_gallery(args, columns=6):

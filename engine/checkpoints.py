@@ -3,17 +3,21 @@
 import hashlib
 import io
 import pickle
+import re
 import zipfile
 from pathlib import Path
 
 import torch
 
-from engine.errors import UserError, as_user_error
+from engine import processes
+from engine.errors import UserError, as_user_error, counted
 from engine.files import replacing
 
 DIRECTORY = 0x10  # of the attributes of a zip archive's records
 FIELDS = {"MAE_ViT": {"name", "settings", "dataset", "data_dir"}}  # of a finished model's file, beside the model
 FIELDS["ViT_Classifier"] = FIELDS["MAE_ViT"] | {"classes"}
+ELSEWHERE = 'README.md, "Weights from elsewhere", tells how to bring its weights in.'
+OLD_FORMAT = b"\x80\x02\x8a\nl\xfc\x9cF\xf9"
 
 
 def save_file(path, content):
@@ -33,21 +37,13 @@ def load_file(path, *kinds):
     writes has a CRC-32 for each of its records, which zipfile checks.
 
     Args:
-        path: the file, or a run directory, which stands for its model.pt.
-        kinds: what content["kind"] may be; none: any of ours.
+        path: the file, or a run directory, as `file_of` takes it.
+        kinds: what content["kind"] may be, or of a checkpoint content["of"]; none: any of ours.
 
     Raises:
         UserError: no such file, damaged, or not the kind asked for.
     """
-    path = Path(path)
-    with as_user_error(OSError):  # a name too long, say
-        if path.is_dir():
-            path = path / "model.pt"
-        found = path.exists()
-    if not found:
-        again = " Give its run's command again, with --overwrite where the run is finished."
-        hint = again if (path.parent / "config.json").exists() else ""
-        raise UserError(f"No file {path}.{hint}")
+    path = file_of(Path(path))
     try:
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
@@ -56,24 +52,63 @@ def load_file(path, *kinds):
                 raise zipfile.BadZipFile("a tensor is marked as a directory")  # torch would leave its memory unfilled
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damage shows in many ways, and all of them mean the same
-        reason = "it holds pickled objects" if isinstance(error, pickle.UnpicklingError) else error
-        raise UserError(f"Cannot read {path}: {reason}. Copy it again, or make it again (--overwrite).") from error
+        raise UserError(f"Cannot read {path}: {reason_of(path, error)}") from error
     found = content.get("kind") if isinstance(content, dict) else None
-    if found is None or (kinds and found not in kinds):
-        needed = " or ".join(kinds) or "a model"
-        raise UserError(f"{path} holds {found or 'no model of this program'}; {needed} is needed here.")
+    needed = f"needed here: {' or '.join(kinds) or 'one'}"
+    if found is None:
+        raise UserError(f"{path} is whole, but no model of this program; {needed}. {ELSEWHERE}")
+    if kinds and not {found, found == "checkpoint" and content.get("of")} & {*kinds}:
+        raise UserError(f"{path} holds a {content.get('of') or found}; {needed}.")
     return content
 
 
+def file_of(path):
+    """The file that a path stands for: of a run directory its model.pt or, where the run was stopped, checkpoint.pt."""
+    with as_user_error(OSError):  # a name too long, say
+        if path.is_dir():
+            model, checkpoint = path / "model.pt", path / "checkpoint.pt"
+            path = checkpoint if checkpoint.exists() and not model.exists() else model
+        found, for_transformers = path.exists(), path.with_name("model.safetensors").exists()
+        is_run = path.with_name("config.json").exists()
+    if not found:
+        again = " Give its run's command again, with --overwrite where the run is finished." if is_run else ""
+        hint = f" {path.parent} holds a model of transformers. {ELSEWHERE}" if for_transformers else again
+        raise UserError(f"No file {path}.{hint}")
+    return path
+
+
+def reason_of(path, error):
+    """Why a file cannot be read and what to do, in words."""
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}."
+    if isinstance(error, pickle.UnpicklingError):
+        names = re.search(r"GLOBAL ([\w.]+)", str(error))
+        named = f" ({names[1]})" if names else ""
+        return f"it holds a pickled Python object{named}, which could run any code. {ELSEWHERE}"
+    start = path.open("rb").read(9)
+    if start[8:] == b"{":
+        return f"it is a safetensors file. {ELSEWHERE}"
+    if start.startswith(OLD_FORMAT):
+        return f"it is in the format of PyTorch before 1.6. {ELSEWHERE}"
+    return f"{error}. Copy it again, or make it again (--overwrite)."
+
+
 def load_model(path, *constructors):
-    """Rebuild the model that a model.pt holds: (model, the whole content).
+    """Rebuild the model that a model.pt or a checkpoint.pt holds: (model, the whole content).
+
+    A checkpoint says its epoch, also in content["name"]; content["kind"] is the model's.
 
     Raises:
         UserError: as `load_file`, or the weights do not fit any of the constructors.
     """
     content = load_file(path, *(constructor.__name__ for constructor in constructors))
-    constructor = next(constructor for constructor in constructors if constructor.__name__ == content["kind"])
     try:
+        if content["kind"] == "checkpoint":
+            epoch = content["progress"]["epoch"]
+            content |= {"kind": content["of"], "name": f"{content['name']}_epoch{epoch}"}
+            if processes.is_first():
+                print(f"{path}: a checkpoint, the model after {counted(epoch, 'epoch')}")
+        constructor = next(constructor for constructor in constructors if constructor.__name__ == content["kind"])
         if absent := FIELDS[content["kind"]] - content.keys():
             raise ValueError(f"it has no {', '.join(sorted(absent))}")
         model = constructor(**content["model_args"])

@@ -145,12 +145,15 @@ def environment(device=None):
         except (OSError, subprocess.CalledProcessError):  # no git, or no repository
             return None
 
-    commit = git("rev-parse", "HEAD")
+    commit, code = git("rev-parse", "HEAD"), hashlib.blake2b(digest_size=8)
+    for path in sorted(path for part in ("*.py", "engine/*.py", "images/*.py") for path in source.parent.glob(part)):
+        code.update(path.name.encode() + path.read_bytes())
     cuda = device.type == "cuda" if device else torch.cuda.is_available()
     return {
         "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "commit": commit,
+        "source": code.hexdigest(),
         "clean": git("status", "--porcelain", "--untracked-files=no") == "" if commit else None,
         "python": platform.python_version(),
         "torch": torch.__version__,

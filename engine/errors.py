@@ -8,6 +8,11 @@ from pathlib import Path
 NO_MEMORY = "out of memory|can't allocate memory|bad_alloc|ALLOC_FAILED"  # PyTorch has a class for the first only
 
 
+def counted(number, noun):
+    """1 epoch, 2 epochs."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 class UserError(ValueError):
     """What was asked for cannot be done; the message gives what was found, what is accepted and what to do."""
 

@@ -11,8 +11,11 @@ import numpy as np
 
 os.environ["MPLBACKEND"] = "agg"  # a notebook's may name a module that is not here
 import matplotlib.pyplot as plt
+from matplotlib import font_manager
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+plt.rcParams["font.family"] = ["DejaVu Sans"]  # comes with matplotlib; `undrawable` adds others
 plt.rcParams["figure.constrained_layout.use"] = True  # leaves room for titles and legends
 # of Okabe and Ito's palette, each with a line of its own
 STYLES = [("#0072b2", "-"), ("#d55e00", "--"), ("#009e73", "-."), ("#cc79a7", ":"), ("#000000", (0, (5, 1)))]
@@ -84,7 +87,7 @@ def draw_predictions(images, classes, labels, predicted, confidence, more=""):
         images: (B, 3, H, W) uint8; labels and predicted: (B,) int64, places in classes; confidence: (B,) in [0, 1].
         more: the end of the title.
     """
-    figure, axes = grid_of(len(images), 2.1)
+    (figure, axes), classes = grid_of(len(images), 2.1), drawable(classes)
     for place, image, label, guess, sure in zip(axes, images, labels, predicted, confidence, strict=True):
         sign, colour, width = ("✓", RIGHT, 2) if label == guess else ("✗", WRONG, 4)
         show(place, image)
@@ -104,7 +107,7 @@ def draw_most_likely(images, names, classes, probabilities, count=3):
         images: (B, 3, H, W) uint8; names: B file names; probabilities: (B, C).
     """
     likely = probabilities.topk(min(count, len(classes)), dim=1)
-    figure, axes = grid_of(len(images), 2.3)
+    (figure, axes), classes = grid_of(len(images), 2.3), drawable(classes)
     for place, image, name, sure, guesses in zip(axes, images, names, *likely, strict=True):
         show(place, image)
         place.set_title(short(name), fontsize=9, pad=3, parse_math=False)
@@ -203,8 +206,36 @@ def draw_matrix(values, rows, columns, xlabel, ylabel, form="{:.3f}"):
     return figure
 
 
+def undrawable(text):
+    """The letters of a text that no font here has; from now on figures use each font that has some of the others."""
+    family, missing = plt.rcParams["font.family"], {ord(letter) for letter in text if not letter.isspace()}
+    names = sorted({font.name for font in font_manager.fontManager.ttflist} - {*family})
+    for name in [*family, *names]:
+        if missing and "LastResort" not in name.replace(" ", ""):  # which has boxes for all letters
+            path = font_manager.findfont(font_manager.FontProperties(family=[name]))
+            found = missing & font_manager.get_font(path).get_charmap().keys()
+            family += [name] if found and name not in family else []
+            missing -= found
+    plt.rcParams["font.family"] = family
+    return {chr(letter) for letter in missing}
+
+
+def drawable(classes):
+    """Class names, or their numbers from 0 where no font here has all of their letters, and a line that says so."""
+    if not (letters := undrawable("".join(classes))):
+        return classes
+    some = "".join(sorted(letters)[:5])
+    print(f"No font here has {some}: the picture numbers the classes from 0. Fonts: apt install fonts-noto-cjk, say.")
+    return [f"class {i}" for i in range(len(classes))]
+
+
 def save(figure, path):
-    """Write a figure, its directory made where missing, and close it."""
+    """Write a figure, its directory made where missing, and close it; a letter that no font here has becomes "?"."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    texts = figure.findobj(Text)
+    letters = undrawable("".join(text.get_text() for text in texts))
+    for text in texts:
+        text.set_family(plt.rcParams["font.family"])
+        text.set_text(text.get_text().translate({ord(letter): "?" for letter in letters}))
     figure.savefig(path, dpi=150)
     plt.close(figure)

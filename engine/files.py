@@ -4,6 +4,9 @@ import contextlib
 import errno
 import os
 import sys
+import tempfile
+
+from engine.errors import UserError
 
 try:
     import fcntl
@@ -21,6 +24,19 @@ def sync(file):
     except OSError as error:
         if error.errno not in NO_SYNC:
             raise
+
+
+def check_writable(directory, flag):
+    """Make a directory where it is missing; raises UserError where no file can be written in it.
+
+    Args:
+        flag: which takes another directory.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        raise UserError(f"Cannot write in {directory}: {error.strerror}. {flag} takes another directory.") from error
 
 
 @contextlib.contextmanager

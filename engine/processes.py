@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from engine.errors import UserError, as_user_error
 
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # Ctrl-C, a closed terminal, SLURM's --signal
 REPEAT_SECONDS = 3  # torchrun sends a signal that its processes may have got already
 LONGEST_WAIT = timedelta(hours=2)  # for each other: one may have a large folder of images to decode
 
@@ -128,7 +129,7 @@ def barrier():
 
 @contextlib.contextmanager
 def noted_signals():
-    """SIGINT and SIGTERM are only noted in the list that this yields; a later second one ends the process at once.
+    """Those of STOPS are only noted in the list that this yields; a later second one ends the process at once.
 
     Repeats within a moment are one signal. One that came too late for the block to act on ends the program after it.
     """
@@ -143,7 +144,8 @@ def noted_signals():
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
-    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
+    handlers = {number: signal.signal(number, note) for number in heard}
     try:
         yield noted
     finally:

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 from engine.errors import UserError
 
+PARENT = dict.fromkeys(("name", "digest", "settings"))  # of the MAE that a classifier's encoder comes from
+
 
 class Record(NamedTuple):
     """A run as it lies on disk, read once."""
@@ -59,7 +61,13 @@ def record_of(directory, config):
     if not isinstance(config, dict) or not {"kind", "name", "finished", "settings"} <= config.keys():
         return None
     fields = {name: config.get(name) for name in ("kind", "name", "settings", "parent", "facts", "starts", "finished")}
-    features = [stored for path in sorted(directory.glob("*features*.json")) if "rows" in (stored := read_json(path))]
+    parts = fields["settings"], fields["facts"], fields["parent"] or PARENT, *(fields["starts"] or [None])
+    if not all(isinstance(part, dict) for part in parts) or not PARENT.keys() <= parts[2].keys():
+        path = directory / "config.json"
+        wrong = "settings, facts, parent or starts are not what a run writes"
+        raise UserError(f"{path} is damaged: {wrong}. Copy the file again, or start again (--overwrite).")
+    features = [read_json(path) for path in sorted(directory.glob("*features*.json"))]
+    features = [stored for stored in features if "rows" in stored and stored.get("name") in (None, config["name"])]
     return Record(directory, **fields, metrics=read_metrics(directory), features=features)
 
 

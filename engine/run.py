@@ -16,13 +16,13 @@ from tqdm import tqdm
 
 from engine import processes
 from engine.checkpoints import load_file, save_file
-from engine.errors import UserError, as_user_error
-from engine.files import locked, replacing, sync
+from engine.errors import UserError, as_user_error, counted
+from engine.files import check_writable, locked, replacing, sync
 from engine.records import csv_text, read_config, read_metrics, read_run
 
 # What must be as it was, beside the settings, as digests: of a finished run, too
-DIGESTS = {"images": "training images", "test_set": "test images", "masks": "masks from the strategy of this name"}
-DIGESTS |= {"parent": "weights of the pretrained encoder"}
+DIGESTS = {"images": "training images", "test_set": "test images", "parent": "weights of the pretrained encoder"}
+DIGESTS |= {"masks": "masks, as the strategy's code has changed"}
 SAVE_INTERVAL = 50  # times as long as a save takes; so saving takes under 2 % of the time
 LEAST_SAVE_INTERVAL = 60  # seconds: files of 100 MB would else wear the disk
 SHOWN = ("train/loss", "test/loss", "val/acc", "test/acc", "probe/knn_acc")  # after each epoch
@@ -62,14 +62,19 @@ class Run:
 
     def _stored(self, facts):
         """The run's Record, None for a new run; other settings or facts than these are refused."""
+        checkpoint = self.directory / "checkpoint.pt"
         with as_user_error(OSError):
-            if self.overwrite or not (self.directory / "config.json").exists():
-                return None
-        stored = read_run(self.directory)
-        self._check_same(stored.settings, self.identity["settings"])
-        parents = stored.parent, self.identity["parent"]
+            known, saved = (self.directory / "config.json").exists(), checkpoint.exists()
+        if self.overwrite or not (known or saved):
+            return None
+        stored = read_run(self.directory) if known else None
+        told = stored._asdict() if known else load_file(checkpoint, "checkpoint")  # which says the same
+        if "settings" not in told:
+            raise UserError(f"{self.directory} has lost its config.json: copy it back, or give --overwrite.")
+        self._check_same(told["settings"], self.identity["settings"])
+        parents = told["parent"], self.identity["parent"]
         self._check_same(*({"parent": parent and parent["digest"]} for parent in parents))
-        self._check_same(stored.facts, facts)
+        self._check_same(told["facts"], facts)
         return stored
 
     def _check_same(self, stored, now):
@@ -87,7 +92,7 @@ class Run:
             )
 
     @contextlib.contextmanager
-    def open(self, model, optimizer, plan, facts, start):
+    def open(self, model, optimizer, plan, facts, start, content):
         """Lock the directory, restore the last checkpoint and note signals, until the block ends.
 
         Args:
@@ -95,6 +100,7 @@ class Run:
             plan: with batch_size, steps_per_epoch and total_steps.
             facts: what follows from the settings and the data; must be as it was when the run began.
             start: what may differ each time the run is continued.
+            content: kind and model_args of the model; what else its files have beside what the run knows itself.
 
         Yields:
             The Session, on which the run is logged, saved and finished.
@@ -113,7 +119,7 @@ class Run:
                     with as_user_error(OSError):
                         self._begin(facts, [*(stored.starts if stored else []), {**start, "arguments": self.arguments}])
             with processes.together():
-                session = Session(self, model, optimizer, plan, signals)
+                session = Session(self, model, optimizer, plan, signals, content, facts)
             with processes.together():
                 session.check_same_start()
             if processes.is_first():
@@ -136,6 +142,8 @@ class Run:
                 raise UserError(f"Another process is at work on {self.directory}; wait for it or stop it.") from None
 
     def _begin(self, facts, starts):
+        if path := self.arguments.get("output_model_path"):
+            check_writable(Path(path).parent, "--output_model_path")
         if self.overwrite:
             for pattern in ("*.pt", "metrics.csv", "*features*", "events.out.tfevents.*", "config.json"):
                 for path in self.directory.glob(pattern):
@@ -168,6 +176,11 @@ def start_of(epoch):
     return {"epoch": epoch, "step": 0, "loss_sum": 0.0, "seconds": 0.0}
 
 
+def done(progress):
+    """1 epoch and 3 steps."""
+    return f"{counted(progress['epoch'], 'epoch')} and {counted(progress['step'], 'step')}"
+
+
 class Session:
     """Work on a run between a start and a stop, on one process: its progress, what it logs and saves.
 
@@ -175,8 +188,9 @@ class Session:
     them), seconds (spent on them), and whatever a script adds to it.
     """
 
-    def __init__(self, run, model, optimizer, plan, signals):
+    def __init__(self, run, model, optimizer, plan, signals, content, facts):
         self.run, self.model, self.optimizer, self.plan, self.signals = run, model, optimizer, plan, signals
+        self.content, self.facts = content, facts
         self.epochs = plan.total_steps // plan.steps_per_epoch
         self.columns = None  # of metrics.csv, None while it has no row
         self.saved = None  # epoch and step of the last save
@@ -198,6 +212,12 @@ class Session:
         path, progress = self.run.directory / "checkpoint.pt", start_of(0)
         if path.exists():
             state = load_file(path, "checkpoint")
+            made_by, now = state.get("optimizer_class"), type(self.optimizer).__name__
+            if made_by not in (None, now):
+                raise UserError(
+                    f"{path} holds the state of the optimizer {made_by}, and by the code it is now {now}. Undo that "
+                    f"change to continue the run, or start it again with --overwrite."
+                )
             try:
                 self.model.load_state_dict(state["model"])
                 self.optimizer.load_state_dict(state["optimizer"])
@@ -255,7 +275,7 @@ class Session:
     def _last_save(self):
         if self.saved is None:
             return "There is no checkpoint yet."
-        return "The last good checkpoint has {epoch} epochs and {step} steps.".format(**self.saved)
+        return f"The last good checkpoint has {done(self.saved)}."
 
     @property
     def epoch(self):
@@ -286,13 +306,16 @@ class Session:
         Args:
             facts: of the run; start, last: what is known of this start and of the one before.
         """
+        epochs, steps = counted(self.epochs, "epoch"), counted(self.plan.steps_per_epoch, "step")
+        images = counted(facts["train_images"], "label" if self.run.identity["kind"] == "classifier" else "image")
+        rate = f"peak learning rate {facts['peak_learning_rate']:.2g}"
         what = f"{facts['parameters']:,} parameters, {facts['precision']} on {start['device']}"
-        self._print(f"{self.run.directory}: {self.epochs} epochs of {self.plan.steps_per_epoch} steps, {what}")
+        self._print(f"{self.run.directory}: {epochs} of {steps}, {images}, {rate}, {what}")
         if self.steps_before:
-            self._print("Continued: {epoch} epochs and {step} steps are done".format(**self.progress))
-            before, now = (f"{s.get('commit')}{'' if s.get('clean') else ' with changes'}" for s in (last, start))
-            if before != now:
-                self._print(f"The code may be another: it was commit {before}, now it is {now}")
+            self._print(f"Continued: {done(self.progress)} are done")
+            if last.get("source") != start.get("source"):
+                before, now = (f"{s.get('commit')}{'' if s.get('clean') else ' with changes'}" for s in (last, start))
+                self._print(f"The program has changed since the last start (commit {before}, now {now}).")
 
     def _print_epoch(self, epoch, metrics):
         shown = [f"{name} {metrics[name]:.4f}" for name in SHOWN if not math.isnan(metrics.get(name, math.nan))]
@@ -330,10 +353,10 @@ class Session:
             self.bar.set_postfix_str(f"epoch {self.progress['epoch'] + 1}, loss {loss:.4f}")
         if processes.is_first():
             started = time.monotonic()
-            state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+            state = {"optimizer": self.optimizer.state_dict(), "optimizer_class": type(self.optimizer).__name__}
+            state |= {"kind": "checkpoint", "of": self.content["kind"], "facts": self.facts, "progress": self.progress}
             with self.writing():
-                path = self.run.directory / "checkpoint.pt"
-                save_file(path, {"kind": "checkpoint", **state, "progress": self.progress})
+                save_file(self.run.directory / "checkpoint.pt", {**self._file(), **state})
             self.saved_at = time.monotonic()
             self.save_seconds = self.saved_at - started
         self.saved = {name: self.progress[name] for name in ("epoch", "step")}
@@ -375,19 +398,20 @@ class Session:
             with self.writing():
                 self.board.add_image(tag, image, self.progress["epoch"] + 1)
 
-    def finish(self, content):
-        """Write model.pt, then that the run is finished; to TensorBoard its settings as hyper-parameters.
+    def _file(self):
+        """The content of a model's file: with the weights, the images' place and what config.json says of the run."""
+        images = {flag: self.run.arguments[flag] for flag in ("dataset", "data_dir")}
+        own = {name: self.run.identity[name] for name in ("name", "settings", "parent")}
+        return {**self.content, **images, **own, "model": self.model.state_dict()}
 
-        Args:
-            content: of model.pt, beside the weights, the images' place and what config.json says of the run.
-        """
+    def finish(self):
+        """Write model.pt, then that the run is finished; to TensorBoard its settings as hyper-parameters."""
         if not processes.is_first():
             return
-        known, images = self.run.identity, {flag: self.run.arguments[flag] for flag in ("dataset", "data_dir")}
+        known = self.run.identity
         parent = known["parent"]["settings"] if known["parent"] else {}
         told = {**known["settings"], **{f"parent/{name}": value for name, value in parent.items()}}
-        own = {name: known[name] for name in ("name", "settings", "parent")} | {"model": self.model.state_dict()}
         with self.writing():
             self.board.add_hparams({name: v for name, v in told.items() if v is not None}, {}, run_name=".")
-            save_file(self.run.directory / "model.pt", {**content, **images, **own})
+            save_file(self.run.directory / "model.pt", self._file())
             self.run.write_config(read_config(self.run.directory) | {"finished": True})

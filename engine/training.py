@@ -23,7 +23,7 @@ from engine.device import (
     pick_precision,
     tune,
 )
-from engine.errors import UserError
+from engine.errors import UserError, counted
 from engine.optimizers import OPTIMIZERS
 from engine.run import Run
 
@@ -97,7 +97,11 @@ def plan_training(args, num_images, warmup, at_once, rank, world_size):
         raise UserError(f"--batch_size {batch_size} is not a multiple of the {world_size} processes.")
     share = batch_size // world_size
     if batch_size > num_images:
-        raise UserError(f"--batch_size {batch_size} is more than the {num_images} training images; use at most that.")
+        fits = num_images // world_size * world_size
+        raise UserError(
+            f"--batch_size {batch_size} is more than the {counted(num_images, 'training image')}; give --batch_size "
+            f"{fits} or less."
+        )
     warmup_epochs = warmup * args.total_epoch if args.warmup_epoch is None else args.warmup_epoch
     if not 0 <= warmup_epochs <= args.total_epoch:
         raise UserError(f"--warmup_epoch {warmup_epochs:g} is not within 0 to --total_epoch {args.total_epoch}.")
@@ -226,7 +230,7 @@ def set_up(experiment, device):
 
 
 def build(experiment, setup):
-    """Draw the model from the seed and put it on its device: (its optimizer, its loss, compiled where that pays)."""
+    """Draw the model from the seed: (the model on its device, its optimizer, its loss, compiled where that pays)."""
     args, plan = experiment.args, setup.plan
     torch.manual_seed(args.seed)
     model = experiment.build().to(setup.device)
@@ -234,7 +238,7 @@ def build(experiment, setup):
     recipe = {"lr": plan.peak_lr, "betas": experiment.betas, "weight_decay": args.weight_decay}
     dtype = PRECISIONS[setup.precision]
     optimizer = OPTIMIZERS[args.optimizer](model, experiment.parameter_groups(), dtype, **recipe)
-    return optimizer, maybe_compiled(experiment.loss, args.compile, setup.device, plan.num_images)
+    return model, optimizer, maybe_compiled(experiment.loss, args.compile, setup.device, plan.num_images)
 
 
 def train(args, start_experiment):
@@ -256,30 +260,29 @@ def train(args, start_experiment):
             of processes changes which images are seen, and how.
             loss(*parts): mean loss of a part (b, ...) of each of these tensors, under autocast.
             evaluate(session, setup): metrics after an epoch, {name: number, nan where not measured}.
-            content(): as `Session.finish` takes it.
+            content(): as `Run.open` takes it.
     """
     device = pick_device(args.device)
     processes.join(device)
     with processes.together():
         experiment = start_experiment(args)
-        args, run = experiment.args, Run(experiment.identity, experiment.arguments)
+        run = Run(experiment.identity, experiment.arguments)
         experiment.load(device)
         finished = run.is_finished(experiment.digests)
     if processes.broadcast([int(finished)])[0]:
         return run.pass_over()
 
     setup = set_up(experiment, device)
-    optimizer, loss_of = build(experiment, setup)
-    model = experiment.model
+    model, optimizer, loss_of = build(experiment, setup)
     facts = {"parameters": sum(p.numel() for p in model.parameters()), "precision": setup.precision}
-    facts |= experiment.digests | setup.plan.facts()
+    facts |= {"train_images": experiment.num_images} | experiment.digests | setup.plan.facts()
     start = {"processes": processes.world_size(), "micro_batches": len(setup.plan.slices), **environment(device)}
-    with run.open(model, optimizer, setup.plan, facts, start) as session:
+    with run.open(model, optimizer, setup.plan, facts, start, experiment.content()) as session:
         while not session.is_done():
             metrics = train_one_epoch(setup, experiment, optimizer, loss_of, session)
             session.check_finite(metrics["train/loss"])
             metrics["memory/peak_mb"] = peak_memory_mb(device)
             session.end_epoch(metrics | experiment.evaluate(session, setup))
-        session.finish(experiment.content())
+        session.finish()
     run.export()
     return run.directory

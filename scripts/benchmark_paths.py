@@ -43,8 +43,8 @@ def in_turn(experiment, setup):
 
 def ours(experiment, setup):
     """The step of a training script: its model, optimizer, batches and loss."""
-    (optimizer, loss_of), lr, ids = training.build(experiment, setup), setup.plan.peak_lr, in_turn(experiment, setup)
-    model, draw = experiment.model, experiment.draw_batch
+    (model, optimizer, loss_of), ids = training.build(experiment, setup), in_turn(experiment, setup)
+    draw, lr = experiment.draw_batch, setup.plan.peak_lr
     return lambda i: training.update(setup, model, optimizer, loss_of, draw(ids(i), 0, i), lr)
 
 

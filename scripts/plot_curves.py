@@ -24,7 +24,8 @@ def parse_args(argv=None):
         "probe/knn_acc), else the k-NN accuracy of those that have it",
     )
     parser.add_argument("--label", nargs="+", help="a legend entry for each run; default: in what the runs differ")
-    parser.add_argument("--output", type=utils.png_path, default=Path("curves.png"), help="PNG to write")
+    text = "PNG, PDF or SVG to write"
+    parser.add_argument("--output", type=utils.picture_path, default=Path("curves.png"), help=text)
     return parser.parse_args(argv)
 
 

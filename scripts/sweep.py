@@ -24,6 +24,7 @@ import evaluate_features
 import mae_pretrain
 import train_classifier
 import utils
+from engine import processes
 from engine.errors import exit_in_one_line
 from engine.records import read_run
 from engine.training import plan_training
@@ -171,7 +172,7 @@ def run(jobs, environments):
         for process in list(running):
             process.terminate()
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in processes.STOPS:
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, stop)
     with ThreadPoolExecutor(len(environments)) as pool:

@@ -1,9 +1,13 @@
+import argparse
 import os
+import zipfile
 
 import pytest
 import torch
+from safetensors.torch import save_file as save_safetensors
 
 from engine.checkpoints import digest, load_file, save_file
+from model import MAE_ViT
 
 
 def test_a_saved_file_comes_back_and_leaves_nothing_beside_it(tmp_path):
@@ -40,13 +44,44 @@ def test_a_truncated_file_is_refused(tmp_path, keep):
 
 def test_files_that_are_not_what_is_needed_are_named(tmp_path):
     save_file(tmp_path / "a.pt", {"kind": "ViT_Classifier"})
-    with pytest.raises(ValueError, match="holds ViT_Classifier; MAE_ViT is needed"):
+    with pytest.raises(ValueError, match="holds a ViT_Classifier; needed here: MAE_ViT"):
         load_file(tmp_path / "a.pt", "MAE_ViT")
     torch.save(torch.ones(2), tmp_path / "b.pt")
     with pytest.raises(ValueError, match="no model of this program"):
         load_file(tmp_path / "b.pt")
     with pytest.raises(ValueError, match=r"No file .*c\.pt"):
         load_file(tmp_path / "c.pt")
+
+
+def test_whole_files_of_other_programs_are_told_what_they_are_and_the_way_in(tmp_path):
+    model = MAE_ViT(8, 4, 12, 1, 2, 1)
+    torch.save({"model": model.state_dict(), "args": argparse.Namespace(lr=1e-3)}, tmp_path / "official.pth")
+    torch.save(model, tmp_path / "module.pt")
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    torch.save(model.state_dict(), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    save_safetensors(model.state_dict(), tmp_path / "model.safetensors")
+    facts = {
+        "official.pth": "argparse.Namespace",
+        "module.pt": "model.MAE_ViT",
+        "state.pt": "no model of this program",
+        "old.pt": "before 1.6",
+        "model.safetensors": "safetensors",
+        "model.pt": "of transformers",  # beside it, as in a directory of theirs
+    }
+    for name, fact in facts.items():
+        with pytest.raises(ValueError, match=rf'{name}.*{fact}.*README.md, "Weights from elsewhere"') as refused:
+            load_file(tmp_path if name == "model.pt" else tmp_path / name, "MAE_ViT")
+        assert "Copy it again" not in str(refused.value)
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    def forbidden(*arguments):
+        raise PermissionError(13, "Permission denied")
+
+    save_file(tmp_path / "a.pt", {"kind": "toy"})
+    monkeypatch.setattr(zipfile, "ZipFile", forbidden)
+    with pytest.raises(ValueError, match=r"Cannot read .*a\.pt: Permission denied\.$"):
+        load_file(tmp_path / "a.pt")
 
 
 def test_digest_changes_with_any_weight():

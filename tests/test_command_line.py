@@ -271,7 +271,10 @@ BAD = [  # what is given, and what the answer must have in it: flag or file, val
     (MAE, "--device gpu", "--device gpu cpu"),
     (MAE, "--device cpu:1", "--device cpu:1 cpu"),
     (MAE, "--precision fp8", "--precision 'fp8' bf16"),
-    (MAE, "--decoder_dept 3", "--decoder_dept 3"),
+    (MAE, "--decoder_dept 3", "--decoder_dept 3 --decoder_depth?"),
+    (MAE, "--epochs 5 --lr 1e-3", "--epochs --total_epoch? --lr --base_learning_rate?"),
+    (MAE, "--batch-size=8 --wd 0", "--batch-size --batch_size? --wd --weight_decay?"),
+    (MAE, "--batch_size 4096 --train_images 40", "--batch_size 4096 40 less"),
     (MAE, "--log_dir text.pt", "text.pt"),
     (MAE, "--output_model_path text", "--output_model_path 'text' text/model.pt"),
     (MAE, "extra", "extra"),
@@ -285,6 +288,7 @@ BAD = [  # what is given, and what the answer must have in it: flag or file, val
     (CLS, "--pretrained_model_path foreign.pt", "foreign.pt MAE_ViT"),
     (CLS, "--pretrained_model_path nothing", "nothing/model.pt"),
     (CLS, "--decoder_depth 2", "--decoder_depth 2"),
+    (CLS, "--epoch=5 --learning_rate 1", "--total_epoch? --base_learning_rate?"),
     (CLS, "--val_images 0", "--val_images '0'"),
     (CLS, "--val_images 15", "--val_images 15 10"),
     (CLS, "--val_images 50", "--val_images 50 40"),
@@ -325,7 +329,6 @@ def test_pretrained_models_that_do_not_fit_are_named(mae, classifier, capsys, mo
         (classifier, "", ["ViT_Classifier", "MAE_ViT"]),
         (mae, "--patch_size 4", ["patch_size=8", "--patch_size", "4"]),
         (mae / "cut.pt", "", ["cut.pt"]),
-        (mae / "checkpoint.pt", "", ["checkpoint.pt", "MAE_ViT"]),
     ]:
         told(CLS, ["--pretrained_model_path", path, *flags.split()], [str(path), *facts], capsys, monkeypatch)
 

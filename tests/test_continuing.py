@@ -2,6 +2,8 @@
 again; a run of other images, masks, encoders or settings is refused; damaged files are named.
 """
 
+import itertools
+import json
 import os
 import shlex
 import shutil
@@ -27,12 +29,18 @@ from starting import (
     weights,
 )
 
+import evaluate_features
 import mae_pretrain
-from engine.checkpoints import load_file
-from engine.records import read_metrics, read_run
+import visualize_predictions
+from engine.checkpoints import digest, load_file, load_model
+from engine.device import environment
+from engine.optimizers import OPTIMIZERS
+from engine.records import find_runs, read_metrics, read_run
 from engine.run import Session
 from images import load
-from model import MASK_STRATEGIES
+from images.shapes import SHAPES
+from model import MASK_STRATEGIES, ViT_Classifier
+from scripts import export
 
 ROOT = Path(__file__).parents[1]
 STARTS = {"mae": pretrain, "classifier": classify}  # by the name of the fixture that has such a run
@@ -186,6 +194,100 @@ def test_a_classifier_from_scratch_does_not_answer_for_a_pretrained_one_nor_the_
     refused(starts[name], capsys, other, "encoder", "--overwrite")
 
 
+# --- where it cannot write ---
+
+
+@pytest.mark.parametrize("start", [pretrain, classify])
+def test_a_place_for_the_model_that_cannot_be_written_is_refused_before_training(
+    start, few_shapes, empty_directory, capsys, monkeypatch
+):
+    Path("file").touch()
+    monkeypatch.setattr(Session, "tick", None)
+    refused(
+        lambda: start("--output_model_path", "file/model.pt"), capsys, "Cannot write in file", "--output_model_path"
+    )
+
+
+def test_a_picture_that_cannot_be_written_is_refused_before_it_is_drawn(mae, capsys, monkeypatch):
+    Path("file").touch()
+    monkeypatch.setattr(visualize_predictions, "images_to_draw", None)
+    command = ["--model_path", str(mae), "--output", "file/picture.png"]
+    refused(lambda: visualize_predictions.main(command), capsys, "Cannot write in file", "--output")
+
+
+# --- a stopped run ---
+
+
+def stopped(start, *more):
+    """A run that a signal has stopped after its third step of six; its directory."""
+    with pytest.MonkeyPatch.context() as patch:
+        tick, ticks = Session.tick, []
+
+        def stop_at_3(self):
+            ticks.append(1)
+            if len(ticks) == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+            tick(self)
+
+        patch.setattr(Session, "tick", stop_at_3)
+        with pytest.raises(SystemExit):
+            start(*more)
+    return next(path for path in Path("logs").glob("*/*") if not (path / "model.pt").exists())
+
+
+def test_a_stopped_mae_is_a_model_for_every_script(few_shapes, empty_directory, capsys):
+    run = stopped(pretrain)
+    for path in (run, run / "checkpoint.pt"):
+        visualize_predictions.main(["--model_path", str(path), "--output", "picture.png"])
+        evaluate_features.main(["--model_path", str(path)])
+        export.main([str(path), "--to", "timm"])
+        assert capsys.readouterr().out.count("a checkpoint, the model after 1 epoch\n") == 3
+    classifier = read_run(classify("--pretrained_model_path", run))
+    assert classifier.parent["name"] == f"{run.name}_epoch1"
+    assert pretrain() == run
+    (record,) = find_runs("logs/pretrain")
+    assert record.features == []  # those of the checkpoint are not the finished model's
+    assert read_run(classify("--pretrained_model_path", run)).parent["name"] == run.name
+
+
+def test_a_stopped_classifier_is_a_model_too(few_shapes, empty_directory, capsys):
+    run = stopped(classify)
+    visualize_predictions.main(["--model_path", str(run)])
+    assert (run / "predictions.png").exists()
+    model, content = load_model(run, ViT_Classifier)
+    assert content["classes"] == list(SHAPES)
+    assert digest(model.state_dict()) == digest(load_file(run / "checkpoint.pt")["model"])
+
+
+def test_a_run_that_lost_its_config_goes_on_with_the_same_settings_only(few_shapes, empty_directory, capsys):
+    whole = pretrain("--log_dir", "whole")
+    run = stopped(pretrain)
+    (run / "config.json").unlink()
+    other = run.rename(run.with_name(run.name.replace("_s42", "_s7")))
+    refused(lambda: pretrain("--seed", "7"), capsys, other, "seed 42", "--overwrite")
+    other.rename(run)
+    assert same_weights(whole, pretrain())
+
+
+def test_another_optimizers_state_is_refused(few_shapes, empty_directory, capsys, monkeypatch):
+    run = stopped(pretrain)
+    for kind in (torch.optim.SGD, torch.optim.NAdam):
+
+        def other(model, groups, dtype, lr, betas, weight_decay, kind=kind):
+            return kind(groups, lr)
+
+        monkeypatch.setitem(OPTIMIZERS, "adamw", other)
+        refused(pretrain, capsys, run, "AdamW", kind.__name__, "--overwrite")
+
+
+def test_a_start_knows_the_programs_source(monkeypatch, tmp_path):
+    first = environment()["source"]
+    assert environment()["source"] == first
+    read = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b" " * (path.name == "model.py"))
+    assert environment()["source"] != first
+
+
 # --- damaged files ---
 
 
@@ -200,9 +302,24 @@ def test_a_damaged_file_of_a_run_is_named(name, mae, capsys):
     refused(lambda: mae_pretrain.main([*SIZE, "--decoder_depth", "1", *SET]), capsys, mae / name, "--overwrite")
 
 
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        *itertools.product(("settings", "facts", "starts"), (None, [], [1], "none")),
+        *itertools.product(["parent"], ({"name": "mae"}, [1], "mae")),
+    ],
+)
+def test_a_config_whose_parts_are_lost_is_told_in_one_line(part, value, mae, capsys):
+    config = json.loads((mae / "config.json").read_text())
+    (mae / "config.json").write_text(json.dumps(config | {part: value}))
+    refused(pretrain, capsys, mae / "config.json", "--overwrite")
+    pretrain("--overwrite")
+
+
 def test_a_finished_run_without_its_model_says_how_to_get_it_again(mae, capsys):
     """As the kept ones, or where it was deleted; the same command alone passes it over."""
-    (mae / "model.pt").unlink()
+    for name in ("model.pt", "checkpoint.pt"):
+        (mae / name).unlink()
     command = [*SIZE, "--decoder_depth", "1", *SET]
     refused(lambda: mae_pretrain.main(command), capsys, mae / "model.pt", "--overwrite")
     refused(lambda: classify("--pretrained_model_path", mae), capsys, mae / "model.pt", "--overwrite")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib import font_manager
 
 from engine import figures
 from engine.figures import STYLES, plt
@@ -151,3 +152,40 @@ def test_a_notebooks_backend_that_is_not_installed_here_does_no_harm():
     assert [path.name for path in [*importers, *root.glob("*.py")] if "matplotlib" in path.read_text()] == [
         "figures.py"
     ]
+
+
+ONLY_IN_STIX = "\ue000\ue001"  # letters of a font that matplotlib brings, and of no other
+
+
+@pytest.fixture
+def own_fonts(monkeypatch):
+    """Only the fonts that come with matplotlib; a family that is as it was after the test."""
+    ours = [font for font in font_manager.fontManager.ttflist if "mpl-data" in font.fname]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", ours)
+    with plt.rc_context():
+        yield
+
+
+def predicted(classes):
+    images, zeros = torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64)
+    return figures.draw_predictions(images, classes, torch.tensor([0, 1]), zeros, torch.ones(2))
+
+
+@pytest.mark.filterwarnings("error")
+def test_class_names_that_no_font_has_are_drawn_as_numbers_with_one_line(own_fonts, tmp_path, capsys):
+    figure = predicted(["猫", "狗"])
+    assert [axes.get_title() for axes in figure.axes] == ["class 0", "class 1"]
+    figure.axes[0].set_title("猫 cat")  # a file's name, say
+    figures.save(figure, tmp_path / "a.png")
+    assert figure.axes[0].get_title() == "? cat"
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("end", ["png", "pdf", "svg"])
+def test_letters_that_another_font_has_are_drawn_with_it(end, own_fonts, tmp_path, capsys):
+    figure = predicted([ONLY_IN_STIX[0], ONLY_IN_STIX[1]])
+    figures.save(figure, tmp_path / f"a.{end}")
+    assert [axes.get_title() for axes in figure.axes] == list(ONLY_IN_STIX)
+    assert capsys.readouterr().out == ""
+    assert len(plt.rcParams["font.family"]) > 1

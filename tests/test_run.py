@@ -15,6 +15,8 @@ from engine.records import find_runs, read_metrics, read_run
 from engine.run import Run, start_of
 
 FACTS = {"parameters": 2040, "precision": "float32", "images": "aa", "masks": "bb"}
+FACTS |= {"train_images": 10, "peak_learning_rate": 1e-3}
+CONTENT = {"kind": "toy"}
 START = {"device": "cpu", "processes": 1, "threads": 1}
 SETTINGS = {"dataset": "shapes", "train_images": None, "seed": 1, "base_learning_rate": 0.1}
 IDENTITY = {"kind": "mae", "name": "toy", "settings": SETTINGS, "parent": None}
@@ -38,7 +40,7 @@ def run_with(log_dir, **settings):
 def opened(log_dir, facts=FACTS, start=START, **arguments):
     """A session of a run of a toy: four epochs of two steps of five images."""
     plan = SimpleNamespace(batch_size=5, steps_per_epoch=2, total_steps=8)
-    return run_of(log_dir, **arguments).open(*toy(), plan, facts, start)
+    return run_of(log_dir, **arguments).open(*toy(), plan, facts, start, CONTENT)
 
 
 def train(session, epochs):
@@ -94,7 +96,8 @@ def test_another_encoder_under_the_same_name_is_refused(tmp_path):
         parent = {"name": "mae", "digest": digest, "settings": SETTINGS}
         return run_of(tmp_path, {**IDENTITY, "kind": "classifier", "parent": parent})
 
-    with child("aa").open(*toy(), SimpleNamespace(batch_size=5, steps_per_epoch=2, total_steps=8), FACTS, START):
+    plan = SimpleNamespace(batch_size=5, steps_per_epoch=2, total_steps=8)
+    with child("aa").open(*toy(), plan, FACTS, START, CONTENT):
         pass
     child("aa")
     with pytest.raises(ValueError, match="other weights of the pretrained encoder"):
@@ -104,7 +107,7 @@ def test_another_encoder_under_the_same_name_is_refused(tmp_path):
 def test_overwrite_starts_anew(tmp_path):
     with opened(tmp_path) as run:
         train(run, 2)
-        run.finish({"kind": "toy"})
+        run.finish()
     assert run_of(tmp_path).is_finished(FACTS)
     with opened(tmp_path, overwrite=True) as run:
         assert run.progress == start_of(0)
@@ -142,23 +145,36 @@ def test_only_the_first_process_writes(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     with opened(tmp_path) as run:
         train(run, 2)
-        run.finish({"kind": "toy"})
+        run.finish()
     assert not list(tmp_path.iterdir())
 
 
-def test_a_signal_saves_and_leaves_with_the_usual_code(tmp_path, capsys):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_saves_and_leaves_with_the_usual_code(number, tmp_path, capsys):
+    handler = signal.getsignal(number)
     with opened(tmp_path) as run:
         run.progress |= {"step": 1, "loss_sum": 0.5}
         run.tick()
         assert not (tmp_path / "toy" / "checkpoint.pt").exists()
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         run.progress |= {"step": 2, "loss_sum": 1.0}
         with pytest.raises(SystemExit) as leaving:
             run.tick()
-    assert leaving.value.code == 128 + signal.SIGTERM
+    assert leaving.value.code == 128 + number
     assert load_file(tmp_path / "toy" / "checkpoint.pt")["progress"]["step"] == 2
     assert "same command continues" in capsys.readouterr().err
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(number) is handler
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing(tmp_path, monkeypatch):
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with opened(tmp_path) as run:
+            os.kill(os.getpid(), signal.SIGHUP)
+            train(run, 4)
+            assert run.is_done()
+    finally:
+        signal.signal(signal.SIGHUP, handler)
 
 
 def test_a_signal_that_comes_after_the_last_save_ends_the_program_when_the_run_is_finished(tmp_path):
@@ -166,7 +182,7 @@ def test_a_signal_that_comes_after_the_last_save_ends_the_program_when_the_run_i
     with pytest.raises(SystemExit) as leaving, opened(tmp_path) as run:  # noqa: PT012
         train(run, 4)
         os.kill(os.getpid(), signal.SIGINT)
-        run.finish({"kind": "toy"})
+        run.finish()
     assert leaving.value.code == 128 + signal.SIGINT
     assert run_of(tmp_path).is_finished(FACTS)
     assert signal.getsignal(signal.SIGINT) is handler
@@ -269,11 +285,11 @@ def test_other_facts_are_refused_under_the_same_arguments(tmp_path):
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-@pytest.mark.parametrize(("key", "what"), [("images", "training images"), ("masks", "masks from the strategy")])
+@pytest.mark.parametrize(("key", "what"), [("images", "training images"), ("masks", "masks")])
 def test_a_finished_run_does_not_answer_for_other_images_or_masks(tmp_path, key, what):
     with opened(tmp_path) as run:
         train(run, 1)
-        run.finish({"kind": "toy"})
+        run.finish()
     run = run_of(tmp_path)
     assert run.is_finished(FACTS)
     with pytest.raises(ValueError, match=f"toy is a run with other {what}.*--overwrite starts it again"):
@@ -287,16 +303,18 @@ def test_a_run_says_where_it_is_and_how_each_epoch_went(tmp_path, capsys):
     with opened(tmp_path) as run:
         pass
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"{tmp_path / 'toy'}: 4 epochs of 2 steps, 2,040 parameters, float32 on cpu"
+    rate = "peak learning rate 0.001"
+    assert lines[0] == f"{tmp_path / 'toy'}: 4 epochs of 2 steps, 10 images, {rate}, 2,040 parameters, float32 on cpu"
     assert re.fullmatch(r"epoch 1 of 4: train/loss 0\.5000, test/acc 0\.2500, 00:\d\d left", lines[1])
-    assert lines[2:] == [lines[0], "Continued: 1 epochs and 0 steps are done"]
-    for commit, clean in (("abc", True), ("abc", False), ("abc", False)):
-        with opened(tmp_path, start={**START, "commit": commit, "clean": clean}):
+    assert lines[2:] == [lines[0], "Continued: 1 epoch and 0 steps are done"]
+    for source, commit, clean in (("1", "abc", True), ("2", "abc", False), ("3", "abc", False), ("3", "abd", True)):
+        with opened(tmp_path, start={**START, "source": source, "commit": commit, "clean": clean}):
             pass
-    said = [line for line in capsys.readouterr().out.splitlines() if "code" in line]
+    said = [line for line in capsys.readouterr().out.splitlines() if "changed" in line]
     assert said == [
-        "The code may be another: it was commit None with changes, now it is abc",
-        "The code may be another: it was commit abc, now it is abc with changes",
+        "The program has changed since the last start (commit None with changes, now abc).",
+        "The program has changed since the last start (commit abc, now abc with changes).",
+        "The program has changed since the last start (commit abc with changes, now abc with changes).",
     ]
 
 
@@ -349,7 +367,7 @@ def test_a_finished_run_has_a_model_and_can_be_exported(tmp_path):
     with opened(tmp_path) as run:
         train(run, 1)
         assert not read_run(tmp_path / "toy").finished
-        run.finish({"kind": "toy"})
+        run.finish()
     stored = load_file(tmp_path / "toy")
     known = {
         "kind": "toy",
@@ -368,7 +386,7 @@ def test_a_finished_run_has_a_model_and_can_be_exported(tmp_path):
 def test_a_run_is_read_as_a_record_also_where_it_was_moved(tmp_path):
     with opened(tmp_path / "logs") as run:
         train(run, 4)
-        run.finish({"kind": "toy"})
+        run.finish()
     (tmp_path / "logs" / "toy" / "features.json").write_text('{"rows": [{"knn/acc": 0.5}]}')
     (tmp_path / "logs" / "toy" / "hf").mkdir()
     (tmp_path / "logs" / "toy" / "hf" / "config.json").write_text('{"model_type": "vit"}')  # an exported model's
