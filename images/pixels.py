@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from engine.errors import UserError
 
@@ -99,9 +99,6 @@ def to_rgb(image, limits=None):
         if low == high:  # of one grey
             low, high = 0, 255 if high <= 255 else 65535
         image = Image.fromarray(((values - low) * 255 // (high - low)).clip(0, 255).astype(np.uint8))
-    if image.mode == "LAB":
-        profiles = (ImageCms.createProfile(space) for space in ("LAB", "sRGB"))
-        image = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)

@@ -243,10 +243,12 @@ def test_in_any_tree_each_file_counts_once_and_is_never_trained_and_tested_on(ne
             path.symlink_to(source) if way == "link" else os.link(source, path)
     files = {part: {} for part in ("train", "test")}  # {what a file is by: classes}
     for part in files:
+        seen = set()
         for folder, folders, names in os.walk(root / part, followlinks=True):
-            top = os.path.relpath(folder, root / part).split(os.sep)[0]
-            inside = Path(folder).resolve()  # folders around a link in it would go in a circle
-            folders[:] = [name for name in folders if Path(folder, name).resolve() not in (inside, *inside.parents)]
+            top, inside = os.path.relpath(folder, root / part).split(os.sep)[0], Path(folder).resolve()
+            around = inside, *inside.parents  # a link to one of them would go in a circle
+            again = (top, inside) in seen or seen.add((top, inside))
+            folders[:] = [name for name in folders if not again and Path(folder, name).resolve() not in around]
             for path in (Path(folder, name) for name in names if name.endswith(".png")):
                 files[part].setdefault(path.stat().st_ino, set()).add(top)
     both_parts = files["train"].keys() & files["test"].keys()
