@@ -181,7 +181,7 @@ def test_a_full_disk_ends_with_a_message_and_the_old_checkpoint_whole(start, tmp
     full = start(CLS, f"{COMMAND[CLS]} --log_dir full", file_limit=len(before) // 2)
     assert ends(full) == 1
     output = (tmp_path / "output").read_text()
-    assert re.search(r"Cannot write: .*File too large.*last good checkpoint has \d+ epochs and \d+ steps", output)
+    assert re.search(r"Cannot write: .*File too large.*last good checkpoint has \d+ epochs? and \d+ steps?", output)
     assert "Traceback" not in output
     assert checkpoint.read_bytes() == before
     assert not list(checkpoint.parent.glob("*.tmp"))

@@ -416,7 +416,7 @@ def test_micro_batches_are_as_few_and_even_as_can_be(count, sizes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 2000}, "2000 is more than the 1000 training images"),
+        ({"batch_size": 2000}, "2000 is more than the 1,000 training images"),
         ({"world_size": 3}, "not a multiple of the 3 processes"),
         ({"warmup_epoch": 11.0}, "--warmup_epoch 11 is not within 0 to --total_epoch 10"),
         ({"warmup_epoch": -1.0}, "--warmup_epoch -1 is not within"),
