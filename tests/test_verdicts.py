@@ -123,7 +123,7 @@ def test_a_setting_of_larger_noise_is_judged_by_its_own_spread_and_named():
     assert others["pooled"].all()
     assert (found.sd, found.degrees) == pytest.approx((without.sd, without.degrees))
     assert list(half(others)) == pytest.approx(list(half(without.table.drop("random"))))
-    assert half(others, "_all").min() > half(without.table, "_all").max()  # 8 comparisons, not 7
+    assert half(others, "_all").min() > 1.01 * half(without.table, "_all").max()  # one of 8 comparisons, not of 7
 
 
 def test_a_noisy_baseline_leaves_each_pair_to_its_own_spread():
@@ -261,6 +261,11 @@ def test_pairs_hold_their_names_in_the_order_given():
     assert list(found["other"]) == ["block", "random"]
     assert list(found["difference"]) == pytest.approx([68.12 - 64.48, 68.6667 - 68.5033], abs=1e-3)
     assert list(found["n"]) == [3, 3]
+
+
+def test_pairs_count_common_seeds_or_those_of_the_smaller_setting():
+    rows = {"a": [1.0, 1.2, 1.1], "b": {1: 1.3, 2: 1.1, 3: 1.4}, "c": {7: 1.0, 8: 1.1}}
+    assert list(pairs(table(rows), [("a", "b"), ("a", "c")])["n"]) == [2, 2]
 
 
 def test_holm_adjusts_p_values_by_rank():
