@@ -49,6 +49,7 @@ def drawn(monkeypatch):
 # --- what the data say ---
 
 
+@pytest.mark.slow
 def test_equal_settings_are_within_a_bound_and_a_shift_of_several_standard_deviations_is_told():
     for seed in (1, 2, 3):
         for depth, accuracy in ((2, 0.5), (4, 0.5 + NOISE[1 + seed % 3]), (6, 0.5 - NOISE[seed]), (8, 0.57)):
@@ -74,6 +75,7 @@ def test_equal_settings_are_within_a_bound_and_a_shift_of_several_standard_devia
     assert lower["difference"] == pytest.approx(-7)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_told_from_the_best_is_named_and_what_more_seeds_would_decide(capsys):
     for seed in (1, 2, 3):
         for strategy, mean, i in (("block", 0.6, seed), ("grid", 0.4, 1 + seed % 3), ("random", 0.599, 4 - seed)):
@@ -110,6 +112,7 @@ def test_what_cannot_be_compared_is_told_apart(capsys):
     assert "best is dataset=shapes test_set=cd decoder_depth=2" in said  # of those on the same images
 
 
+@pytest.mark.slow
 def test_runs_of_another_precision_or_on_other_labels_are_never_averaged():
     make_pair(1)
     make_pair(2, facts={"precision": "bf16"}, tuned={"facts": {"precision": "bf16"}})
@@ -122,6 +125,7 @@ def test_runs_of_another_precision_or_on_other_labels_are_never_averaged():
 # --- settings ---
 
 
+@pytest.mark.slow
 def test_a_setting_is_named_by_what_differs_and_by_nothing_that_follows_from_it():
     for seed, ratio in ((1, 0.5), (1, 0.75), (2, 0.5)):
         mae = make_mae(seed, mask_ratio=ratio, facts={"masks": f"m{ratio}", "peak_learning_rate": seed})
@@ -175,6 +179,7 @@ def test_a_classifier_counts_the_settings_of_a_mae_that_is_not_there():
     assert "| decoder_depth=2 | 52.30 ± 0.14 (n 2) |  | 0.0" in Path("out/compare.md").read_text()  # and its cost
 
 
+@pytest.mark.slow
 def test_a_filter_keeps_what_was_typed_however_it_is_written_and_from_scratch(capsys):
     for rate in (1.5e-4, 3e-4):
         for depth in DEPTHS:
@@ -227,6 +232,7 @@ def test_several_classifiers_of_a_mae_are_one_value_their_mean(seeds_of_maes):
     assert knn["mean"] == pytest.approx(10 + sum(seeds_of_maes) / len(seeds_of_maes))
 
 
+@pytest.mark.slow
 def test_a_measure_of_maes_is_judged_once_for_all_that_was_fine_tuned_from_them():
     for seed in (1, 2, 3):
         for depth in DEPTHS:

@@ -235,6 +235,7 @@ def stopped(start, *more):
     return next(path for path in Path("logs").glob("*/*") if not (path / "model.pt").exists())
 
 
+@pytest.mark.slow
 def test_a_stopped_mae_is_a_model_for_every_script(few_shapes, empty_directory, capsys):
     run = stopped(pretrain)
     for path in (run, run / "checkpoint.pt"):
@@ -250,6 +251,7 @@ def test_a_stopped_mae_is_a_model_for_every_script(few_shapes, empty_directory, 
     assert read_run(classify("--pretrained_model_path", run)).parent["name"] == run.name
 
 
+@pytest.mark.slow
 def test_a_stopped_classifier_is_a_model_too(few_shapes, empty_directory, capsys):
     run = stopped(classify)
     visualize_predictions.main(["--model_path", str(run)])

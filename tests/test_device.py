@@ -112,6 +112,7 @@ def test_peak_memory_is_told_where_proc_does_not_tell_it(monkeypatch):
     assert right == pytest.approx(peak_memory_mb(torch.device("cpu")), rel=0.5)
 
 
+@pytest.mark.slow
 def test_peak_memory_is_this_processs_own():
     large = torch.ones(100 * 2**18)  # 100 MB, which the child does not have
     code = "import torch; from engine.device import peak_memory_mb; print(peak_memory_mb(torch.device('cpu')))"
@@ -128,6 +129,7 @@ def test_a_machine_without_git_runs_too(monkeypatch):
     assert found["clean"] is None
 
 
+@pytest.mark.slow
 def test_a_run_is_clean_where_no_file_of_the_program_was_changed(tmp_path):
     shutil.copytree(ROOT / "engine", tmp_path / "engine", ignore=shutil.ignore_patterns("__pycache__"))
     git = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=b"]
@@ -146,6 +148,7 @@ def test_a_run_is_clean_where_no_file_of_the_program_was_changed(tmp_path):
     assert clean() == "False"
 
 
+@pytest.mark.slow
 def test_the_command_of_a_run_is_the_one_that_was_typed(tmp_path):
     (tmp_path / "scripts").mkdir()
     (tmp_path / "scripts" / "tell.py").write_text(

@@ -130,6 +130,7 @@ def test_every_block_is_measured_and_drawn_beside_an_untrained_encoder(monkeypat
     assert measured == [list(row.values())[1:] for row in untimed("run/features.csv")[6:]]
 
 
+@pytest.mark.slow
 def test_the_same_command_gives_the_same_numbers_whatever_fits_into_memory(monkeypatch):
     save_model("run/model.pt")
     command = ["--model_path", "run", "--layers", "all", "--save"]

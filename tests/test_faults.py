@@ -35,6 +35,7 @@ from images.shapes import shapes
 from model import MASK_STRATEGIES, MAE_ViT, PatchShuffle, ViT_Classifier
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
 MAE, CLS, VIS = "mae_pretrain", "train_classifier", "visualize_predictions"
 SIZE = "--patch_size 8 --embed_dim 12 --encoder_depth 1 --num_heads 2 --device cpu"
 SET = "--dataset shapes --train_images 80 --batch_size 8 --base_learning_rate 0.05"

@@ -62,6 +62,7 @@ def test_the_most_likely_classes_stand_below_an_image_the_first_above():
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (13, 8), (2, 3)])
+@pytest.mark.slow
 def test_a_title_lies_within_the_figure_and_above_all_images(rows, columns):
     figure, axes = plt.subplots(rows, columns, figsize=(1.3 * columns + 1, 1.3 * rows + 0.6), squeeze=False)
     figures.draw_rows(axes, {str(i): torch.zeros(columns, 4, 4) for i in range(rows)})

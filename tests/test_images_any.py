@@ -163,6 +163,7 @@ def with_text(size):
         ("square.jfif", lambda path: Image.new("L", (8, 8), 200).save(path, "JPEG")),
     ],
 )
+@pytest.mark.slow
 def test_whole_images_are_read(tmp_path, name, write):
     write(tmp_path / name)
     assert read_image(tmp_path / name, 8).float().mean() > 80

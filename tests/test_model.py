@@ -566,6 +566,7 @@ fast_paths = pytest.mark.parametrize(
 
 
 @fast_paths
+@pytest.mark.slow
 def test_the_fast_paths_have_the_plain_ones_loss_and_gradients(precision, compiled, tolerance, capsys):
     images = torch.randint(256, (4, 3, 8, 8), generator=seeded(), dtype=torch.uint8)
 

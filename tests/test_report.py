@@ -70,6 +70,7 @@ def give_weights(seeds=(1,)):
 # --- numbers and findings ---
 
 
+@pytest.mark.slow
 def test_three_measures_stand_side_by_side_and_each_finding_is_judged_by_each():
     make_sweep()
     text = write_report()
@@ -92,6 +93,7 @@ def test_three_measures_stand_side_by_side_and_each_finding_is_judged_by_each():
     assert [plt.imread(f"out/{name}_by_depth.png").shape[1] > 900 for name in ("knn", "blocks")] == [True, True]
 
 
+@pytest.mark.slow
 def test_findings_and_tables_say_what_the_runs_hold():
     reached = {"random": 0.5, "block": 0.7, "grid": 0.6, "shifted_grid": 0.65, "blockwise": 0.4}
     for seed in (1, 2, 3):
@@ -154,6 +156,7 @@ def test_the_published_report_is_what_the_kept_runs_say(monkeypatch):
 # --- what is there, and what is not ---
 
 
+@pytest.mark.slow
 def test_kept_numbers_alone_make_the_same_report_and_leave_its_pictures(capsys):
     make_sweep()
     text = write_report()
@@ -173,6 +176,7 @@ def test_kept_numbers_alone_make_the_same_report_and_leave_its_pictures(capsys):
     assert "figure03" not in write_report(runs="gone")
 
 
+@pytest.mark.slow
 def test_numbers_of_an_earlier_report_go_and_runs_with_more_in_them_stay():
     make_sweep(features=False)
     for name in ("old", "used"):
@@ -227,6 +231,7 @@ def test_runs_of_two_sweeps_or_none_are_refused(capsys):
 # --- pictures ---
 
 
+@pytest.mark.slow
 def test_all_pictures_are_drawn_from_weights_and_those_of_a_seed_without_left_out(capsys):
     make_sweep()
     for seed in (1, 2):

@@ -169,6 +169,7 @@ def test_wrong_settings_end_a_sweep_before_it_starts(flags, said, capsys):
     assert not list(Path().iterdir())
 
 
+@pytest.mark.slow
 def test_the_sweeps_of_the_readme_can_be_planned(capsys):
     text = (ROOT / "README.md").read_text() + sweep.__doc__
     commands = re.findall(r"^ *python -m scripts.sweep (.*?[^\\\n])(?:>.*)?$", text, re.MULTILINE | re.DOTALL)
@@ -304,6 +305,7 @@ def ended(process):
 SAY = "time.sleep(0.1)\nprint('first', sys.argv[1], os.environ['OMP_NUM_THREADS'], os.environ['CUDA_VISIBLE_DEVICES'])"
 
 
+@pytest.mark.slow
 def test_the_commands_of_a_job_run_in_order_and_say_whose_lines_they_print(start):
     code, out, err = ended(start(SAY, "print('second', sys.argv[1])"))
     assert code == 0, err

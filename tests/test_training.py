@@ -633,6 +633,7 @@ def test_a_classifier_tells_classes_apart_that_differ_plainly(held_out, capsys):
     assert f"test accuracy {read_metrics(run)[-1]['test/acc']:.2%}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_pretraining_beats_the_mean_visible_colour():
     """Predicting an image's hidden pixels by the mean of its visible ones needs no learning."""
     flags = "--dataset shapes --train_images 1000 --img_size 16 --patch_size 4 --embed_dim 32 --encoder_depth 2 "
