@@ -470,11 +470,8 @@ class ViT_Classifier(MAE_Encoder):
         assert set(missing) == {"head.weight", "head.bias"}, missing
         assert not unexpected, unexpected
 
-    def forward(self, images, scales=None):
-        """Classify images (B, 3, H, W) in [-1, 1]: logits (B, num_classes).
-
-        Without gradients, that is to evaluate, the head computes in float32 whatever the precision: in bf16, about one
-        image in 200 has two highest logits.
+    def pooled(self, images, scales=None):
+        """What the head takes, (B, D), of images (B, 3, H, W) in [-1, 1]: the pooled token after the final LayerNorm.
 
         Args:
             scales: (B, depth, 2) from `drop_path_scales`, in training; None: no drop path.
@@ -483,9 +480,8 @@ class ViT_Classifier(MAE_Encoder):
         for i, block in enumerate(self.transformer):
             last_of_cls = self.pool == "cls" and block is self.transformer[-1]
             tokens = block_output(block, tokens, None if scales is None else scales[:, i], cls_only=last_of_cls)
-        pooled = tokens[:, 0] if self.pool == "cls" else tokens[:, 1:].mean(dim=1)  # (B, D)
-        pooled = self.layer_norm(pooled)
-        if torch.is_grad_enabled():
-            return self.head(pooled)
-        with torch.autocast(pooled.device.type, enabled=False):
-            return self.head(pooled.float())
+        return self.layer_norm(tokens[:, 0] if self.pool == "cls" else tokens[:, 1:].mean(dim=1))
+
+    def forward(self, images, scales=None):
+        """Classify images: logits (B, num_classes). Args: as `pooled` takes them."""
+        return self.head(self.pooled(images, scales))

@@ -244,7 +244,8 @@ def evaluate(model, images, precision, at_once, name="test"):
     loss, correct = torch.zeros((), device=device), torch.zeros(len(labels), device=device)
     for part in processes.shared_out(len(labels), EVAL_BATCH):
         with autocast(precision, device):
-            logits = torch.cat([model(normalize(some)).float() for some in pixels[part].split(at_once)])
+            pooled = torch.cat([model.pooled(normalize(some)) for some in pixels[part].split(at_once)])
+        logits = model.head(pooled.float())  # in float32: bf16 cannot tell near logits apart
         correct[part] = (logits.argmax(dim=1) == labels[part]).float()
         loss += F.cross_entropy(logits, labels[part], reduction="sum")
     correct, loss = processes.sum_over_ranks(correct).cpu(), processes.sum_over_ranks(loss)  # MPS has no float64

@@ -695,3 +695,10 @@ def test_sizes_that_do_not_fit_are_named(changes, message):
 def test_each_part_of_a_mae_can_be_frozen_by_itself():
     for part in small_mae(mask_strategy="blockwise").children():
         part.requires_grad_(False)
+
+
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_a_traced_classifier_gives_its_logits_for_any_number_of_images(with_gradients):
+    model, images = ViT_Classifier(8, 2, 24, 2, 3).eval(), torch.randn(4, 3, 8, 8)
+    with torch.set_grad_enabled(with_gradients):
+        torch.testing.assert_close(torch.jit.trace(model, images[:1])(images), model(images))
