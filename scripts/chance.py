@@ -25,14 +25,6 @@ def critical(correlation, degrees, errors=0.05):
     return optimize.brentq(lambda t: tail((t / largest) ** 2 / rank).mean() - errors, 0.99 * one, 1.01 * bonferroni)
 
 
-def holm(p):
-    """p values of a family, adjusted for their number (Holm 1979); NaN stays and does not count."""
-    p = np.asarray(p, float)
-    order = np.argsort(p)  # NaN last
-    steps = np.maximum.accumulate(p[order] * (np.isfinite(p).sum() - np.arange(len(p))))
-    return np.minimum(steps, 1)[np.argsort(order)]
-
-
 def power_of(sd, settings, points, n, comparisons=None):
     """Probability that n seeds of each setting show one that is `points` above or below the baseline as such.
 
@@ -79,9 +71,3 @@ def variance_parts(values):
     each = (len(values) - (sizes / settings.transform("size")).sum()) / (outer or math.nan)  # classifiers of a MAE
     between = (((mean - settings.transform("mean")) ** 2).sum() / (outer or math.nan) - within) / each
     return math.sqrt(np.maximum(between, 0)), math.sqrt(within)
-
-
-def per_mae(values):
-    """values with one for each MAE, its classifiers' mean, so that these do not count as several; seed: the MAE's."""
-    means = values.groupby(["setting", "mae"], sort=False)["value"].mean()
-    return means.rename_axis(["setting", "seed"]).reset_index()

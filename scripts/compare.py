@@ -134,6 +134,18 @@ def best_of(measure, units):
     return f"{measure}: best is {best}; {told if close else 'all others are told from it'}."
 
 
+def spread_of_tuning(runs, entries):
+    """Where MAEs were fine-tuned with several seeds, how much of the spread is pretraining's: one sentence or none."""
+    tuned = entries[entries.classifier.notna() & entries.pretrained.astype(bool)]
+    values = pd.DataFrame({"setting": tuned.setting, "mae": tuned.seed, "seed": tuned.tuning_seed})
+    values["value"] = 100 * runs["test/acc"].reindex(tuned.classifier).to_numpy() if len(tuned) else []
+    between, within = chance.variance_parts(values)
+    text = (
+        f"fine-tuned: s.d. {within:.2f} between classifiers of one MAE, {between:.2f} more between MAEs of a setting."
+    )
+    return [text] if within >= 0 and between >= 0 else []
+
+
 def notes_of(found, entries, values, usual, left_out):
     """What else a reader must know beside the numbers, a line each."""
     lines = [f"Unless a setting says otherwise: {written(usual)}."] if usual else []
@@ -248,7 +260,7 @@ def main(argv=None):
     first, known = found.measure.iloc[0], found if args.baseline else found[found.measure == found.measure.iloc[0]]
     baseline = pick_baseline(args.baseline, {label: values[label] for label in known.setting.unique()})
     judged, notes = judge_all(found, values, baseline, args.margin)
-    notes += notes_of(found, entries, values, usual, left_out)
+    notes += spread_of_tuning(runs, entries) + notes_of(found, entries, values, usual, left_out)
     means = judged[judged.measure == first].set_index("setting")["mean"]
     means = means.sort_values(ascending=not MEASURES[first].percent, kind="stable")
     order = list(dict.fromkeys([*means.index, *found.setting]))

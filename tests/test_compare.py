@@ -230,6 +230,7 @@ def test_several_classifiers_of_a_mae_are_one_value_their_mean(seeds_of_maes):
     assert tuned["mean"] == pytest.approx(sum(means) / len(means))
     assert tuned["sd"] == (None if len(means) == 1 else pytest.approx(1))
     assert knn["mean"] == pytest.approx(10 + sum(seeds_of_maes) / len(seeds_of_maes))
+    assert "s.d. 0.10 between classifiers of one MAE" in Path("out/compare.md").read_text()
 
 
 @pytest.mark.slow

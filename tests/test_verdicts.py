@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from scripts.chance import critical, detectable, holm, per_mae, power_of, seeds_needed, variance_parts
+from scripts.chance import critical, detectable, power_of, seeds_needed, variance_parts
 from scripts.verdicts import contrasts, fit, judge, pairs, spread, trend
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -268,11 +268,6 @@ def test_pairs_count_common_seeds_or_those_of_the_smaller_setting():
     assert list(pairs(table(rows), [("a", "b"), ("a", "c")])["n"]) == [2, 2]
 
 
-def test_holm_adjusts_p_values_by_rank():
-    assert list(holm([0.01, 0.04, 0.03, 0.005])) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert list(holm([0.5, math.nan, 0.6])) == pytest.approx([1, math.nan, 1], nan_ok=True)
-
-
 # --- trend, equivalence, words ---
 
 
@@ -379,12 +374,6 @@ def test_parts_of_the_variance_that_nothing_tells_are_nan():
     assert math.isnan(between)
     assert within > 0
     assert variance_parts(nested(rng, [2, 2], 0, 0)) == (0, 0)
-
-
-def test_classifiers_of_a_mae_count_once():
-    rows = [("a", 1, 1, 2.0), ("a", 1, 2, 4.0), ("a", 2, 1, 7.0), ("b", 1, 1, 5.0)]
-    found = per_mae(pd.DataFrame(rows, columns=["setting", "mae", "seed", "value"]))
-    assert found[["setting", "seed", "value"]].to_numpy().tolist() == [["a", 1, 3.0], ["a", 2, 7.0], ["b", 1, 5.0]]
 
 
 # --- little to go by ---
