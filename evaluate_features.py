@@ -160,7 +160,8 @@ def measure_model(path, model, content, args):
     started, device, model_args = time.monotonic(), pick_device(args.device), content["model_args"]
     precision = pick_precision(args.precision, device, model_args["embed_dim"])
     dataset, data_dir = args.dataset or content["dataset"], args.data_dir or content["data_dir"]
-    train, test = load_dataset(dataset, data_dir, model_args["img_size"], args.train_images)
+    where = dataset, data_dir, model_args["img_size"]
+    train, test = load_dataset(*where, args.train_images, in_chans=model_args.get("in_chans", 3))
     settings = {name: getattr(args, name) for name in ("train_images", "layers", "pool", "untrained", "seed")}
     settings = {"dataset": data_name(dataset, data_dir), **settings}
     facts = {"name": content["name"], "kind": content["kind"], "model_digest": digest(content["model"])}

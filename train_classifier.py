@@ -64,7 +64,14 @@ NAME_WORDS |= {"warmup_epoch": "wu", "batch_size": "b", "base_learning_rate": "l
 NAME_WORDS |= {"optimizer": "", "pool": "pool"}
 NAME_WORDS |= {"decay_matrices_only": "matrices", "layer_decay": "ld", "clip_grad": "clip", "drop_path": "dp"}
 NAME_WORDS |= {"label_smoothing": "ls", "mixup": "mixup", "cutmix": "cutmix", "seed": "s"}
-SIZE_WORDS = {"img_size": "i", "patch_size": "p", "embed_dim": "w", "encoder_depth": "e", "num_heads": "h"}
+SIZE_WORDS = {
+    "img_size": "i",
+    "patch_size": "p",
+    "in_chans": "c",
+    "embed_dim": "w",
+    "encoder_depth": "e",
+    "num_heads": "h",
+}
 ALWAYS = {"dataset", "total_epoch", "seed"}
 NOT_TESTED = dict.fromkeys(("test/loss", "test/acc", "test/acc_mean_of_batches", "chosen_epoch"), math.nan)
 
@@ -135,7 +142,7 @@ def load_pretrained(args):
         sizes = {name: utils.defaults(ViT_Classifier)[name] for name in SIZE_WORDS}
         return None, utils.fill_in(args, {**sizes, **utils.DATA_DEFAULTS})
     _, pretrained = load_model(args.pretrained_model_path, MAE_ViT)
-    sizes = {name: pretrained["model_args"][name] for name in SIZE_WORDS}
+    sizes = {name: (utils.defaults(ViT_Classifier) | pretrained["model_args"])[name] for name in SIZE_WORDS}
     for name, stored in sizes.items():
         if getattr(args, name) not in (None, stored):
             raise UserError(
@@ -149,7 +156,7 @@ def load_pretrained(args):
 class Classification:
     """What this script trains: an experiment as `engine.training.train` describes it.
 
-    A batch is (images (B, 3, H, W) from 0 to 255, labels (B,), or (B, classes) of mixed images, with drop path also
+    A batch is (images (B, C, H, W) from 0 to 255, labels (B,), or (B, classes) of mixed images, with drop path also
     what it multiplies the blocks by (B, depth, 2)).
     """
 
@@ -170,7 +177,7 @@ class Classification:
     def load(self, device):
         args = self.args
         count = None if args.val_images else args.train_images  # hold_out needs all
-        train, test = load_dataset(args.dataset, args.data_dir, args.img_size, count)
+        train, test = load_dataset(args.dataset, args.data_dir, args.img_size, count, in_chans=args.in_chans)
         self.digests, self.val = {"images": train.digest(), "test_set": test.digest()}, None
         if args.val_images:
             train, val = hold_out(train, args.val_images, args.train_images)

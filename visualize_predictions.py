@@ -20,7 +20,7 @@ from engine.errors import UserError, as_user_error, exit_in_one_line
 from engine.figures import draw_rows, draw_title, plt, save
 from engine.files import check_writable
 from images.load import DATASETS, load_dataset
-from images.pixels import normalize, read_image, to_pixels
+from images.pixels import in_channels, normalize, read_image, to_pixels
 from model import MASK_STRATEGIES, MAE_ViT, PatchShuffle, ViT_Classifier
 
 DRAWS = 1000  # masks behind a strategy's visibility map
@@ -63,17 +63,17 @@ def parse_args(argv=None):
 
 
 def images_to_draw(args, content, is_mae):
-    """Images (B, 3, H, W) uint8, a title for each, and their labels, None for pictures of the user's own.
+    """Images (B, C, H, W) uint8, a title for each, and their labels, None for pictures of the user's own.
 
     Args:
         content: of the model's file.
     """
-    img_size = content["model_args"]["img_size"]
+    img_size, in_chans = (({"in_chans": 3} | content["model_args"])[name] for name in ("img_size", "in_chans"))
     if args.images:
         images = torch.stack([read_image(path, img_size) for path in args.images])
-        return images, [Path(path).name for path in args.images], None
+        return in_channels(images, in_chans, args.images[0]), [Path(path).name for path in args.images], None
     dataset, data_dir = args.dataset or content["dataset"], args.data_dir or content["data_dir"]
-    _, test = load_dataset(dataset, data_dir, img_size, labelled=not is_mae)
+    _, test = load_dataset(dataset, data_dir, img_size, labelled=not is_mae, in_chans=in_chans)
     if not is_mae and test.classes != content["classes"]:
         raise UserError(f"{args.model_path} tells {content['classes']} apart, {dataset} has {test.classes}.")
     chosen = torch.randperm(len(test.images), generator=generator("cpu", args.seed, "images"))
@@ -86,7 +86,7 @@ def draw_reconstructions(model, images, names, args):
     """Masked input and reconstruction under each mask strategy and ratio, a row each, and the original below them.
 
     Args:
-        images: (B, 3, H, W) uint8; names: a title for each.
+        images: (B, C, H, W) uint8; names: a title for each.
     """
     pixels, images, trained = images, normalize(images), model.shuffle
     strategies, ratios = args.mask_strategy or [trained.mask_strategy], args.mask_ratio or [trained.mask_ratio]

@@ -13,8 +13,10 @@ import pandas as pd
 
 import mae_pretrain
 import train_classifier
+import utils
 from engine.errors import UserError
 from engine.records import find_runs
+from model import ViT_Classifier
 
 NONE = {"train_images": "all", "warmup_epoch": "default"}  # what None stands for; elsewhere "none"
 FACTS = ("precision", "images", "test_set", "masks")  # that tell runs apart as settings do
@@ -90,7 +92,7 @@ def completer(script, records):
 
     None is told by a word, so that it is not a value that is missing.
     """
-    defaults = vars(script.parse_args([]))
+    defaults = vars(utils.fill_in(script.parse_args([]), utils.defaults(ViT_Classifier)))
     known = dict.fromkeys(name for record in records for name in record.settings)
 
     def complete(settings):

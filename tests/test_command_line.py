@@ -262,6 +262,8 @@ BAD = [  # what is given, and what the answer must have in it: flag or file, val
     (MAE, "--max_device_batch_size 0", "--max_device_batch_size '0'"),
     (MAE, "--train_images 41", "--train_images 41 40"),
     (MAE, "--train_images 0", "--train_images '0'"),
+    (MAE, "--in_chans 17", "--in_chans '17' 16"),
+    (MAE, "--in_chans 4", "shapes 3 4 --in_chans"),
     (MAE, "--seed x", "--seed 'x'"),
     (MAE, "--seed 9223372036854775808", "--seed '9223372036854775808' 63"),
     (MAE, "--probe_every -1", "--probe_every '-1'"),
@@ -346,7 +348,7 @@ def test_a_mae_with_a_strategy_that_is_gone_is_told_in_one_line(monkeypatch, cap
 @pytest.mark.parametrize(
     ("script", "more"),
     [
-        (MAE, []),
+        (MAE, ["--in_chans", "5"]),
         (MAE, ["--compile", "--norm_pix_loss"]),
         (CLS, []),
         (CLS, ["--compile", "--val_images", "5000"]),
