@@ -21,6 +21,7 @@ from engine.device import autocast, generator
 from engine.errors import exit_in_one_line
 from engine.features import extract_features, knn_predict
 from engine.training import train
+from engine.weights import not_flags, parent_of, read_weights, start_from
 from images.augmentation import AUGMENTATIONS
 from images.load import load_dataset, sample
 from images.pixels import normalize, to_pixels
@@ -38,6 +39,7 @@ NAME_WORDS |= {"embed_dim": "w", "encoder_depth": "e", "num_heads": "h", "decode
 NAME_WORDS |= {"decoder_embed_dim": "dw", "positions": "", "mask_strategy": "", "mask_ratio": "r"}
 NAME_WORDS |= {"norm_pix_loss": "normpix", "augment": "aug", "total_epoch": "ep", "warmup_epoch": "wu"}
 NAME_WORDS |= {"batch_size": "b", "base_learning_rate": "lr", "weight_decay": "wd", "optimizer": "", "seed": "s"}
+NAME_WORDS |= {"init_from": "from_"}
 ALWAYS = {"dataset", "decoder_depth", "mask_strategy", "mask_ratio", "total_epoch", "seed"}
 MODEL_FLAGS = {name: value for name, value in utils.defaults(MAE_ViT).items() if name in NAME_WORDS}
 # Recipes for --preset: values of flags by name. What a row leaves out is as in the first.
@@ -57,6 +59,11 @@ def parse_args(argv=None):
     parser = utils.Parser(description=__doc__.split("\n")[0])
     utils.add_data_arguments(parser)
     group = parser.add_argument_group("model")
+    group.add_argument(
+        "--init_from",
+        help="start from these weights: a run, which also brings its settings but for its epochs, or a file of the "
+        "reference, the official MAE, timm or transformers; the decoder is taken where it fits",
+    )
     utils.add_size_arguments(group, SIZE)
     group.add_argument(
         "--decoder_embed_dim",
@@ -81,8 +88,24 @@ def parse_args(argv=None):
         help=f"epochs between probes (k-NN accuracy, reconstruction error of test images); 0: never; default: about "
         f"{PROBES} probes in a run, fewer where they would take more than {100 * PROBE_SHARE:.0f} %% of its time",
     )
-    utils.add_presets(parser, PRESETS, argv)
+    utils.add_presets(parser, PRESETS, argv, inherited(argv))
     return parser.parse_args(argv)
+
+
+def inherited(argv):
+    """Defaults that the model of --init_from brings: its sizes; of a run of ours all settings but for its epochs."""
+    early = utils.Parser(add_help=False)
+    for flag, kind in {"--init_from": str, "--dataset": str, "--num_heads": utils.positive_int}.items():
+        early.add_argument(flag, type=kind, help=argparse.SUPPRESS)
+    given, _ = early.parse_known_args(argv)
+    if given.init_from is None:
+        return {}
+    content = read_weights(given.init_from, MAE_ViT, sizes={"num_heads": given.num_heads})
+    found = {**content["settings"], **content["model_args"]}
+    found |= {name: content[name] for name in utils.DATA_DEFAULTS if name in content}
+    own = {"total_epoch", "warmup_epoch", "init_from"} | ({"dataset", "train_images"} if given.dataset else set())
+    names = (NAME_WORDS.keys() - own) | (set() if given.dataset else {"data_dir"})
+    return {name: value for name, value in found.items() if name in names}
 
 
 def run_name(args):
@@ -100,10 +123,14 @@ class Pretraining:
 
     def __init__(self, args):
         self.args, self.arguments = args, utils.free_arguments(args)
-        self.model_args = {name: getattr(args, name) for name in MODEL_FLAGS}
+        self.model_args, parent = {name: getattr(args, name) for name in MODEL_FLAGS}, None
+        self.start = args.init_from and read_weights(args.init_from, MAE_ViT, sizes=vars(args))
+        if self.start:
+            parent = parent_of(self.start)
+            self.model_args |= not_flags(self.start)
         with torch.device("meta"):
             MAE_ViT(**self.model_args)  # bad sizes and masks end here, before the images are read
-        self.identity = {"kind": "mae", "name": run_name(args), "settings": utils.settings_of(args), "parent": None}
+        self.identity = {"kind": "mae", "name": run_name(args), "settings": utils.settings_of(args), "parent": parent}
 
     def load(self, device):
         args = self.args
@@ -119,6 +146,8 @@ class Pretraining:
 
     def build(self):
         self.model = MAE_ViT(**self.model_args)
+        if self.start:
+            start_from(self.model, self.start)
         return self.model
 
     def parameter_groups(self):

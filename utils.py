@@ -217,12 +217,13 @@ def add_run_arguments(parser, log_dir):
 # --- presets and defaults ---
 
 
-def add_presets(parser, presets, argv):
+def add_presets(parser, presets, argv, inherited=None):
     """Add --preset, whose row gives the other flags' defaults, so that a flag given by hand wins.
 
     Args:
         presets: {name: {flag: value}}; what a row leaves out is as in the first.
         argv: the command line, to see now which row; None: sys.argv's.
+        inherited: {flag: value}, which go before the first row, but not before another.
     """
     first = next(iter(presets))
     rows = ", ".join(f"{name}: {as_flags(presets[name])}" for name in presets if name != first)
@@ -230,7 +231,7 @@ def add_presets(parser, presets, argv):
     for each in (parser, early):
         each.add_argument("--preset", choices=presets, default=first, help=f"defaults of the other flags; {rows}")
     chosen = early.parse_known_args(argv)[0].preset
-    parser.set_defaults(**{**presets[first], **presets[chosen]})
+    parser.set_defaults(**{**presets[first], **(inherited or {}), **(presets[chosen] if chosen != first else {})})
 
 
 def as_flags(values):
@@ -273,12 +274,18 @@ def shrunk_if_dry(args):
 # --precision auto comes to is compared all the same, among the facts of a run.
 FREE = {"data_dir", "device", "precision", "compile", "max_device_batch_size", "probe_every", "preset"}
 FREE |= {"log_dir", "overwrite", "dry_run", "pretrained_model_path", "output_model_path"}
+FILES_OF_A_MODEL = {"model.pt", "checkpoint.pt", "model.safetensors"}  # which goes by its directory's name
+WEIGHTS = {".pt", ".pth", ".bin", ".safetensors"}
 LONGEST_NAME = 255  # bytes, of file systems
 
 
 def settings_of(args):
-    """What is computed: {flag: value} of the arguments that are not FREE; a folder or file of images by its name."""
+    """What is computed: {flag: value} of the arguments that are not FREE; a folder or file by its name."""
     settings = {flag: value for flag, value in vars(args).items() if flag not in FREE}
+    if settings.get("init_from"):
+        path = Path(settings["init_from"]).resolve()
+        path = path.parent if path.name in FILES_OF_A_MODEL else path
+        settings["init_from"] = path.stem if path.suffix in WEIGHTS else path.name
     return settings | {"dataset": data_name(args.dataset, args.data_dir)}
 
 

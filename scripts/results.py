@@ -71,14 +71,15 @@ def table_of(records):
     complete["classifier"] = completer(train_classifier, [record for record in records if record.kind != "mae"])
     rows = {}
     for record in records:
-        mae = mae_of(record, maes) if record.parent else None
+        parent = record.parent if record.kind == "classifier" else None
+        mae = mae_of(record, maes) if parent else None
         row = {"kind": record.kind, "name": record.name, "seed": record.settings["seed"], "finished": record.finished}
         row |= {"epochs": len(record.metrics), "minutes": sum(row["seconds"] for row in record.metrics) / 60}
         row |= {"parameters": record.facts.get("parameters"), "mae": str(mae.directory) if mae else None}
         row |= complete[record.kind](record.settings)
         row |= {name: record.facts[name] for name in FACTS if name in record.facts}
-        if record.parent:
-            row |= {f"mae/{name}": value for name, value in complete["mae"](record.parent["settings"]).items()}
+        if parent:
+            row |= {f"mae/{name}": value for name, value in complete["mae"](parent["settings"]).items()}
         numbers = {name: value for name, value in (record.metrics or [{}])[-1].items() if name != "epoch"}
         rows[str(record.directory)] = row, numbers | frozen(record)
     names = pd.Index(rows, name="directory")
