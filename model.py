@@ -156,16 +156,7 @@ class MAE_Encoder(nn.Module):
     """
 
     def __init__(
-        self,
-        img_size,
-        patch_size,
-        embed_dim,
-        encoder_depth,
-        num_heads,
-        positions="learned",
-        in_chans=3,
-        qkv_bias=False,
-        norm_eps=1e-5,
+        self, img_size, patch_size, embed_dim, encoder_depth, num_heads, positions, in_chans, qkv_bias, norm_eps
     ):
         super().__init__()
         if img_size % patch_size:
@@ -205,15 +196,7 @@ class MAE_Decoder(nn.Module):
     """
 
     def __init__(
-        self,
-        img_size,
-        patch_size,
-        embed_dim,
-        decoder_depth,
-        num_heads,
-        decoder_embed_dim=None,
-        positions="learned",
-        in_chans=3,
+        self, img_size, patch_size, embed_dim, decoder_depth, num_heads, decoder_embed_dim, positions, in_chans
     ):
         super().__init__()
         width, head_width = decoder_embed_dim or embed_dim, embed_dim // num_heads
