@@ -15,7 +15,6 @@ from pathlib import Path
 import pandas as pd
 
 import utils
-from engine.device import pick_device
 from engine.errors import UserError, as_user_error, exit_in_one_line
 from engine.records import find_runs
 from scripts import verdicts
@@ -49,8 +48,6 @@ def parse_args(argv=None):
     parser.add_argument(
         "--output", type=Path, default=Path("logs/report"), help="where to write REPORT.md, figures and numbers"
     )
-    parser.add_argument("--images", type=utils.positive_int, default=500, help="test images for masks_crossed.png")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     return parser.parse_args(argv)
 
 
@@ -321,11 +318,10 @@ def keep_numbers(runs, output):
 @as_user_error(OSError)
 def main(argv=None):
     args = parse_args(argv)
-    device = pick_device(args.device)
     runs, left_out = collect(args.runs)
     notes = [*missing_features(runs), *(f"Left out: {run}: {reason}." for run, reason in left_out.items())]
     args.output.mkdir(parents=True, exist_ok=True)
-    captions = draw_all(runs, args.output, args.images, device, kept_pictures(runs, args.output))
+    captions = draw_all(runs, args.output, kept_pictures(runs, args.output))
     write_report(runs, notes, args.output, captions)
     keep_numbers(runs, args.output)
     print(*notes, args.output / "REPORT.md", sep="\n")
