@@ -19,7 +19,7 @@ from engine.records import find_runs
 from scripts import chance, verdicts
 from scripts.compare_figures import draw_all_curves, draw_measures
 from scripts.cost import gflop_per_image
-from scripts.results import MEASURES, markdown_table, table_of
+from scripts.results import MEASURES, markdown_table, origins, table_of
 from scripts.settings import TUNED, entries_of, label_all, pick_baseline, where, without_doubles, written
 
 TESTED = ("dataset", "img_size", "test_set")  # which images a run was tested on
@@ -260,7 +260,9 @@ def main(argv=None):
     first, known = found.measure.iloc[0], found if args.baseline else found[found.measure == found.measure.iloc[0]]
     baseline = pick_baseline(args.baseline, {label: values[label] for label in known.setting.unique()})
     judged, notes = judge_all(found, values, baseline, args.margin)
+    used = pd.unique(entries[["mae", "classifier"]].melt().value.dropna())
     notes += spread_of_tuning(runs, entries) + notes_of(found, entries, values, usual, left_out)
+    notes += origins([records[run] for run in used])
     means = judged[judged.measure == first].set_index("setting")["mean"]
     means = means.sort_values(ascending=not MEASURES[first].percent, kind="stable")
     order = list(dict.fromkeys([*means.index, *found.setting]))

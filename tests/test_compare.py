@@ -122,6 +122,25 @@ def test_runs_of_another_precision_or_on_other_labels_are_never_averaged():
     assert labels == {("bf16", "all"), ("float32", "all"), ("float32", "100")}
 
 
+def test_commits_versions_and_changed_trees_are_told_where_they_differ(capsys):
+    runs = [make_mae(seed) for seed in (1, 2, 3)]
+    compared()
+    assert "Commits" not in capsys.readouterr().out
+    for run, commit, clean, source in zip(runs, ("a" * 40,) * 2 + ("b" * 40,), (True, False, True), "xyz", strict=True):
+        change(run, "starts", 0, commit=commit, clean=clean, source=source)
+    change(make_mae(4, finished=False), "starts", 0, torch="9")  # not compared
+    compared()
+    said = capsys.readouterr().out
+    assert "Commits: aaaaaaa (1 run); aaaaaaa with changes y (1 run); bbbbbbb (1 run).\n" in said
+    assert "Versions" not in said
+    change(runs[0], "starts", 0, torch="9")
+    compared()
+    assert (
+        "Versions: Python 3, PyTorch 2, timm 1 (2 runs); Python 3, PyTorch 9, timm 1 (1 run).\n"
+        in capsys.readouterr().out
+    )
+
+
 # --- settings ---
 
 
