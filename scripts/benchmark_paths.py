@@ -1,12 +1,11 @@
-"""The paths that scripts/benchmark.py times: our training scripts' own steps, a naive loop's and other libraries'.
+"""Take the steps of one path, in this process: scripts/benchmark.py starts this for each turn, some under torchrun.
 
-It starts this file once for each turn of a path, with torchrun where a path has several processes.
+python -m scripts.benchmark_paths ours 5 --dataset shapes --patch_size 4    5 seconds of steps; prints JSON
 """
 
 import json
 import math
 import os
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from torchvision import transforms
 
 import mae_pretrain
 import train_classifier
+import utils
 from engine import processes, training
 from engine.device import autocast, peak_memory_mb, pick_device
 from engine.errors import exit_in_one_line
@@ -157,18 +157,18 @@ OURS, TUNED = Way(ours, gpu_batch=4096), Way(ours, script=FINE_TUNING, gpu_batch
 HUGGINGFACE, FLOAT32 = Way(huggingface, needs="transformers"), "--precision float32 --no-compile"
 PATHS = {
     "ours": OURS,
-    "ours compiled": OURS._replace(flags="--compile"),
-    "ours, a process a core": OURS._replace(a_process_a_core=True),
-    "ours, decoder of half the width": OURS._replace(flags="--no-compile --decoder_embed_dim 96"),
-    "ours float32": OURS._replace(flags=FLOAT32),
-    "ours float32, a process a core": OURS._replace(flags=FLOAT32, a_process_a_core=True),
+    "ours_compiled": OURS._replace(flags="--compile"),
+    "ours_per_core": OURS._replace(a_process_a_core=True),
+    "ours_half_decoder": OURS._replace(flags="--no-compile --decoder_embed_dim 96"),
+    "ours_float32": OURS._replace(flags=FLOAT32),
+    "ours_float32_per_core": OURS._replace(flags=FLOAT32, a_process_a_core=True),
     "naive": Way(naive, flags=FLOAT32),
     "huggingface": HUGGINGFACE,
-    "huggingface compiled": HUGGINGFACE._replace(flags="--compile"),
+    "huggingface_compiled": HUGGINGFACE._replace(flags="--compile"),
     "lightly": Way(lightly, needs="lightly"),
-    "fine-tuning": TUNED,
-    "fine-tuning compiled": TUNED._replace(flags="--compile"),
-    "fine-tuning naive": TUNED._replace(start=naive, flags=FLOAT32),
+    "tuning": TUNED,
+    "tuning_compiled": TUNED._replace(flags="--compile"),
+    "tuning_naive": TUNED._replace(start=naive, flags=FLOAT32),
 }
 
 
@@ -200,6 +200,7 @@ def take_steps(path, seconds, flags):
     memory = peak_memory_mb(device) - (0 if device.type == "cuda" else before)
     return {
         "seconds": list(processes.max_over_ranks(*times)),
+        "batch_size": setup.plan.batch_size,
         "precision": setup.precision,
         "gflop_per_image": gflop_per_image(experiment.model_args, experiment.identity["kind"]),
         "memory_mb": processes.sum_over_ranks(torch.tensor(memory)).item(),
@@ -207,13 +208,18 @@ def take_steps(path, seconds, flags):
 
 
 @exit_in_one_line()
-def main(path, seconds, *flags):
+def main(argv=None):
+    text = "Other flags are those of the path's training script."
+    parser = utils.Parser(description=__doc__.split("\n")[0], epilog=text)
+    parser.add_argument("path", choices=PATHS)
+    parser.add_argument("seconds", type=float)
+    args, flags = parser.parse_known_args(argv)
     warnings.simplefilter("ignore")  # of other libraries
-    found = take_steps(path, float(seconds), flags)
+    found = take_steps(args.path, args.seconds, flags)
     if processes.is_first():
         print(json.dumps(found))
     processes.leave()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()
