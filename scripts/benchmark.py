@@ -28,7 +28,7 @@ ROUNDS = 3  # over all paths, so that what else the machine does meets all alike
 
 
 def parse_args(argv=None):
-    """The arguments, and flags of the training scripts."""
+    """The arguments, among them flags of the training scripts, which refuse bad ones here."""
     text = (
         "Other flags are those of the paths' training scripts, such as --batch_size (default: 64; on CUDA up to 4096)."
     )
@@ -37,7 +37,10 @@ def parse_args(argv=None):
     parser.add_argument("--seconds", type=float, default=60, help="seconds for each path")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--output", type=Path, default=Path("logs/benchmark"), help="directory for CSV and JSON")
-    return parser.parse_known_args(argv)
+    args, args.flags = parser.parse_known_args(argv)
+    for path in args.paths:
+        PATHS[path].script[0](args.flags)
+    return args
 
 
 def take_turn(path, flags, seconds):
@@ -84,7 +87,7 @@ def matmul_gflops(device, precision):
 @exit_in_one_line()
 @as_user_error(OSError)
 def main(argv=None):
-    args, flags = parse_args(argv)
+    args = parse_args(argv)
     device, turns = pick_device(args.device), {}
     args.output.mkdir(parents=True, exist_ok=True)  # what cannot be written is told now
     for path in [path for path in args.paths if device.type == "cpu" or not PATHS[path].a_process_a_core]:
@@ -103,7 +106,7 @@ def main(argv=None):
             str(batch_size),
             *PATHS[path].flags.split(),
         ]
-        turns[path].append(take_turn(path, own + flags, args.seconds / ROUNDS))
+        turns[path].append(take_turn(path, own + args.flags, args.seconds / ROUNDS))
     # the arithmetic of this machine, while nothing else runs on it; an unused precision may be 1000 times slower
     peaks = {
         precision: matmul_gflops(device, precision) for precision in {some[0]["precision"] for some in turns.values()}

@@ -1,7 +1,4 @@
-"""Take the steps of one path, in this process: scripts/benchmark.py starts this for each turn, some under torchrun.
-
-python -m scripts.benchmark_paths ours 5 --dataset shapes --patch_size 4    5 seconds of steps; prints JSON
-"""
+"""Take the steps of one path, in this process: scripts/benchmark.py starts this for each turn, some under torchrun."""
 
 import json
 import math
