@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts import benchmark, benchmark_paths
-from scripts.benchmark_paths import PATHS, take_steps
+from scripts import benchmark
+from scripts.benchmark import PATHS, take_steps
 from scripts.cost import gflop_per_image
 
 FLAGS = "--dataset shapes --device cpu --img_size 16 --patch_size 8 --embed_dim 12 --encoder_depth 1 --num_heads 2"
@@ -88,7 +88,9 @@ def test_the_paths_take_turns_and_each_has_a_row(answers, capsys):
     assert [(path, seconds) for path, _, seconds in asked] == [
         (path, 2.0) for _ in range(3) for path in ("naive", "ours")
     ]
-    assert all(words[-4:] == flags for _, words, _ in asked)  # after a path's own, so that they count
+    assert all(
+        words[-6:] == [*flags, "--device", "cpu"] for _, words, _ in asked
+    )  # after a path's own, so that they count
     with open("deep/b/steps.csv", newline="") as file:
         rows = {row["path"]: row for row in csv.DictReader(file)}
     assert list(rows) == ["naive", "ours"]
@@ -143,6 +145,6 @@ def test_a_wrong_flag_is_told_by_the_training_script_before_anything_is_timed(ca
         benchmark.main(["--paths", "ours", "--device", "cpu", "--patch_sise", "4"])
     assert "did you mean --patch_size?" in capsys.readouterr().err
     with pytest.raises(SystemExit) as leaving:
-        benchmark_paths.main(["--help"])
+        benchmark.main(["--help"])
     assert leaving.value.code == 0
     assert "training script" in capsys.readouterr().out
