@@ -84,6 +84,13 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(start, precision, monkeypatch):
     assert largest_difference(whole, parts) < 1e-3 < largest_difference(whole, start(f"{flags} --seed 1"))
 
 
+@both_scripts
+def test_its_files_hold_cpu_tensors(start):
+    run = start("")
+    for name in ("model.pt", "checkpoint.pt"):
+        assert "cuda" not in repr(torch.load(run / name, weights_only=True))
+
+
 def test_a_generator_follows_from_its_key():
     gpu = torch.device("cuda")
     one, same, other = (
