@@ -65,15 +65,36 @@ def pick_precision(name, device, embed_dim):
     return "bf16" if embed_dim >= 64 and {"avx512_bf16", "amx_bf16"} & set(flags) else "float32"
 
 
-def maybe_compiled(function, choice, device, num_images):
-    """The function through torch.compile, or as it is.
+def compile_mode(choice, device, num_images, num_micro_batches):
+    """torch.compile's mode for a training step; None: eager.
+
+    A small batch waits for the CPU, which CUDA graphs ("reduce-overhead") mend: on an H100, 1.65 times as fast at patch
+    4 and batch 1024, 1.55 times in fine-tuning. Where micro-batches add up, they fail: the next overwrites gradients.
 
     Args:
         choice: whether to compile; None: on CUDA, from COMPILE_FROM images on.
         num_images: that this device will train on, each epoch counted.
     """
-    worth_it = device.type == "cuda" and num_images >= COMPILE_FROM
-    return torch.compile(function, dynamic=False) if (worth_it if choice is None else choice) else function
+    if choice is None:
+        choice = device.type == "cuda" and num_images >= COMPILE_FROM
+    if not choice:
+        return None
+    return "reduce-overhead" if device.type == "cuda" and num_micro_batches == 1 else "default"
+
+
+def compiled(function, mode):
+    """The function through torch.compile in this mode; None: as it is."""
+    if mode is None:
+        return function
+    fast = torch.compile(function, dynamic=False, mode=mode)
+    if mode != "reduce-overhead":
+        return fast
+
+    def step(*inputs):
+        torch.compiler.cudagraph_mark_step_begin()  # what the last step left in the graph's memory is used up
+        return fast(*inputs)
+
+    return step
 
 
 def autocast(precision, device):

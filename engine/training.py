@@ -14,10 +14,11 @@ from engine import processes
 from engine.device import (
     PRECISIONS,
     autocast,
+    compile_mode,
+    compiled,
     environment,
     generator,
     loss_scaler,
-    maybe_compiled,
     peak_memory_mb,
     pick_device,
     pick_precision,
@@ -212,6 +213,7 @@ class Setup(NamedTuple):
     at_once: int  # the most images at once on the device
     scaler: torch.amp.GradScaler  # of the loss; does nothing but in fp16
     clip_grad: float = 0.0  # the largest norm of all gradients together; 0: any
+    compile_mode: str | None = None  # torch.compile's for the loss; None: eager
 
 
 def set_up(experiment, device):
@@ -225,20 +227,21 @@ def set_up(experiment, device):
     place = processes.rank(), processes.world_size()
     plan = plan_training(args, experiment.num_images, experiment.warmup, at_once, *place)
     precision = pick_precision(args.precision, device, args.embed_dim)
-    scaler = loss_scaler(precision, device)
-    return Setup(device, precision, plan, at_once, scaler, getattr(args, "clip_grad", 0.0))
+    mode = compile_mode(args.compile, device, plan.num_images, len(plan.slices))
+    scaler, clip_grad = loss_scaler(precision, device), getattr(args, "clip_grad", 0.0)
+    return Setup(device, precision, plan, at_once, scaler, clip_grad, mode)
 
 
 def build(experiment, setup):
     """Draw the model from the seed: (the model on its device, its optimizer, its loss, compiled where that pays)."""
-    args, plan = experiment.args, setup.plan
+    args = experiment.args
     torch.manual_seed(args.seed)
     model = experiment.build().to(setup.device)
     tune(model, setup.device, setup.precision, (args.img_size // args.patch_size) ** 2)
-    recipe = {"lr": plan.peak_lr, "betas": experiment.betas, "weight_decay": args.weight_decay}
+    recipe = {"lr": setup.plan.peak_lr, "betas": experiment.betas, "weight_decay": args.weight_decay}
     dtype = PRECISIONS[setup.precision]
     optimizer = OPTIMIZERS[args.optimizer](model, experiment.parameter_groups(), dtype, **recipe)
-    return model, optimizer, maybe_compiled(experiment.loss, args.compile, setup.device, plan.num_images)
+    return model, optimizer, compiled(experiment.loss, setup.compile_mode)
 
 
 def train(args, start_experiment):

@@ -56,12 +56,25 @@ def test_a_classifier_trains_as_on_a_cpu():
 
 
 @both_scripts
-@pytest.mark.parametrize("how", ["--precision fp16", "--precision bf16", "--precision auto --compile"])
+@pytest.mark.parametrize(
+    "how", ["--precision fp16", "--precision bf16", "--precision auto --compile --max_device_batch_size 5"]
+)
 def test_losses_are_about_those_of_float32(start, how, capsys):
     if "bf16" in how and torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("too old a GPU for bf16")
     fast, plain = start(f"{how} --log_dir fast"), start("--precision float32 --log_dir plain")
     assert losses(fast) == pytest.approx(losses(plain), rel=0.05)
+
+
+@both_scripts
+@pytest.mark.parametrize("precision", ["float32", "auto"])
+def test_cuda_graphs_have_the_losses_of_eager_steps(start, precision, monkeypatch):
+    modes, compile_ = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **how: modes.append(how["mode"]) or compile_(f, **how))
+    flags = f"--augment shift --precision {precision}"
+    graphs, eager = start(f"{flags} --compile --log_dir graphs"), start(f"{flags} --no-compile --log_dir eager")
+    assert modes == ["reduce-overhead"]
+    assert losses(graphs) == pytest.approx(losses(eager), rel=1e-4 if precision == "float32" else 0.02)
 
 
 @both_scripts
