@@ -22,6 +22,8 @@ from engine.errors import UserError
 
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
+DEFAULT_SIZE = 256 * 192  # tokens x width of the default model
+LARGE_GPU = 40e9  # bytes free
 COMPILE_FROM = 2_000_000  # images for a GPU to train on: an estimate of where a minute of compiling pays
 
 
@@ -63,6 +65,17 @@ def pick_precision(name, device, embed_dim):
     cpuinfo = Path("/proc/cpuinfo")
     flags = cpuinfo.read_text().split() if cpuinfo.exists() else []
     return "bf16" if embed_dim >= 64 and {"avx512_bf16", "amx_bf16"} & set(flags) else "float32"
+
+
+def images_at_once(standard, num_patches, embed_dim, free):
+    """Images at once on a GPU: `standard` of the default model, of smaller tokens more; with much memory 4 times those.
+
+    Pretraining the default model takes 6.7 GB with 512 and 26 GB with 2048, where an H100 is 1.15 times as fast.
+
+    Args:
+        free: bytes.
+    """
+    return max(1, standard * (4 if free >= LARGE_GPU else 1) * DEFAULT_SIZE // (num_patches * embed_dim))
 
 
 def compile_mode(choice, device, num_images, num_micro_batches):

@@ -18,6 +18,7 @@ from engine.device import (
     compiled,
     environment,
     generator,
+    images_at_once,
     loss_scaler,
     peak_memory_mb,
     pick_device,
@@ -224,6 +225,10 @@ def set_up(experiment, device):
     """
     args = experiment.args
     at_once = args.max_device_batch_size or experiment.device_batch_size[device.type]
+    if device.type == "cuda" and not args.max_device_batch_size:
+        free, num_patches = torch.cuda.mem_get_info(device)[0], (args.img_size // args.patch_size) ** 2
+        at_once = images_at_once(at_once, num_patches, args.embed_dim, free)
+        at_once = -processes.max_over_ranks(-at_once)[0]  # the least: by it the processes share out what is evaluated
     place = processes.rank(), processes.world_size()
     plan = plan_training(args, experiment.num_images, experiment.warmup, at_once, *place)
     precision = pick_precision(args.precision, device, args.embed_dim)
@@ -254,7 +259,8 @@ def train(args, start_experiment):
         start_experiment: takes the arguments, checks what can be checked without images, and gives the experiment:
 
             args: the arguments, completed; identity, arguments: as `Run` takes them; warmup: as `plan_training` does;
-            device_batch_size: {type of device: most images at once, by default}; betas: AdamW's.
+            device_batch_size: {type of device: most images at once, by default, on a GPU as `images_at_once` takes it};
+            betas: AdamW's.
             load(device): reads the images onto the device and sets num_images (to train on) and digests.
             build(): the model, its weights drawn from torch's seed; also kept as experiment.model.
             parameter_groups(): what the optimizer steps.
