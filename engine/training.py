@@ -166,9 +166,11 @@ def train_one_epoch(setup, experiment, optimizer, loss_of, session):
     Args:
         experiment: as `train` takes it; loss_of: its loss, compiled or not.
         session: has progress, a dictionary kept up to date here (epoch and step to go on from, loss_sum and seconds so
-            far, the scaler's state), and tick(), called after each step.
+            far, the scaler's state), and tick(), called after each step; it returns whether that was the first of this
+            start, which compiles and is no part of the images/s.
     """
     progress, started, plan, scaler = session.progress, time.monotonic(), setup.plan, setup.scaler
+    timed_from, timed_step = started, progress["step"]
     if "scaler" in progress:
         scaler.load_state_dict(progress["scaler"])
     epoch = progress["epoch"]
@@ -182,14 +184,15 @@ def train_one_epoch(setup, experiment, optimizer, loss_of, session):
             progress["scaler"] = scaler.state_dict()
             check_scale(progress)
         progress["seconds"], started = progress["seconds"] + time.monotonic() - started, time.monotonic()
-        session.tick()
+        if session.tick():
+            timed_from, timed_step = time.monotonic(), step + 1
     loss = float(progress["loss_sum"]) / plan.steps_per_epoch  # waits for the device
-    seconds = progress["seconds"] + time.monotonic() - started
+    now, timed_images = time.monotonic(), (plan.steps_per_epoch - timed_step) * plan.batch_size
     return {
         "train/loss": loss,
         "lr": plan.lr((epoch + 1) * plan.steps_per_epoch - 1),
-        "speed/images_per_sec": plan.steps_per_epoch * plan.batch_size / seconds,
-        "seconds": seconds,
+        "speed/images_per_sec": timed_images / (now - timed_from) if timed_images else math.nan,
+        "seconds": progress["seconds"] + now - started,
     }
 
 
@@ -285,7 +288,8 @@ def train(args, start_experiment):
     model, optimizer, loss_of = build(experiment, setup)
     facts = {"parameters": sum(p.numel() for p in model.parameters()), "precision": setup.precision}
     facts |= {"train_images": experiment.num_images} | experiment.digests | setup.plan.facts()
-    start = {"processes": processes.world_size(), "micro_batches": len(setup.plan.slices), **environment(device)}
+    start = {"processes": processes.world_size(), "micro_batches": len(setup.plan.slices)}
+    start |= {"compile_mode": setup.compile_mode, **environment(device)}
     with run.open(model, optimizer, setup.plan, facts, start, experiment.content()) as session:
         while not session.is_done():
             metrics = train_one_epoch(setup, experiment, optimizer, loss_of, session)
