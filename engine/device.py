@@ -24,7 +24,9 @@ PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.fl
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 DEFAULT_SIZE = 256 * 192  # tokens x width of the default model
 LARGE_GPU = 40e9  # bytes free
-COMPILE_FROM = 2_000_000  # images for a GPU to train on: an estimate of where a minute of compiling pays
+# Images for a GPU to train on, from which compiling pays: by what first steps and speeds one H100 had, from 1.1 (patch
+# 2) and 2.1 million (patch 4) of pretraining on, from 0.3 million of fine-tuning (logs/report/BENCHMARK.md).
+COMPILE_FROM = 2_000_000
 
 
 def pick_device(name):

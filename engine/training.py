@@ -262,14 +262,12 @@ def train(args, start_experiment):
         start_experiment: takes the arguments, checks what can be checked without images, and gives the experiment:
 
             args: the arguments, completed; identity, arguments: as `Run` takes them; warmup: as `plan_training` does;
-            device_batch_size: {type of device: most images at once, by default, on a GPU as `images_at_once` takes it};
-            betas: AdamW's.
+            device_batch_size: {type of device: images at once, which `images_at_once` scales on a GPU}; betas: AdamW's.
             load(device): reads the images onto the device and sets num_images (to train on) and digests.
             build(): the model, its weights drawn from torch's seed; also kept as experiment.model.
             parameter_groups(): what the optimizer steps.
             draw_batch(ids, epoch, step): the global batch of the images ids (B,), tensors (B, ...). Every draw in it
-            follows from (seed, epoch, step) and is made for the global batch: neither a stop in between nor the number
-            of processes changes which images are seen, and how.
+            follows from (seed, epoch, step) alone: neither a stop nor the number of processes changes what is seen.
             loss(*parts): mean loss of a part (b, ...) of each of these tensors, under autocast.
             evaluate(session, setup): metrics after an epoch, {name: number, nan where not measured}.
             content(): as `Run.open` takes it.
