@@ -119,7 +119,7 @@ def add_data_arguments(parser, pretrained=False):
         "--augment",
         choices=AUGMENTATIONS,
         help="mirroring, and random shifts by up to 4 pixels (shift) or random resized crops (crop; MAE paper, "
-        "table 1e)",
+        "table 1e); official: crops, RandAugment and random erasing (table 9)",
     )
     return group
 
