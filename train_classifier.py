@@ -22,7 +22,7 @@ from engine.errors import UserError, exit_in_one_line
 from engine.records import read_metrics
 from engine.training import train
 from images.augmentation import AUGMENTATIONS, mix
-from images.load import hold_out, load_dataset
+from images.load import draw, load_dataset
 from images.pixels import normalize
 from model import MAE_ViT, ViT_Classifier, drop_path_scales
 
@@ -59,9 +59,9 @@ PRESETS = {
     },
 }
 # What a run's name says, in this order: each flag's word, and its value. Those of ALWAYS at their default, too.
-NAME_WORDS = {"dataset": "", "train_images": "n", "val_images": "val", "augment": "aug", "total_epoch": "ep"}
-NAME_WORDS |= {"warmup_epoch": "wu", "batch_size": "b", "base_learning_rate": "lr", "weight_decay": "wd"}
-NAME_WORDS |= {"optimizer": "", "pool": "pool"}
+NAME_WORDS = {"dataset": "", "train_images": "n", "val_images": "val", "label_seed": "draw", "augment": "aug"}
+NAME_WORDS |= {"total_epoch": "ep", "warmup_epoch": "wu", "batch_size": "b", "base_learning_rate": "lr"}
+NAME_WORDS |= {"weight_decay": "wd", "optimizer": "", "pool": "pool"}
 NAME_WORDS |= {"decay_matrices_only": "matrices", "layer_decay": "ld", "clip_grad": "clip", "drop_path": "dp"}
 NAME_WORDS |= {"label_smoothing": "ls", "mixup": "mixup", "cutmix": "cutmix", "seed": "s"}
 SIZE_WORDS = {"img_size": "i", "patch_size": "p", "embed_dim": "w", "encoder_depth": "e", "num_heads": "h"}
@@ -71,11 +71,13 @@ NOT_TESTED = dict.fromkeys(("test/loss", "test/acc", "test/acc_mean_of_batches",
 
 def parse_args(argv=None):
     parser = utils.Parser(description=__doc__.split("\n")[0])
-    utils.add_data_arguments(parser, pretrained=True).add_argument(
+    group = utils.add_data_arguments(parser, pretrained=True)
+    utils.add_label_seed(group)
+    group.add_argument(
         "--val_images",
         type=utils.positive_int,
-        help="hold out so many training images, equally many of each class, keep the epoch that is best on them and "
-        "test that one only; default: keep the last epoch, test after every epoch",
+        help="hold out so many training images, of each class as --train_images, keep the epoch that is best on them "
+        "and test that one only; default: keep the last epoch, test after every epoch",
     )
     group = parser.add_argument_group("model")
     group.add_argument("--pretrained_model_path", help="model.pt or run directory of a MAE; default: from scratch")
@@ -169,13 +171,11 @@ class Classification:
 
     def load(self, device):
         args = self.args
-        count = None if args.val_images else args.train_images  # hold_out needs all
-        train, test = load_dataset(args.dataset, args.data_dir, args.img_size, count)
-        self.digests, self.val = {"images": train.digest(), "test_set": test.digest()}, None
-        if args.val_images:
-            train, val = hold_out(train, args.val_images, args.train_images)
-            self.val = val.to(device)
-        self.train, self.test, self.num_images = train.to(device), test.to(device), len(train.images)
+        train, test = load_dataset(args.dataset, args.data_dir, args.img_size)
+        self.digests = {"images": train.digest(), "test_set": test.digest()}  # of all, so that seeds are comparable
+        train, val = draw(train, args.train_images, utils.label_seed(args), args.val_images)
+        self.train, self.test, self.val = train.to(device), test.to(device), val and val.to(device)
+        self.num_images = len(train.images)
 
     def build(self):
         self.model_args["num_classes"] = len(self.train.classes)

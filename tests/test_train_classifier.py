@@ -13,6 +13,7 @@ import pytest
 import torch
 from starting import SET, SIZE, classify, classify_and_choose, pretrain, untimed_metrics, weights
 
+import mae_pretrain
 import train_classifier
 from engine.checkpoints import digest, load_file
 from engine.records import read_metrics, read_run
@@ -74,6 +75,26 @@ def test_a_classifier_of_the_official_preset_stores_its_settings(mae):
     run = read_run(classify("--pretrained_model_path", mae, "--preset", "official"))
     assert run.settings.items() >= train_classifier.PRESETS["official"].items()
     assert run.starts[0]["arguments"]["preset"] == "official"
+
+
+def drawn(script, flags, seed):
+    """The images that a run of this seed trains on, as a set, and the digests that tell it from others."""
+    args = script.parse_args([*SIZE, "--dataset", "shapes", "--seed", str(seed), *shlex.split(flags)])
+    experiment = train_classifier.Classification(args) if script is train_classifier else mae_pretrain.Pretraining(args)
+    experiment.load("cpu")
+    images = experiment.train.images if script is train_classifier else experiment.images
+    return {image.numpy().tobytes() for image in images}, experiment.digests
+
+
+def test_each_seed_draws_its_own_images_of_one_set_and_a_label_seed_fixes_them():
+    (one, facts), (other, same_facts) = (drawn(train_classifier, "--train_images 20", seed) for seed in (1, 2))
+    assert len(one) == len(other) == 20
+    assert len(one & other) < 15
+    assert facts == same_facts  # so seeds are compared, and averaged
+    fixed = [drawn(train_classifier, "--train_images 20 --label_seed 1", seed)[0] for seed in (1, 2)]
+    assert fixed == [one, one]
+    assert drawn(train_classifier, "--train_images 20 --val_images 20", 1)[0] == one
+    assert drawn(mae_pretrain, "--train_images 20", 1)[0] == one  # as its classifiers of the same seed
 
 
 # --- what it measures ---

@@ -622,7 +622,7 @@ def draw_folder(root, counts):
                 Image.fromarray(pixels.byte().numpy()).save(root / part / name / f"{i}.png")
 
 
-@pytest.mark.parametrize("held_out", ["", "--val_images 15"])
+@pytest.mark.parametrize("held_out", ["", "--val_images 30"])
 def test_a_classifier_tells_classes_apart_that_differ_plainly(held_out, capsys):
     draw_folder(Path("lights"), {"train": 40, "test": 20})
     size = "--img_size 8 --patch_size 4 --embed_dim 24 --encoder_depth 1 --num_heads 2"
