@@ -63,10 +63,10 @@ NAME_WORDS = {"dataset": "", "train_images": "n", "val_images": "val", "label_se
 NAME_WORDS |= {"total_epoch": "ep", "warmup_epoch": "wu", "batch_size": "b", "base_learning_rate": "lr"}
 NAME_WORDS |= {"weight_decay": "wd", "optimizer": "", "pool": "pool"}
 NAME_WORDS |= {"decay_matrices_only": "matrices", "layer_decay": "ld", "clip_grad": "clip", "drop_path": "dp"}
-NAME_WORDS |= {"label_smoothing": "ls", "mixup": "mixup", "cutmix": "cutmix", "seed": "s"}
+NAME_WORDS |= {"label_smoothing": "ls", "mixup": "mixup", "cutmix": "cutmix", "class_weights": "", "seed": "s"}
 SIZE_WORDS = {"img_size": "i", "patch_size": "p", "embed_dim": "w", "encoder_depth": "e", "num_heads": "h"}
 ALWAYS = {"dataset", "total_epoch", "seed"}
-NOT_TESTED = dict.fromkeys(("test/loss", "test/acc", "test/acc_mean_of_batches", "chosen_epoch"), math.nan)
+UNEVEN = 1.1  # classes are where the largest has more than so many times the images of the mean one
 
 
 def parse_args(argv=None):
@@ -97,6 +97,8 @@ def parse_args(argv=None):
     group.add_argument(
         "--clip_grad", type=utils.non_negative_float, help="largest norm of all gradients together; 0: off"
     )
+    text = "balanced: an image's loss weighs inversely to its class's share of the training images"
+    group.add_argument("--class_weights", choices=("none", "balanced"), default="none", help=text)
     group = parser.add_argument_group("regularisation")
     group.add_argument(
         "--drop_path",
@@ -175,7 +177,10 @@ class Classification:
         self.digests = {"images": train.digest(), "test_set": test.digest()}  # of all, so that seeds are comparable
         train, val = draw(train, args.train_images, utils.label_seed(args), args.val_images)
         self.train, self.test, self.val = train.to(device), test.to(device), val and val.to(device)
-        self.num_images = len(train.images)
+        self.num_images, self.class_weights = len(train.images), None
+        if args.class_weights == "balanced":
+            counts = self.train.labels.bincount(minlength=len(train.classes)).clamp(min=1)
+            self.class_weights = self.num_images / (len(counts) * counts)  # the mean over images is 1
 
     def build(self):
         self.model_args["num_classes"] = len(self.train.classes)
@@ -205,8 +210,11 @@ class Classification:
         return batch, labels, drop_path_scales(len(batch), args.encoder_depth, args.drop_path, draw, device)
 
     def loss(self, images, labels, scales=None):
-        logits = self.model(normalize(images), scales)
-        return F.cross_entropy(logits.float(), labels, label_smoothing=self.args.label_smoothing)
+        logits, smoothing = self.model(normalize(images), scales).float(), self.args.label_smoothing
+        if self.class_weights is None:
+            return F.cross_entropy(logits, labels, label_smoothing=smoothing)
+        # PyTorch's own mean divides by the weights' sum, so that parts of a batch would not step like the whole.
+        return F.cross_entropy(logits, labels, self.class_weights, reduction="none", label_smoothing=smoothing).mean()
 
     def evaluate(self, session, setup):
         """Loss and accuracy of this epoch's weights on the test images or, where there are any, on the held-out ones.
@@ -216,7 +224,9 @@ class Classification:
         """
         if self.val is None:
             return evaluate(self.model, self.test, setup.precision, setup.at_once)
-        scores = {**evaluate(self.model, self.val, setup.precision, setup.at_once, "val"), **NOT_TESTED}
+        scores = evaluate(self.model, self.val, setup.precision, setup.at_once, "val")
+        columns = "test/loss", "test/acc", "test/acc_mean_of_batches", "test/balanced_acc", "chosen_epoch"
+        scores |= {name: math.nan for name in columns if "balanced" not in name or is_uneven(self.test.labels)}
         best = best_of(session.progress.get("best"), self.model, session.epoch, scores["val/acc"])
         session.progress["best"] = best
         if session.epoch == self.args.total_epoch:
@@ -225,9 +235,7 @@ class Classification:
         return scores
 
     def content(self):
-        most = self.test.labels.bincount().max().item() / len(self.test.labels)  # what always one answer would reach
-        facts = {"classes": self.train.classes, "largest_class": most}
-        return {"kind": "ViT_Classifier", "model_args": self.model_args, **facts}
+        return {"kind": "ViT_Classifier", "model_args": self.model_args, "classes": self.train.classes}
 
 
 @torch.no_grad()
@@ -236,6 +244,7 @@ def evaluate(model, images, precision, at_once, name="test"):
 
     At most at_once images pass the model together, as in training, so that evaluating needs no more memory.
 
+    test/balanced_acc, the mean of the classes' accuracies, is there where the test images' classes are uneven.
     test/acc_mean_of_batches is the course report's figure: the mean of the accuracies of batches of 128, in which a
     short last batch counts as much as a full one. For comparison with it only.
     """
@@ -253,7 +262,16 @@ def evaluate(model, images, precision, at_once, name="test"):
     if name == "test":
         batches = torch.stack([part.mean() for part in correct.split(REPORT_BATCH)])
         scores["test/acc_mean_of_batches"] = batches.mean(dtype=torch.float64).item()
+        if is_uneven(labels):
+            counts, right = labels.cpu().bincount(), labels.cpu().bincount(correct.double())
+            scores["test/balanced_acc"] = (right / counts)[counts > 0].mean().item()
     return scores
+
+
+def is_uneven(labels):
+    """Whether the largest class among labels (N,) has many more images than the mean one."""
+    counts = labels.unique(return_counts=True)[1]
+    return bool(counts.max() > UNEVEN * len(labels) / len(counts))
 
 
 def best_of(best, model, epoch, acc):
@@ -278,12 +296,11 @@ def main(argv=None):
         directory = train_classifier(args)
         processes.leave()
         if processes.is_first():
-            _, content = load_model(Path(directory, "model.pt"), ViT_Classifier)
+            load_model(Path(directory, "model.pt"), ViT_Classifier)
             row = read_metrics(directory)[-1]
+            balanced = f", balanced {row['test/balanced_acc']:.2%}" if "test/balanced_acc" in row else ""
             chosen = f" (epoch {row['chosen_epoch']:.0f}, chosen on held-out images)" if "chosen_epoch" in row else ""
-            result = f"Trained: {directory}/model.pt, test accuracy {row['test/acc']:.2%}{chosen}"
-            if (most := content.get("largest_class", 0)) * len(content["classes"]) > 1.1:  # uneven classes
-                result += f"; the most frequent class alone is {most:.2%} of the test images"
+            result = f"Trained: {directory}/model.pt, test accuracy {row['test/acc']:.2%}{balanced}{chosen}"
             print("Dry run: trained, evaluated, logged, saved and reloaded." if args.dry_run else result)
 
 

@@ -25,7 +25,7 @@ DIGESTS = {"images": "training images", "test_set": "test images", "parent": "we
 DIGESTS |= {"masks": "masks, because the code of the strategy has changed"}
 SAVE_INTERVAL = 50  # times as long as a save takes; so saving takes under 2 % of the time
 LEAST_SAVE_INTERVAL = 60  # seconds: files of 100 MB would else wear the disk
-SHOWN = ("train/loss", "test/loss", "val/acc", "test/acc", "probe/knn_acc")  # after each epoch
+SHOWN = ("train/loss", "test/loss", "val/acc", "test/acc", "test/balanced_acc", "probe/knn_acc")  # after each epoch
 STEPS_BETWEEN_AGREEMENTS = 10  # of processes with a GPU each on whether to save; each waits for the GPUs
 
 

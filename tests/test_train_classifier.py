@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from starting import SET, SIZE, classify, classify_and_choose, pretrain, untimed_metrics, weights
 
 import mae_pretrain
 import train_classifier
 from engine.checkpoints import digest, load_file
 from engine.records import read_metrics, read_run
-from images.pixels import ImageSet
+from images.pixels import ImageSet, normalize
 
 pytestmark = pytest.mark.usefixtures("empty_directory", "few_shapes")
 
@@ -116,6 +117,7 @@ def test_accuracy_counts_every_image_once_and_the_reports_figure_beside_it(at_on
     metrics = train_classifier.evaluate(Model(), test, "float32", at_once)
     assert metrics["test/acc"] == pytest.approx(128 / 144)
     assert metrics["test/acc_mean_of_batches"] == pytest.approx(0.5)
+    assert metrics["test/balanced_acc"] == pytest.approx(0.5)
     right, wrong = torch.eye(10)[1].log_softmax(0)[[1, 0]].neg().tolist()
     assert metrics["test/loss"] == pytest.approx((128 * right + 16 * wrong) / 144, rel=1e-5)
 
@@ -180,15 +182,37 @@ def test_a_stopped_run_does_not_forget_its_best_epoch(monkeypatch):
     assert read_metrics(parts)[-1]["chosen_epoch"] == 1
 
 
-@pytest.mark.parametrize(
-    ("counts", "said"), [((18, 2), "; the most frequent class alone is 90.00% of the test"), ((10, 10), "")]
-)
-def test_an_accuracy_stands_beside_the_share_of_the_most_frequent_class_where_classes_are_uneven(capsys, counts, said):
-    labels, draw = np.repeat([0, 1], counts), np.random.default_rng(0)
-    arrays = {f"{part}_images": draw.integers(0, 256, (20, 8, 8)).astype(np.uint8) for part in ("train", "test")}
-    np.savez("rare.npz", **arrays, train_labels=labels, test_labels=labels)
-    flags = "--img_size 8 --dataset npz --data_dir rare.npz --total_epoch 1 --batch_size 8"
-    train_classifier.main([*SIZE, *shlex.split(flags)])
+def write_uneven(counts, path="rare.npz"):
+    """Two classes of 8 x 8 noise, so many images of each to train on and to test on."""
+    labels, random = np.repeat([0, 1], counts), np.random.default_rng(0)
+    arrays = {f"{part}_images": random.integers(0, 256, (20, 8, 8)).astype(np.uint8) for part in ("train", "test")}
+    np.savez(path, **arrays, train_labels=labels, test_labels=labels)
+    return shlex.split(f"--img_size 8 --dataset npz --data_dir {path} --total_epoch 2 --batch_size 8")
+
+
+@pytest.mark.parametrize("flags", ["", "--val_images 2"])
+@pytest.mark.parametrize("counts", [(18, 2), (10, 10)])
+def test_balanced_accuracy_stands_beside_accuracy_where_classes_are_uneven(capsys, counts, flags):
+    train_classifier.main([*SIZE, *write_uneven(counts), *shlex.split(flags)])
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "test accuracy" in line)
-    assert said in line
-    assert ("frequent" in line) == bool(said)
+    row = read_metrics(next(Path("logs/classifier").iterdir()))[-1]
+    assert ("test/balanced_acc" in row) == ("balanced" in line) == (counts == (18, 2))
+    if "balanced" in line:
+        assert f", balanced {row['test/balanced_acc']:.2%}" in line
+
+
+def test_balanced_class_weights_are_inverse_to_the_shares_and_one_in_the_mean():
+    flags = [*SIZE, *write_uneven((16, 4)), *shlex.split("--label_smoothing 0.1 --class_weights balanced")]
+    experiment = train_classifier.Classification(train_classifier.parse_args(flags))
+    experiment.load("cpu")
+    experiment.build()
+    assert "_balanced_" in experiment.identity["name"]
+    images, labels = experiment.train.images, experiment.train.labels
+    weights = torch.tensor([20 / (2 * 16), 20 / (2 * 4)])
+    assert weights[labels].mean() == 1
+    logits, targets = experiment.model(normalize(images)), F.one_hot(labels, 2).float()
+    whole = experiment.loss(images, labels)
+    torch.testing.assert_close(whole, -((targets * 0.9 + 0.05) * logits.log_softmax(1) * weights).sum(1).mean())
+    torch.testing.assert_close(experiment.loss(images, targets), whole)  # mixed labels, too
+    parts = [experiment.loss(images[part], labels[part]) * len(labels[part]) for part in (slice(15), slice(15, 20))]
+    torch.testing.assert_close(sum(parts) / 20, whole)  # micro-batches step like the whole batch
