@@ -19,6 +19,7 @@ from engine import processes
 from engine.checkpoints import digest, load_model
 from engine.device import autocast, generator
 from engine.errors import UserError, exit_in_one_line
+from engine.predictions import accuracies_of, is_uneven
 from engine.records import read_metrics
 from engine.training import train
 from images.augmentation import AUGMENTATIONS, mix
@@ -29,7 +30,6 @@ from model import MAE_ViT, ViT_Classifier, drop_path_scales
 WARMUP = 0.05  # of all epochs
 DEVICE_BATCH_SIZE = {"cuda": 256, "cpu": 128, "mps": 128}  # images at once on a device
 EVAL_BATCH = 500  # images whose losses are summed at once
-REPORT_BATCH = 128  # the course report averages the accuracies of batches of so many
 # Recipes for --preset: values of flags by name. What a row leaves out is as in the first.
 PRESETS = {
     "reference": {
@@ -66,7 +66,6 @@ NAME_WORDS |= {"decay_matrices_only": "matrices", "layer_decay": "ld", "clip_gra
 NAME_WORDS |= {"label_smoothing": "ls", "mixup": "mixup", "cutmix": "cutmix", "class_weights": "", "seed": "s"}
 SIZE_WORDS = {"img_size": "i", "patch_size": "p", "embed_dim": "w", "encoder_depth": "e", "num_heads": "h"}
 ALWAYS = {"dataset", "total_epoch", "seed"}
-UNEVEN = 1.1  # classes are where the largest has more than so many times the images of the mean one
 
 
 def parse_args(argv=None):
@@ -158,6 +157,7 @@ class Classification:
     """
 
     warmup, device_batch_size, betas = WARMUP, DEVICE_BATCH_SIZE, (0.9, 0.999)
+    class_weights = None  # (classes,) float
 
     def __init__(self, args):
         self.pretrained, args = load_pretrained(args)
@@ -177,7 +177,7 @@ class Classification:
         self.digests = {"images": train.digest(), "test_set": test.digest()}  # of all, so that seeds are comparable
         train, val = draw(train, args.train_images, utils.label_seed(args), args.val_images)
         self.train, self.test, self.val = train.to(device), test.to(device), val and val.to(device)
-        self.num_images, self.class_weights = len(train.images), None
+        self.num_images = len(train.images)
         if args.class_weights == "balanced":
             counts = self.train.labels.bincount(minlength=len(train.classes)).clamp(min=1)
             self.class_weights = self.num_images / (len(counts) * counts)  # the mean over images is 1
@@ -223,15 +223,22 @@ class Classification:
         weights, is tested, and is saved with them.
         """
         if self.val is None:
-            return evaluate(self.model, self.test, setup.precision, setup.at_once)
-        scores = evaluate(self.model, self.val, setup.precision, setup.at_once, "val")
+            return self.tested(session, setup)
+        scores, _ = evaluate(self.model, self.val, setup.precision, setup.at_once, "val")
         columns = "test/loss", "test/acc", "test/acc_mean_of_batches", "test/balanced_acc", "chosen_epoch"
         scores |= {name: math.nan for name in columns if "balanced" not in name or is_uneven(self.test.labels)}
         best = best_of(session.progress.get("best"), self.model, session.epoch, scores["val/acc"])
         session.progress["best"] = best
         if session.epoch == self.args.total_epoch:
             self.model.load_state_dict(best["model"])
-            scores |= evaluate(self.model, self.test, setup.precision, setup.at_once) | {"chosen_epoch": best["epoch"]}
+            scores |= self.tested(session, setup) | {"chosen_epoch": best["epoch"]}
+        return scores
+
+    def tested(self, session, setup):
+        """Loss and accuracy on the test images; what the last epoch predicts is left to the run, to be written."""
+        scores, predicted = evaluate(self.model, self.test, setup.precision, setup.at_once)
+        if session.epoch == self.args.total_epoch:
+            session.progress["predictions"] = torch.stack([self.test.labels.cpu(), predicted])
         return scores
 
     def content(self):
@@ -240,38 +247,25 @@ class Classification:
 
 @torch.no_grad()
 def evaluate(model, images, precision, at_once, name="test"):
-    """Loss and accuracy over all test (or val) images, each counted once, whatever the batches and processes.
+    """Loss and accuracy over all test (or val) images, each counted once, whatever the batches and processes; and the
+    predicted classes (N,).
 
     At most at_once images pass the model together, as in training, so that evaluating needs no more memory.
-
-    test/balanced_acc, the mean of the classes' accuracies, is there where the test images' classes are uneven.
-    test/acc_mean_of_batches is the course report's figure: the mean of the accuracies of batches of 128, in which a
-    short last batch counts as much as a full one. For comparison with it only.
     """
     pixels, labels = images.images, images.labels
     device = labels.device
-    loss, correct = torch.zeros((), device=device), torch.zeros(len(labels), device=device)
+    loss, predicted = torch.zeros((), device=device), torch.zeros_like(labels)
     for part in processes.shared_out(len(labels), EVAL_BATCH):
         with autocast(precision, device):
             pooled = torch.cat([model.pooled(normalize(some)) for some in pixels[part].split(at_once)])
         logits = model.head(pooled.float())  # in float32: bf16 cannot tell near logits apart
-        correct[part] = (logits.argmax(dim=1) == labels[part]).float()
+        predicted[part] = logits.argmax(dim=1)
         loss += F.cross_entropy(logits, labels[part], reduction="sum")
-    correct, loss = processes.sum_over_ranks(correct).cpu(), processes.sum_over_ranks(loss)  # MPS has no float64
-    scores = {f"{name}/loss": loss.item() / len(correct), f"{name}/acc": correct.mean(dtype=torch.float64).item()}
+    predicted, loss = processes.sum_over_ranks(predicted).cpu(), processes.sum_over_ranks(loss)
+    labels, scores = labels.cpu(), {f"{name}/loss": loss.item() / len(labels)}  # MPS has no float64
     if name == "test":
-        batches = torch.stack([part.mean() for part in correct.split(REPORT_BATCH)])
-        scores["test/acc_mean_of_batches"] = batches.mean(dtype=torch.float64).item()
-        if is_uneven(labels):
-            counts, right = labels.cpu().bincount(), labels.cpu().bincount(correct.double())
-            scores["test/balanced_acc"] = (right / counts)[counts > 0].mean().item()
-    return scores
-
-
-def is_uneven(labels):
-    """Whether the largest class among labels (N,) has many more images than the mean one."""
-    counts = labels.unique(return_counts=True)[1]
-    return bool(counts.max() > UNEVEN * len(labels) / len(counts))
+        return scores | accuracies_of(labels, predicted), predicted
+    return scores | {f"{name}/acc": (predicted == labels).double().mean().item()}, predicted
 
 
 def best_of(best, model, epoch, acc):

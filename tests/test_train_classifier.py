@@ -9,16 +9,20 @@ import signal
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from starting import SET, SIZE, classify, classify_and_choose, pretrain, untimed_metrics, weights
+from starting import SET, SIZE, classify, classify_and_choose, pretrain, unfinish, untimed_metrics, weights
 
 import mae_pretrain
 import train_classifier
-from engine.checkpoints import digest, load_file
+from engine.checkpoints import digest, load_file, load_model
+from engine.predictions import read_predictions
 from engine.records import read_metrics, read_run
+from images.load import load_dataset
 from images.pixels import ImageSet, normalize
+from model import ViT_Classifier
 
 pytestmark = pytest.mark.usefixtures("empty_directory", "few_shapes")
 
@@ -114,7 +118,8 @@ def test_accuracy_counts_every_image_once_and_the_reports_figure_beside_it(at_on
 
     labels = torch.tensor([1] * 128 + [0] * 16)
     test = ImageSet(torch.zeros(144, 3, 4, 4, dtype=torch.uint8), labels, [])
-    metrics = train_classifier.evaluate(Model(), test, "float32", at_once)
+    metrics, predicted = train_classifier.evaluate(Model(), test, "float32", at_once)
+    assert predicted.tolist() == [1] * 144
     assert metrics["test/acc"] == pytest.approx(128 / 144)
     assert metrics["test/acc_mean_of_batches"] == pytest.approx(0.5)
     assert metrics["test/balanced_acc"] == pytest.approx(0.5)
@@ -127,8 +132,8 @@ def scripted(accuracies, seen, evaluate=train_classifier.evaluate):
 
     def evaluate_scripted(model, images, *args):
         seen.append((len(images.images), digest(model.state_dict())))
-        scores = evaluate(model, images, *args)
-        return {**scores, "val/acc": accuracies.pop(0)} if "val/acc" in scores else scores
+        scores, predicted = evaluate(model, images, *args)
+        return scores | ({"val/acc": accuracies.pop(0)} if "val/acc" in scores else {}), predicted
 
     return evaluate_scripted
 
@@ -188,6 +193,23 @@ def write_uneven(counts, path="rare.npz"):
     arrays = {f"{part}_images": random.integers(0, 256, (20, 8, 8)).astype(np.uint8) for part in ("train", "test")}
     np.savez(path, **arrays, train_labels=labels, test_labels=labels)
     return shlex.split(f"--img_size 8 --dataset npz --data_dir {path} --total_epoch 2 --batch_size 8")
+
+
+@pytest.mark.parametrize("flags", ["", "--val_images 10"])
+def test_a_finished_classifier_keeps_what_it_predicts_for_each_test_image(flags):
+    run = classify(*shlex.split(flags))
+    _, test = load_dataset("shapes", "data", 32)
+    with torch.no_grad():
+        predicted = load_model(run, ViT_Classifier)[0](normalize(test.images)).argmax(1)
+    kept = pd.read_csv(run / "predictions.csv", index_col="image")
+    assert list(kept.label) == [test.classes[i] for i in test.labels]
+    assert list(kept.prediction) == [test.classes[i] for i in predicted]
+    assert (kept.label == kept.prediction).mean() == pytest.approx(read_metrics(run)[-1]["test/acc"])
+    assert read_predictions(run / "predictions.csv") == list(zip(kept.label, kept.prediction, strict=True))
+    (run / "predictions.csv").unlink()
+    unfinish(run)  # stopped between its last checkpoint and its end
+    classify(*shlex.split(flags))
+    assert kept.equals(pd.read_csv(run / "predictions.csv", index_col="image"))
 
 
 @pytest.mark.parametrize("flags", ["", "--val_images 2"])
