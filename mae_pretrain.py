@@ -22,7 +22,7 @@ from engine.errors import exit_in_one_line
 from engine.features import extract_features, knn_predict
 from engine.training import train
 from images.augmentation import AUGMENTATIONS
-from images.load import load_dataset, sample
+from images.load import draw, load_dataset, sample
 from images.pixels import normalize, to_pixels
 from model import MASK_STRATEGIES, POSITIONS, MAE_ViT, PatchShuffle
 
@@ -112,10 +112,11 @@ class Pretraining:
 
     def load(self, device):
         args = self.args
-        train, test = load_dataset(args.dataset, args.data_dir, args.img_size, args.train_images, labelled=False)
+        train, test = load_dataset(args.dataset, args.data_dir, args.img_size, labelled=False)
         shuffle = PatchShuffle(args.img_size // args.patch_size, args.mask_ratio, args.mask_strategy)
         masks = digest({"masks": shuffle(100, generator("cpu", "digest"))})  # another where the strategy was edited
         self.digests = {"images": train.digest(), "test_set": test.digest(), "masks": masks}
+        train, _ = draw(train, args.train_images, args.seed)
         sizes = ((train, 5000), (test, 1000))
         self.banks = [sample(images, count, generator("cpu", "probe")).to(device) for images, count in sizes]
         self.shown = normalize(sample(test, 16, generator("cpu", "shown")).images.to(device))
