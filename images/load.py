@@ -18,7 +18,7 @@ from engine.errors import UserError, as_user_error
 from engine.files import locked
 from images.folder import read_folder, readable
 from images.npz import read_npz
-from images.pixels import ImageSet, flatness, to_images
+from images.pixels import ImageSet, flatness, in_channels, to_images
 from images.shapes import shapes
 
 
@@ -81,11 +81,12 @@ NO_LABEL = re.compile(r"-\d+|nan|unlabell?ed", re.IGNORECASE)  # a class of this
 FAKE = {"fake": lambda _, img_size, labelled: (shapes(1000, img_size, seed=0), shapes(20, img_size, seed=1))}
 
 
-def load_dataset(name, data_dir, img_size, *, labelled=True):
+def load_dataset(name, data_dir, img_size, labelled=True, in_chans=3):
     """The training and the test set of one of DATASETS, or of fake: images of img_size x img_size.
 
     Args:
         data_dir: where torchvision's are, or are downloaded to; of folder the directory, of npz the file.
+        in_chans: channels of the images, see `in_channels`.
         labelled: whether classes are needed, as for all but pretraining. Where not, a folder may be any tree of
             images, and where there is no test set, training images are held out for it.
     """
@@ -95,6 +96,11 @@ def load_dataset(name, data_dir, img_size, *, labelled=True):
     with as_user_error(OSError, ImportError):  # torchvision reads SVHN with SciPy
         train, test = load(data_dir, img_size, labelled)
     place, count = readable(str(data_dir)) if name in ("folder", "npz") else name, len(train.images)
+
+    def fitted(images):  # those of a dry run have any number of channels
+        return images[:, torch.arange(in_chans) % 3] if name == "fake" else in_channels(images, in_chans, place)
+
+    train, test = (part and part._replace(images=fitted(part.images)) for part in (train, test))
     if nameless := [name for name in train.classes if NO_LABEL.fullmatch(name)]:
         if labelled:
             raise UserError(f"{place}: {', '.join(nameless)} is no class but the lack of a label; remove its images.")
