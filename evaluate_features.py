@@ -24,7 +24,7 @@ from engine.figures import draw_blocks, save
 from engine.files import check_writable, replacing
 from engine.records import csv_text
 from engine.weights import read_weights, say
-from images.load import DATASETS, data_name, load_dataset
+from images.load import DATASETS, data_name, draw, load_dataset
 from images.pixels import normalize
 from model import MAE_ViT, ViT_Classifier
 
@@ -51,10 +51,11 @@ def parse_args(argv=None):
     group.add_argument("--data_dir", help="default: as in its training")
     text = "another size than the model was trained on: its positions are resampled"
     group.add_argument("--img_size", type=utils.positive_int, help=text)
-    labels = "number of labelled images, the same number of each class; default: all"
+    labels = "number of labelled images, drawn as train_classifier.py does; default: all"
     group.add_argument("--train_images", type=utils.positive_int, help=labels)
+    utils.add_label_seed(group)
     group = parser.add_argument_group("run")
-    utils.add_device_arguments(group, "which training images are held out; the untrained encoder's weights")
+    utils.add_device_arguments(group, "which training images are taken and held out; the untrained encoder's weights")
     group.add_argument("--overwrite", action="store_true", help="measure again what is measured already")
     group = parser.add_argument_group("output")
     group.add_argument("--output", type=Path, help="directory for the table of one model; default: beside the model")
@@ -169,12 +170,12 @@ def measure_model(path, content, args):
     """
     started, device, model_args = time.monotonic(), pick_device(args.device), content["model_args"]
     precision = pick_precision(args.precision, device, model_args["embed_dim"])
-    dataset, data_dir = (getattr(args, name) or content.get(name, value) for name, value in utils.DATA_DEFAULTS.items())
-    where = dataset, data_dir, model_args["img_size"]
-    train, test = load_dataset(*where, args.train_images, in_chans=model_args.get("in_chans", 3))
-    settings = {
-        name: getattr(args, name) for name in ("train_images", "layers", "pool", "untrained", "seed", "img_size")
-    }
+    where = (getattr(args, name) or content.get(name, value) for name, value in utils.DATA_DEFAULTS.items())
+    dataset, data_dir = where
+    train, test = load_dataset(dataset, data_dir, model_args["img_size"], in_chans=model_args.get("in_chans", 3))
+    train, _ = draw(train, args.train_images, utils.label_seed(args))
+    names = ("train_images", "label_seed", "layers", "pool", "untrained", "seed", "img_size")
+    settings = {name: getattr(args, name) for name in names}
     settings = {"dataset": data_name(dataset, data_dir), **settings}
     facts = {"name": content["name"], "kind": content["kind"], "model_digest": content["digest"]}
     facts |= {"images": train.digest(), "test_set": test.digest(), "precision": precision}

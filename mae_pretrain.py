@@ -23,23 +23,24 @@ from engine.features import extract_features, knn_predict
 from engine.training import train
 from engine.weights import not_flags, parent_of, read_weights, start_from
 from images.augmentation import AUGMENTATIONS
-from images.load import load_dataset, sample
+from images.load import draw, load_dataset, sample
 from images.pixels import normalize, to_pixels
 from model import MASK_STRATEGIES, POSITIONS, MAE_ViT, PatchShuffle
 
 SIZE = ("img_size", "patch_size", "in_chans", "embed_dim", "encoder_depth", "num_heads", "decoder_depth")
 WARMUP = 0.1  # of all epochs
-# Images at once on a device: on a GPU the reference's; on a CPU 512 are no faster and take 12 GB of memory, not 4.
+# Images at once on a device, on a GPU of the default model; on a CPU 512 are no faster and take 12 GB, not 4.
 DEVICE_BATCH_SIZE = {"cuda": 512, "cpu": 128, "mps": 128}
 IMAGE_LOGS = 50  # reconstructions shown in TensorBoard over a run
 PROBES, PROBE_SHARE = 20, 0.03  # over a run: at most so many, on at most this share of the images trained on
 # What a run's name says, in this order: each flag's word, and its value. Those of ALWAYS at their default, too.
-NAME_WORDS = {"dataset": "", "train_images": "n", "img_size": "i", "patch_size": "p", "in_chans": "c"}
-NAME_WORDS |= {"embed_dim": "w", "encoder_depth": "e", "num_heads": "h", "decoder_depth": "d"}
-NAME_WORDS |= {"decoder_embed_dim": "dw", "positions": "", "mask_strategy": "", "mask_ratio": "r"}
-NAME_WORDS |= {"norm_pix_loss": "normpix", "augment": "aug", "total_epoch": "ep", "warmup_epoch": "wu"}
-NAME_WORDS |= {"batch_size": "b", "base_learning_rate": "lr", "weight_decay": "wd", "optimizer": "", "seed": "s"}
-NAME_WORDS |= {"init_from": "from_"}
+NAME_WORDS = {
+    "dataset": "", "train_images": "n", "img_size": "i", "patch_size": "p", "in_chans": "c", "embed_dim": "w",
+    "encoder_depth": "e", "num_heads": "h", "decoder_depth": "d", "decoder_embed_dim": "dw", "positions": "",
+    "mask_strategy": "", "mask_ratio": "r", "norm_pix_loss": "normpix", "augment": "aug", "total_epoch": "ep",
+    "warmup_epoch": "wu", "batch_size": "b", "base_learning_rate": "lr", "end_rate": "end",
+    "weight_decay": "wd", "optimizer": "", "seed": "s", "init_from": "from_",
+}  # fmt: skip
 ALWAYS = {"dataset", "decoder_depth", "mask_strategy", "mask_ratio", "total_epoch", "seed"}
 MODEL_FLAGS = {name: value for name, value in utils.defaults(MAE_ViT).items() if name in NAME_WORDS}
 # Recipes for --preset: values of flags by name. What a row leaves out is as in the first.
@@ -135,10 +136,11 @@ class Pretraining:
     def load(self, device):
         args = self.args
         where = args.dataset, args.data_dir, args.img_size
-        train, test = load_dataset(*where, args.train_images, labelled=False, in_chans=args.in_chans)
+        train, test = load_dataset(*where, labelled=False, in_chans=args.in_chans)
         shuffle = PatchShuffle(args.img_size // args.patch_size, args.mask_ratio, args.mask_strategy)
         masks = digest({"masks": shuffle(100, generator("cpu", "digest"))})  # another where the strategy was edited
         self.digests = {"images": train.digest(), "test_set": test.digest(), "masks": masks}
+        train, _ = draw(train, args.train_images, args.seed)
         sizes = ((train, 5000), (test, 1000))
         self.banks = [sample(images, count, generator("cpu", "probe")).to(device) for images, count in sizes]
         self.shown = normalize(sample(test, 16, generator("cpu", "shown")).images.to(device))
