@@ -163,11 +163,7 @@ def write_table(place, rows, facts, by_block):
 
 
 def measure_model(path, content, args):
-    """Measure one model, if that is not done already: print its table row by row, and write its files.
-
-    Args:
-        content: as `read_weights` gives it.
-    """
+    """Measure what `read_weights` gave, if that is not done: print its table row by row, and write its files."""
     started, device, model_args = time.monotonic(), pick_device(args.device), content["model_args"]
     precision = pick_precision(args.precision, device, model_args["embed_dim"])
     where = (getattr(args, name) or content.get(name, value) for name, value in utils.DATA_DEFAULTS.items())
@@ -187,7 +183,8 @@ def measure_model(path, content, args):
         check_writable(directory, "--output")
 
     torch.manual_seed(args.seed)
-    models = {name: MODELS[content["kind"]](**model_args) for name in ["untrained", "trained"][not args.untrained :]}
+    names = ("untrained", "trained") if args.untrained else ("trained",)  # in the order in which they draw weights
+    models = {name: MODELS[content["kind"]](**model_args) for name in names}
     models["trained"].load_state_dict(content["model"], strict=False)  # weights from elsewhere have no decoder
     say(content)
     print(f"{content['name']}, {len(train.images):,} training and {len(test.images):,} test images", HEADER, sep="\n")
@@ -213,10 +210,8 @@ def measure_model(path, content, args):
 def main(argv=None):
     args = parse_args(argv)
     with exit_in_one_line(), as_user_error(OSError):
-        sizes = {"img_size": args.img_size}
-        contents = [
-            read_weights(path, *MODELS.values(), sizes=sizes) for path in args.model_path
-        ]  # all, before one runs
+        kinds, sizes = MODELS.values(), {"img_size": args.img_size}
+        contents = [read_weights(path, *kinds, sizes=sizes) for path in args.model_path]  # all, before one is measured
         for path, content in zip(args.model_path, contents, strict=True):
             measure_model(Path(path), content, args)
 

@@ -104,9 +104,13 @@ def inherited(argv):
     content = read_weights(given.init_from, MAE_ViT, sizes={"num_heads": given.num_heads})
     found = {**content["settings"], **content["model_args"]}
     found |= {name: content[name] for name in utils.DATA_DEFAULTS if name in content}
-    own = {"total_epoch", "warmup_epoch", "init_from"} | ({"dataset", "train_images"} if given.dataset else set())
-    names = (NAME_WORDS.keys() - own) | (set() if given.dataset else {"data_dir"})
-    return {name: value for name, value in found.items() if name in names}
+    own = {
+        "total_epoch",
+        "warmup_epoch",
+        "init_from",
+        *((*utils.DATA_DEFAULTS, "train_images") if given.dataset else ()),
+    }
+    return {name: found[name] for name in ({"data_dir"} | NAME_WORDS.keys()) & found.keys() - own}
 
 
 def run_name(args):

@@ -11,6 +11,7 @@ import re
 import tempfile
 from pathlib import Path
 
+from engine.checkpoints import FILES
 from engine.device import COMPILE_FROM, PRECISIONS
 from engine.optimizers import OPTIMIZERS
 from images.augmentation import AUGMENTATIONS
@@ -286,7 +287,6 @@ def shrunk_if_dry(args):
 # --precision auto comes to is compared all the same, among the facts of a run.
 FREE = {"data_dir", "device", "precision", "compile", "max_device_batch_size", "probe_every", "preset"}
 FREE |= {"log_dir", "overwrite", "dry_run", "pretrained_model_path", "output_model_path"}
-FILES_OF_A_MODEL = {"model.pt", "checkpoint.pt", "model.safetensors"}  # which goes by its directory's name
 WEIGHTS = {".pt", ".pth", ".bin", ".safetensors"}
 LONGEST_NAME = 255  # bytes, of file systems
 
@@ -296,7 +296,7 @@ def settings_of(args):
     settings = {flag: value for flag, value in vars(args).items() if flag not in FREE}
     if settings.get("init_from"):
         path = Path(settings["init_from"]).resolve()
-        path = path.parent if path.name in FILES_OF_A_MODEL else path
+        path = path.parent if path.name in FILES else path
         settings["init_from"] = path.stem if path.suffix in WEIGHTS else path.name
     return settings | {"dataset": data_name(args.dataset, args.data_dir)}
 

@@ -22,6 +22,7 @@ PLAINLY = (
     "a module .state_dict() in place of ['model']."
 )
 ELSEWHERE = "mae_pretrain.py --init_from and train_classifier.py --pretrained_model_path take others' weights."
+FILES = ("model.pt", "checkpoint.pt", "model.safetensors", "pytorch_model.bin")  # of a run, of transformers or timm
 OLD_FORMAT = b"\x80\x02\x8a\nl\xfc\x9cF\xf9"
 
 
@@ -92,13 +93,10 @@ def load_file(path, *kinds):
 
 
 def file_of(path):
-    """The file that a path stands for: of a run directory its model.pt or, where the run was stopped, checkpoint.pt; of
-    one that transformers or timm wrote, model.safetensors.
-    """
+    """The file that a path stands for: of a directory the first of FILES that it has."""
     with as_user_error(OSError):  # a name too long, say
         if path.is_dir():
-            names = "model.pt", "checkpoint.pt", "model.safetensors"
-            path = path / next((name for name in names if (path / name).exists()), names[0])
+            path = path / next((name for name in FILES if (path / name).exists()), FILES[0])
         found, is_run = path.exists(), path.with_name("config.json").exists()
     if not found:
         again = " Give its run's command again, with --overwrite where the run is finished." if is_run else ""

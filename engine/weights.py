@@ -3,7 +3,6 @@
 What comes from elsewhere is renamed, checked against our encoder by name and shape, and resampled to other sizes.
 """
 
-import json
 import math
 import re
 from pathlib import Path
@@ -12,26 +11,18 @@ import torch
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 
 from engine import processes
-from engine.checkpoints import FIELDS, digest, file_of, load_model, read_file
+from engine.checkpoints import FIELDS, FILES, digest, file_of, load_model, read_file
 from engine.errors import UserError
+from engine.records import read_json
 
 # names: ours to timm's (and the official MAE's), and timm's to transformers', which has q, k and v apart
 TIMM = {"pos_embedding": "pos_embed", "patchify": "patch_embed.proj", "transformer": "blocks", "layer_norm": "norm"}
-HF = {
-    "cls_token": "embeddings.cls_token",
-    "pos_embed": "embeddings.position_embeddings",
-    "patch_embed.proj": "embeddings.patch_embeddings.projection",
-    "norm": "layernorm",
-}
-HF_BLOCK = {
-    "norm1": "layernorm_before",
-    "norm2": "layernorm_after",
-    "attn.proj": "attention.output.dense",
-    "mlp.fc1": "intermediate.dense",
-    "mlp.fc2": "output.dense",
-}
-STEM = {"encoder.cls_token": 3, "encoder.pos_embedding": 3, "encoder.patchify.weight": 4}  # axes
+HF = {"cls_token": "embeddings.cls_token", "pos_embed": "embeddings.position_embeddings", "norm": "layernorm"}
+HF |= {"patch_embed.proj": "embeddings.patch_embeddings.projection"}
+HF_BLOCK = {"norm1": "layernorm_before", "norm2": "layernorm_after", "attn.proj": "attention.output.dense"}
+HF_BLOCK |= {"mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
 HF_QKV = ("query", "key", "value")
+STEM = {"encoder.cls_token": 3, "encoder.pos_embedding": 3, "encoder.patchify.weight": 4}  # axes
 NOT_OF_AN_ENCODER = re.compile(r"(decoder|mask_token|head|fc_norm|pooler|classifier|pre_logits|embeddings\.mask_token)")
 HEADS = {1280: 16, 1408: 16, 1664: 16}  # of ViT-H, -g and -G by width; all smaller ones have heads of width 64
 RESAMPLED, SIZES = ("img_size", "patch_size", "in_chans"), ("embed_dim", "encoder_depth", "num_heads")
@@ -89,13 +80,10 @@ def say(content, *more):
 
 def start_from(model, content):
     """Give a MAE_ViT the encoder that was read, and the decoder where all of it fits; says which in a line."""
-    own = {name for name, _ in model.named_buffers()}  # fixed positions
-    state = {name: v for name, v in content["model"].items() if name not in own}
-    needed = {name: v for name, v in model.state_dict().items() if name not in own}
-    others = {name: v for name, v in state.items() if name.startswith("decoder.")}
-    if fits := shapes(state) == shapes(needed):
-        others = {}
-    model.load_state_dict({name: v for name, v in state.items() if name not in others}, strict=False)
+    fixed = {name: v for name, v in model.named_buffers() if not torch.equal(v, content["model"].get(name, v))}
+    fits = shapes(content["model"]) == shapes(model.state_dict())
+    others = fixed if fits else fixed | part_of(content["model"], "decoder.")
+    model.load_state_dict({name: v for name, v in content["model"].items() if name not in others}, strict=False)
     taken = "Its encoder and decoder are" if fits else "Its encoder is"
     more = [f"Not taken: {listed(others)}."] if others else []
     say(content, f"{taken} where this run starts, with a warm-up and schedule of its own.", *more)
@@ -106,55 +94,57 @@ def listed(tensors):
     return ", ".join(dict.fromkeys(f"{re.sub(r'[.][0-9]+[.]', '.*.', k)} {tuple(v.shape)}" for k, v in tensors.items()))
 
 
+def shapes(state):
+    return {name: tensor.shape for name, tensor in state.items()}
+
+
+def part_of(state, prefix):
+    return {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
 # --- files from elsewhere ---
 
 
 def from_elsewhere(path, raw, constructor, num_heads):
     """The content of a MAE's file, of a state dict that another program wrote."""
-    inner = next((raw[name] for name in ("model", "state_dict") if name in raw), raw) if isinstance(raw, dict) else {}
-    tensors = {str(name): v for name, v in dict(inner).items() if isinstance(v, torch.Tensor)}
-    layout, found, left = in_our_names({name.removeprefix("module."): v.float() for name, v in tensors.items()})
+    raw = raw if isinstance(raw, dict) else {}
+    tensors = next((raw[name] for name in ("model", "state_dict") if isinstance(raw.get(name), dict)), raw)
+    tensors = {str(name).removeprefix("module."): v for name, v in tensors.items() if isinstance(v, torch.Tensor)}
+    layout, found, left = in_our_names({name: tensor.float() for name, tensor in tensors.items()})
     if any(name not in found or found[name].ndim != count for name, count in STEM.items()):
         known = "as the reference, the official MAE, timm or transformers have it"
         raise UserError(f"{path} is whole, but has no encoder with cls token, positions and patch embedding {known}.")
-    facts, sizes = facts_beside(path, layout, raw), sizes_of(found)
-    heads = facts["num_heads"] or num_heads or HEADS.get(sizes["embed_dim"], sizes["embed_dim"] // 64)
-    if not heads:
+    sizes, (heads, norm_eps, mean_and_std) = sizes_of(found), facts_beside(path, layout, raw)
+    is_told = bool(heads)
+    if not (heads := heads or num_heads or HEADS.get(sizes["embed_dim"], sizes["embed_dim"] // 64)):
         raise UserError(f"{path} does not tell its number of heads: give --num_heads.")
-    model_args = sizes | {"num_heads": heads, "norm_eps": facts["norm_eps"]}
+    model_args = sizes | {"num_heads": heads, "norm_eps": norm_eps}
     with torch.device("meta"):
-        needed = shapes(constructor(**model_args).state_dict())
-    said = (
-        [] if facts["num_heads"] or num_heads else [f"Taken to have {heads} heads; --num_heads tells another number."]
-    )
-    if "encoder.layer_norm.weight" not in found:  # where it pools first
-        width = sizes["embed_dim"]
-        found |= {"encoder.layer_norm.weight": torch.ones(width), "encoder.layer_norm.bias": torch.zeros(width)}
-        said.append("It has no LayerNorm of single tokens; a new one takes its place.")
-    decoder = {name: v for name, v in found.items() if name.startswith("decoder.")}
-    if shapes(decoder) != {name: shape for name, shape in needed.items() if name.startswith("decoder.")}:
-        left, found = left | decoder, {name: v for name, v in found.items() if name not in decoder}
+        needed = constructor(**model_args).state_dict()
+    decoder = part_of(found, "decoder.")
+    if shapes(decoder) != shapes(part_of(needed, "decoder.")):
+        left, found = left | decoder, part_of(found, "encoder.")
         model_args = {name: v for name, v in model_args.items() if not name.startswith("decoder")}
-    check_encoder(path, layout, found, {name: v for name, v in left.items() if name not in decoder}, needed)
-    said += [f"Not taken: {listed(left)}."] if left else []
-    said += normalized_as_ours(found, facts["normalisation"])
-    name = path.parent.name if path.name == "model.safetensors" else path.stem
+    wrong = {name: v for name, v in found.items() if name not in needed or v.shape != needed[name].shape}
+    wrong |= {name: v for name, v in left.items() if name not in decoder and not NOT_OF_AN_ENCODER.match(name)}
+    missing = part_of({name: v for name, v in needed.items() if name not in found}, "encoder.")
+    if wrong or missing:
+        reason = f"has what ours has not, {listed(wrong)}" if wrong else f"lacks {listed(missing)}"
+        raise UserError(f"{path}: its encoder ({layout}) {reason}.")
+    said = [f"Not taken: {listed(left)}."] if left else []
+    untold = ([] if is_told else [f"{heads} heads (--num_heads)"]) + ([] if mean_and_std else ["images in [-1, 1]"])
+    said += [f"The file does not tell, so taken to have: {', '.join(untold)}."] if untold else []
+    if mean_and_std:
+        fold_in(found, *mean_and_std)
+    name = path.parent.name if path.name in FILES else path.stem
     about = {"kind": constructor.__name__, "name": name, "settings": model_args, "layout": layout, "said": said}
     return about | {"model_args": model_args, "model": found}
 
 
-def check_encoder(path, layout, found, left, needed):
-    """Raises UserError where a file's encoder and ours have not the same parts of the same shapes."""
-    wrong = {name: v for name, v in found.items() if v.shape != needed.get(name)}
-    wrong |= {name: v for name, v in left.items() if not NOT_OF_AN_ENCODER.match(name)}
-    if wrong:
-        raise UserError(f"{path} ({layout}) has what our encoder has not: {listed(wrong)}.")
-    if missing := [name for name in needed if name.startswith("encoder.") and name not in found]:
-        raise UserError(f"{path} ({layout}) lacks {', '.join(missing)}.")
-
-
-def shapes(state):
-    return {name: tensor.shape for name, tensor in state.items()}
+def renamed(name, table):
+    """A name in the words of a table {new: old}; as it is where it begins with none of the old ones."""
+    new = (new + name[len(old) :] for new, old in table.items() if f"{name}.".startswith(f"{old}."))
+    return next(new, name)
 
 
 def in_our_names(state):
@@ -163,20 +153,15 @@ def in_our_names(state):
     Where the cls token has a position of its own, that is added to it.
     """
     if "encoder.patchify.weight" in state:
-        found = {name: v for name, v in state.items() if name.startswith(("encoder.", "decoder."))}
+        found = part_of(state, ("encoder.", "decoder."))
         return "reference", found, {name: v for name, v in state.items() if name not in found}
-    layout, names = "official or timm", {theirs: ours for ours, theirs in TIMM.items()} | {"cls_token": "cls_token"}
-    if "patchify.weight" in state:  # the reference's classifier
-        layout, names = "reference", {ours: ours for ours in ("cls_token", *TIMM)}
-    elif any(name.endswith("embeddings.cls_token") for name in state):
+    layout = "reference" if "patchify.weight" in state else "official or timm"  # the reference's classifier
+    if any(name.endswith("embeddings.cls_token") for name in state):
         layout, state = "transformers", in_timms_names(state)
-    found, left = {}, {}
-    for name, tensor in state.items():
-        theirs = next((theirs for theirs in names if name == theirs or name.startswith(f"{theirs}.")), None)
-        if theirs is None:
-            left[name] = tensor
-        else:
-            found[f"encoder.{names[theirs]}{name[len(theirs) :]}"] = tensor
+    norm = {"layer_norm": "norm" if "norm.weight" in state else "fc_norm"}  # of one that pools the mean
+    found = state if layout == "reference" else {renamed(name, TIMM | norm): v for name, v in state.items()}
+    left = {name: v for name, v in found.items() if name.split(".")[0] not in ("cls_token", *TIMM)}
+    found = {f"encoder.{name}": v for name, v in found.items() if name not in left}
     if layout != "reference" and STEM.keys() <= found.keys() and found["encoder.pos_embedding"].ndim == 3:
         position = found["encoder.pos_embedding"].transpose(0, 1)  # (1 + N, 1, D)
         found["encoder.pos_embedding"] = position[1:]
@@ -186,19 +171,16 @@ def in_our_names(state):
 
 def in_timms_names(state):
     """A ViTModel's, ViTMAE's or ViTForImageClassification's state dict in timm's names, q, k and v joined."""
-    names = {theirs: ours for ours, theirs in HF.items()}
-    blocks = {theirs: ours for ours, theirs in HF_BLOCK.items()}
     state, found = {name.removeprefix("vit."): tensor for name, tensor in state.items()}, {}
     for name, tensor in state.items():
-        module, _, kind = name.rpartition(".")  # weight or bias
-        layer, part = re.fullmatch(r"(?:encoder\.layer\.(\d+)\.)?(.*)", module).groups()
-        if part == "attention.attention.query":
-            thirds = [state[name.replace("query", which)] for which in HF_QKV]
-            found[f"blocks.{layer}.attn.qkv.{kind}"] = torch.cat(thirds)
-        elif layer and part in blocks:
-            found[f"blocks.{layer}.{blocks[part]}.{kind}"] = tensor
-        elif part not in ("attention.attention.key", "attention.attention.value"):
-            found[names.get(name) or (f"{names[module]}.{kind}" if module in names else name)] = tensor
+        layer = re.fullmatch(r"encoder\.layer\.(\d+)\.(.+)", name)
+        if not layer:
+            found[renamed(name, HF)] = tensor
+        elif ".query." in name:
+            thirds = [state[other] for which in HF_QKV if (other := name.replace("query", which)) in state]
+            found[f"blocks.{layer[1]}.attn.qkv.{name.rpartition('.')[2]}"] = torch.cat(thirds)
+        elif not re.search(r"\.(key|value)\.", name):
+            found[f"blocks.{layer[1]}.{renamed(layer[2], HF_BLOCK)}"] = tensor
     return found
 
 
@@ -217,43 +199,31 @@ def sizes_of(found):
 
 
 def facts_beside(path, layout, raw):
-    """What no state dict tells: num_heads (None: unknown), norm_eps, and the images' mean and std (None: unknown).
+    """What no state dict tells: the number of heads or None, eps of the LayerNorms, mean and std of the images or None.
 
-    The config.json and preprocessor_config.json beside a file tell it, or an exported file of ours.
+    Of files of ours the file tells it, of others the config.json and preprocessor_config.json beside them.
     """
-
-    def read(name):
-        beside = path.with_name(name)
-        told = path.name in ("model.safetensors", "pytorch_model.bin") and beside.exists()
-        return json.loads(beside.read_text()) if told else {}
-
-    config, processor = read("config.json"), read("preprocessor_config.json")
-    config, own = config.get("pretrained_cfg", config), isinstance(raw, dict) and raw.get("kind") == "timm"
-    if config.get("hidden_act", "gelu") != "gelu":
-        raise UserError(f"its activation is {config['hidden_act']}, and ours is gelu.")
-    mean, std = (processor.get(f"image_{name}", config.get(name)) for name in ("mean", "std"))
-    known = mean is not None and std is not None and processor.get("do_normalize", True)
-    ours = own or layout == "reference"
-    eps = (
-        raw.get("norm_eps", 1e-5) if ours else config.get("layer_norm_eps", 1e-12) if layout == "transformers" else 1e-6
-    )
-    heads = raw["model_args"]["num_heads"] if own else config.get("num_attention_heads")
-    return {"num_heads": heads, "norm_eps": eps, "normalisation": "ours" if ours else (mean, std) if known else None}
+    if layout == "reference" or raw.get("kind") == "timm":
+        return raw.get("model_args", {}).get("num_heads"), raw.get("norm_eps", 1e-5), ([0.5], [0.5])
+    beside = [path.with_name(name) for name in ("config.json", "preprocessor_config.json")]
+    told = {}
+    for file in beside if path.name in FILES else ():
+        told |= read_json(file) if file.exists() else {}
+    told |= told.get("pretrained_cfg", {})  # timm's
+    if told.get("hidden_act", "gelu") != "gelu":
+        raise UserError(f"{path} has the activation {told['hidden_act']}, and ours is gelu.")
+    mean, std = (told.get(f"image_{name}", told.get(name)) for name in ("mean", "std"))
+    known = (mean, std) if mean and std and told.get("do_normalize", True) else None
+    eps = told.get("layer_norm_eps", 1e-12) if layout == "transformers" else 1e-6
+    return told.get("num_attention_heads"), eps, known
 
 
-def normalized_as_ours(found, normalisation):
-    """Fold the images' mean and std into the patch embedding, so that it takes images in [-1, 1]; a sentence or none.
-
-    (x / 2 + 1 / 2 - mean) / std, of x in [-1, 1], is what the other program feeds it.
-    """
-    if normalisation is None:
-        return ["Taken to see images in [-1, 1], as ours: the file does not tell the mean and std of its images."]
-    if normalisation != "ours":
-        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in normalisation)
-        kernel = found["encoder.patchify.weight"] / std
-        found["encoder.patchify.weight"] = kernel / 2
-        found["encoder.patchify.bias"] = found["encoder.patchify.bias"] + ((0.5 - mean) * kernel).sum((1, 2, 3))
-    return []
+def fold_in(found, mean, std):
+    """Let the patch embedding take images in [-1, 1], where it took (x / 2 + 1 / 2 - mean) / std of them."""
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))
+    kernel = found["encoder.patchify.weight"] / std
+    found["encoder.patchify.weight"] = kernel / 2
+    found["encoder.patchify.bias"] = found["encoder.patchify.bias"] + ((0.5 - mean) * kernel).sum((1, 2, 3))
 
 
 # --- other sizes ---
@@ -265,38 +235,33 @@ def resampled(content, constructor, sizes):
     Positions and patch embedding as timm does, bicubic; fixed positions are computed anew. Another patch size leaves
     no decoder.
     """
-    old = content["model_args"]
-    new = {"in_chans": 3, "positions": "learned"} | old | sizes
-    changes = [f"{name} {old.get(name, 3)} to {new[name]}" for name in sizes if old.get(name, 3) != new[name]]
+    old = {"in_chans": 3, "positions": "learned"} | content["model_args"]
+    changes = [f"{name} {old[name]} to {size}" for name, size in sizes.items() if size != old[name]]
     if not changes:
         return content
-    fresh = constructor(**{**old, **sizes}).state_dict() if new["positions"] == "sincos" else {}
-    grid, state = [new["img_size"] // new["patch_size"]] * 2, {}
-    for name, tensor in content["model"].items():
-        of_decoder = name.startswith("decoder.")
-        if of_decoder and new["patch_size"] != old["patch_size"]:
-            continue
+    img_size, patch_size, in_chans = ((old | sizes)[name] for name in RESAMPLED)
+    fresh = constructor(**content["model_args"] | sizes).state_dict() if old["positions"] == "sincos" else {}
+    state = content["model"] if patch_size == old["patch_size"] else part_of(content["model"], "encoder.")
+    for name, tensor in state.items():
         if name.endswith("pos_embedding"):
-            position = tensor.transpose(0, 1)  # (1, N, D); a decoder's with the cls token's first
-            tensor = resample_abs_pos_embed(position, grid, num_prefix_tokens=int(of_decoder)).transpose(0, 1)
-            tensor = fresh.get(name, tensor)
+            position, of_cls = tensor.transpose(0, 1), int(name.startswith("decoder."))  # (1, N, D), a decoder's 1 + N
+            position = resample_abs_pos_embed(position, [img_size // patch_size] * 2, num_prefix_tokens=of_cls)
+            tensor = fresh.get(name, position.transpose(0, 1))
         elif name.endswith("patchify.weight"):
-            tensor = resample_patch_embed(in_channels(tensor, 1, new["in_chans"]), [new["patch_size"]] * 2)
-        elif name.startswith("decoder.head.") and new["in_chans"] != old.get("in_chans", 3):
-            each = tensor.unflatten(0, (old.get("in_chans", 3), -1))  # (C, p * p, ...)
-            tensor = each.mean(0) if new["in_chans"] == 1 else in_channels(each, 0, new["in_chans"], 1).flatten(0, 1)
-        state[name] = tensor
-    said = f"Resampled: {', '.join(changes)}."
-    return {**content, "model": state, "model_args": old | sizes, "said": [*content["said"], said]}
+            tensor = resample_patch_embed(in_channels(tensor, in_chans), [patch_size] * 2)
+        elif name.startswith("decoder.head.") and in_chans != old["in_chans"]:
+            mean = tensor.unflatten(0, (old["in_chans"], -1)).mean(0)  # (p * p, ...), of the channels
+            tensor = mean.expand(in_chans, *mean.shape).flatten(0, 1)
+        state = state | {name: tensor}
+    said = [*content["said"], f"Resampled: {', '.join(changes)}."]
+    return {**content, "model": state, "model_args": content["model_args"] | sizes, "said": said}
 
 
-def in_channels(weight, dim, count, scale=None):
-    """A weight for another number of channels along dim; for one their sum, so that a grey image gives what its three
-    equal channels gave; for more repeated in turn, scaled as much down (timm's way), or by scale.
+def in_channels(kernels, count):
+    """Kernels (D, C, p, p) for another number of channels: for one their sum, so that a grey image gives what its three
+    equal channels gave; for more repeated in turn, scaled down as much (timm's way).
     """
-    channels = weight.shape[dim]
-    if count == channels:
-        return weight
+    channels = kernels.shape[1]
     if count == 1:
-        return weight.sum(dim, keepdim=True)
-    return weight.index_select(dim, torch.arange(count) % channels) * (channels / count if scale is None else scale)
+        return kernels.sum(1, keepdim=True)
+    return kernels[:, torch.arange(count) % channels] * (channels / count)

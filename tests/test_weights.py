@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file as load_safetensors
 from safetensors.torch import save_file as save_safetensors
 from starting import SET, classify, pretrain, weights
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
@@ -65,11 +66,12 @@ def test_the_references_state_dict_brings_encoder_and_decoder():
         parity = {name: torch.from_numpy(stored[name]) for name in stored.files}
     torch.save({name[4:]: v for name, v in parity.items() if name.startswith("mae/")}, "reference.pt")
     content, mae = read("reference.pt", num_heads=3)
-    assert (content["layout"], content["said"]) == ("reference", [])
+    told = "The file does not tell, so taken to have: 3 heads (--num_heads)."
+    assert (content["layout"], content["said"]) == ("reference", [told])
     close(mae.loss(parity["image"], parity["forward_indexes"].T), parity["loss"])
     torch.save({name[11:]: v for name, v in parity.items() if name.startswith("classifier/")}, "classifier.pt")
     content, _ = read("classifier.pt", num_heads=3)
-    assert re.fullmatch(r"Not taken: head.weight \(10, 48\), head.bias \(10,\)\.", *content["said"])
+    assert re.fullmatch(r"Not taken: head.weight \(10, 48\), head.bias \(10,\)\.", content["said"][0])
     classifier = ViT_Classifier(8, 2, 48, 2, 3)
     classifier.load_encoder(content["model"])
     pooled = classifier.pooled(parity["image"])
@@ -91,7 +93,7 @@ def test_timm_and_the_official_mae_keep_their_features(capsys):
         assert content["layout"] == "official or timm"
         (line,) = capsys.readouterr().out.splitlines()
         assert "head.weight (5, 24)" in line
-        assert "the file does not tell the mean and std" in line
+        assert "does not tell, so taken to have: 3 heads (--num_heads), images in [-1, 1]." in line
     assert read("there/official.pth", num_heads=3)[0]["name"] == "official"
     assert "mask_token (1, 1, 16), decoder_blocks.*.norm1.bias (16,)." in capsys.readouterr().out
 
@@ -136,6 +138,9 @@ def test_a_directory_of_transformers_brings_heads_eps_and_the_mean_and_std_of_it
     assert "mean" not in " ".join(content["said"])
     theirs = (images() / 2 + 0.5 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     torch.testing.assert_close(mae.encoder(images()), vit.forward_features(theirs), rtol=0, atol=3e-5)
+    torch.save(load_safetensors(directory / "model.safetensors"), directory / "pytorch_model.bin")
+    (directory / "model.safetensors").unlink()
+    assert read(directory)[0]["digest"] == content["digest"]
 
 
 @pytest.mark.slow
@@ -173,6 +178,7 @@ def bad_weights():
     state = vit.state_dict()
     torch.save({name: v for name, v in state.items() if "cls" not in name}, "no_cls.pt")
     torch.save(state | {"blocks.0.ls1.gamma": torch.ones(24)}, "scaled.pt")
+    torch.save(state | {"norm_pre.weight": torch.ones(24)}, "pre.pt")
     torch.save({name: v for name, v in state.items() if "mlp.fc2.bias" not in name}, "missing.pt")
     torch.save(timm_vit(mlp_ratio=2).state_dict(), "narrow.pt")
     torch.save(vit, "module.pt")
@@ -190,9 +196,10 @@ def test_weights_that_cannot_be_taken_get_one_line_and_nothing_is_written(capsys
     before = set(Path().iterdir())
     for flags, facts in {
         "no_cls.pt": ["no_cls.pt", "cls token"],
-        "scaled.pt --num_heads 3": ["has what our encoder has not", "ls1.gamma (24,)"],
-        "missing.pt --num_heads 3": ["lacks encoder.transformer.0.mlp.fc2.bias"],
-        "narrow.pt --num_heads 3": ["has what our encoder has not", "mlp.fc1.weight (48, 24)"],
+        "scaled.pt --num_heads 3": ["encoder (official or timm) has what ours has not", "ls1.gamma (24,)"],
+        "pre.pt --num_heads 3": ["has what ours has not, norm_pre.weight (24,)"],
+        "missing.pt --num_heads 3": ["lacks encoder.transformer.*.mlp.fc2.bias (24,)"],
+        "narrow.pt --num_heads 3": ["encoder (official or timm) has what ours has not", "mlp.fc1.weight (48, 24)"],
         "module.pt": ["pickled", "torch.save("],
         "other.pt": ["other.pt is whole, but"],
         "linear.pt": ["linear.pt is whole, but"],
@@ -229,13 +236,16 @@ def test_sizes_change_as_timm_changes_them(capsys):
     close(mae.encoder(images(size=24)), vit.forward_features(images(size=24)))
 
 
-def test_fixed_positions_are_computed_anew_and_the_decoder_keeps_its_own(mae):
-    own, state = read(mae)[1], weights(mae)
+def test_fixed_positions_are_computed_anew_and_the_decoder_keeps_its_own(mae, capsys):
+    (content, own), state = read(mae), weights(mae)
+    own_args = content["model_args"]
     _, larger = read(mae, img_size=48)
     assert torch.equal(own.decoder.head.weight, state["decoder.head.weight"])
     assert torch.equal(larger.decoder.head.weight, state["decoder.head.weight"])
     position = resample_abs_pos_embed(state["decoder.pos_embedding"].transpose(0, 1), [6, 6])
     close(larger.decoder.pos_embedding.transpose(0, 1), position)
+    start_from(MAE_ViT(**own_args | {"positions": "sincos"}), content)
+    assert "Not taken: encoder.pos_embedding (16, 1, 12), decoder.pos_embedding (17, 1, 12)." in capsys.readouterr().out
     fixed = pretrain("--positions", "sincos")
     _, larger = read(fixed, img_size=48)
     assert torch.equal(larger.encoder.pos_embedding, sincos_table(6, 12))
