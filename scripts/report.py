@@ -264,27 +264,22 @@ def copies(runs, output):
     return {path: output / "runs" / path.parent.name / path.name for path in map(Path, used)}
 
 
-def kept_pictures(runs, output):
-    """{name: caption} of the pictures beside an earlier report of the same runs; nothing beside one of other runs."""
-    for path, target in ((path / "config.json", copy / "config.json") for path, copy in copies(runs, output).items()):
-        if not target.exists() or target.read_bytes() != path.read_bytes():
-            return {}
+def kept_pictures(output):
+    """{name: caption} of the pictures of an earlier report."""
     report = output / "REPORT.md"
     found = re.findall(r"^!\[(.*)\]\((\w+)\.png\)$", report.read_text(), re.MULTILINE) if report.exists() else []
     return {name: caption for caption, name in found if (output / f"{name}.png").exists()}
 
 
-def keep_numbers(runs, output):
+def keep_numbers(targets, output):
     """Copy the CSV and JSON behind the report beside it, in place of what an earlier report has kept there."""
-    targets = copies(runs, output)
     for old in (output / "runs").glob("*/*"):  # a run that holds more is not ours
         if old not in targets.values() and old.is_dir() and all(path.name in KEPT for path in old.iterdir()):
             shutil.rmtree(old)
     for directory, target in targets.items():
         target.mkdir(parents=True, exist_ok=True)
         for path in (directory / name for name in KEPT if (directory / name).exists()):
-            if path.resolve() != (target / path.name).resolve():
-                shutil.copyfile(path, target / path.name)
+            shutil.copyfile(path, target / path.name)
 
 
 @exit_in_one_line()
@@ -294,9 +289,12 @@ def main(argv=None):
     runs, left_out = collect(args.runs)
     notes = [f"Left out: {run}: {reason}." for run, reason in left_out.items()]
     args.output.mkdir(parents=True, exist_ok=True)
-    captions = draw_all(runs, args.output, kept_pictures(runs, args.output))
+    targets = copies(runs, args.output)
+    again = all(path.resolve() == target.resolve() for path, target in targets.items())  # from the kept numbers
+    captions = draw_all(runs, args.output, kept_pictures(args.output) if again else {})
     write_report(runs, notes, args.output, captions)
-    keep_numbers(runs, args.output)
+    if not again:
+        keep_numbers(targets, args.output)
     print(*notes, args.output / "REPORT.md", sep="\n")
 
 
