@@ -116,13 +116,10 @@ def judged_pairs(found, pairs):
 
 def difference_table(found, pairs):
     """A row a pair: the difference in each measure, its interval and a verdict; no table without any."""
-    judged, names = judged_pairs(found, pairs), {pair: "{} minus {}".format(*pair) for pair in pairs}
-    cells = {(m, names[pair]): difference_text(row, m) for (m, *pair), row in judged.items() for pair in [tuple(pair)]}
-    table = pd.Series(cells).unstack(0, "") if cells else pd.DataFrame()
-    rows, columns = (
-        [name for name in some if name in part] for some, part in ((names.values(), table.index), (COMPARED, table))
-    )
-    return markdown_table(table.loc[rows, columns]) if cells else ""
+    rows = {}
+    for (measure, *pair), row in judged_pairs(found, pairs).items():
+        rows.setdefault("{} minus {}".format(*pair), {})[measure] = difference_text(row, measure)
+    return markdown_table(pd.DataFrame.from_dict(rows, orient="index").fillna("")) if rows else ""
 
 
 def commands(runs):
@@ -216,46 +213,24 @@ the words after it stand on wider intervals, which hold for all differences of t
 def write_report(runs, notes, output, captions):
     """REPORT.md, with the figures under their captions."""
     found = long_table(runs.table, runs.entries, COMPARED | AS_REPORTED | EARLY)
-    depths = list(itertools.combinations(list(DEPTHS.values())[::-1], 2))
     masks = [(one, other) for other, one in itertools.combinations(MASKS.values(), 2)]
+    sections = {  # labels of settings; pairs to compare
+        "Pretraining": ({"with pretraining": BASE, SCRATCH: SCRATCH}, [(BASE, SCRATCH)]),
+        "Table 1: decoder depth": (DEPTHS, [*itertools.combinations([*DEPTHS.values()][::-1], 2)]),
+        "Table 2: mask strategy": (MASKS, masks),
+    }
     order = [setting for setting in SETTINGS if setting in set(runs.entries.setting)]
     costs = mean_table(found)[["fine-tuned"]].join(cost_table(runs.table, runs.records, runs.entries)).loc[order]
-    figures = ""
+    text = f"# What decoder depth and masking do\n\n{introduction(runs)}"
+    text += "".join(f"\n- {note}\n" for note in notes)
+    text += f"\n## Findings of the course report\n\n{findings(found)}"
+    for title, (settings, pairs) in sections.items():
+        text += f"\n## {title}\n\n{accuracy_table(found, settings)}\n{difference_table(found, pairs)}"
+    text += f"\n## What it costs\n\n{markdown_table(costs)}\n{COSTS}\n\n## Figures\n\n"
     for name, caption in captions.items():
         title = name.replace("figure", "Figure ").replace(" 0", " ").replace("_", " ")
-        figures += f"### {title}\n\n![{caption}]({name}.png)\n\n{caption}\n\n"
-    (output / "REPORT.md").write_text(
-        f"""# What decoder depth and masking do
-
-{introduction(runs)}{"".join(f"{chr(10)}- {note}{chr(10)}" for note in notes)}
-## Findings of the course report
-
-{findings(found)}
-## Pretraining
-
-{accuracy_table(found, {"with pretraining": BASE, SCRATCH: SCRATCH})}
-{difference_table(found, [(BASE, SCRATCH)])}
-## Table 1: decoder depth
-
-{accuracy_table(found, DEPTHS)}
-{difference_table(found, depths)}
-## Table 2: mask strategy
-
-{accuracy_table(found, MASKS)}
-{difference_table(found, masks)}
-## What it costs
-
-{markdown_table(costs)}
-{COSTS}
-
-## Figures
-
-{figures}## Commands
-
-As they were typed.
-
-{commands(runs)}"""
-    )
+        text += f"### {title}\n\n![{caption}]({name}.png)\n\n{caption}\n\n"
+    (output / "REPORT.md").write_text(f"{text}## Commands\n\nAs they were typed.\n\n{commands(runs)}")
 
 
 def copies(runs, output):
