@@ -24,7 +24,7 @@ from engine.features import FROZEN_MEASURES, POOLS, extract_features, knn_predic
 from engine.figures import draw_blocks, save
 from engine.files import check_writable, replacing
 from engine.records import csv_text
-from images.load import DATASETS, data_name, load_dataset
+from images.load import DATASETS, data_name, draw, load_dataset
 from images.pixels import normalize
 from model import MAE_ViT, ViT_Classifier
 
@@ -46,10 +46,11 @@ def parse_args(argv=None):
     group = parser.add_argument_group("images")
     group.add_argument("--dataset", choices=DATASETS, help="default: the one the model was trained on")
     group.add_argument("--data_dir", help="default: as in its training")
-    labels = "number of labelled images, the same number of each class; default: all"
+    labels = "number of labelled images, drawn as train_classifier.py does; default: all"
     group.add_argument("--train_images", type=utils.positive_int, help=labels)
+    utils.add_label_seed(group)
     group = parser.add_argument_group("run")
-    utils.add_device_arguments(group, "which training images are held out; the untrained encoder's weights")
+    utils.add_device_arguments(group, "which training images are taken and held out; the untrained encoder's weights")
     group.add_argument("--overwrite", action="store_true", help="measure again what is measured already")
     group = parser.add_argument_group("output")
     group.add_argument("--output", type=Path, help="directory for the table of one model; default: beside the model")
@@ -160,8 +161,10 @@ def measure_model(path, model, content, args):
     started, device, model_args = time.monotonic(), pick_device(args.device), content["model_args"]
     precision = pick_precision(args.precision, device, model_args["embed_dim"])
     dataset, data_dir = args.dataset or content["dataset"], args.data_dir or content["data_dir"]
-    train, test = load_dataset(dataset, data_dir, model_args["img_size"], args.train_images)
-    settings = {name: getattr(args, name) for name in ("train_images", "layers", "pool", "untrained", "seed")}
+    train, test = load_dataset(dataset, data_dir, model_args["img_size"])
+    train, _ = draw(train, args.train_images, utils.label_seed(args))
+    names = ("train_images", "label_seed", "layers", "pool", "untrained", "seed")
+    settings = {name: getattr(args, name) for name in names}
     settings = {"dataset": data_name(dataset, data_dir), **settings}
     facts = {"name": content["name"], "kind": content["kind"], "model_digest": digest(content["model"])}
     facts |= {"images": train.digest(), "test_set": test.digest(), "precision": precision}

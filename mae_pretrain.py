@@ -22,13 +22,13 @@ from engine.errors import exit_in_one_line
 from engine.features import extract_features, knn_predict
 from engine.training import train
 from images.augmentation import AUGMENTATIONS
-from images.load import load_dataset, sample
+from images.load import draw, load_dataset, sample
 from images.pixels import normalize, to_pixels
 from model import MASK_STRATEGIES, POSITIONS, MAE_ViT, PatchShuffle
 
 SIZE = ("img_size", "patch_size", "embed_dim", "encoder_depth", "num_heads", "decoder_depth")
 WARMUP = 0.1  # of all epochs
-# Images at once on a device: on a GPU the reference's; on a CPU 512 are no faster and take 12 GB of memory, not 4.
+# Images at once on a device, on a GPU of the default model; on a CPU 512 are no faster and take 12 GB, not 4.
 DEVICE_BATCH_SIZE = {"cuda": 512, "cpu": 128, "mps": 128}
 IMAGE_LOGS = 50  # reconstructions shown in TensorBoard over a run
 PROBES, PROBE_SHARE = 20, 0.03  # over a run: at most so many, on at most this share of the images trained on
@@ -112,10 +112,11 @@ class Pretraining:
 
     def load(self, device):
         args = self.args
-        train, test = load_dataset(args.dataset, args.data_dir, args.img_size, args.train_images, labelled=False)
+        train, test = load_dataset(args.dataset, args.data_dir, args.img_size, labelled=False)
         shuffle = PatchShuffle(args.img_size // args.patch_size, args.mask_ratio, args.mask_strategy)
         masks = digest({"masks": shuffle(100, generator("cpu", "digest"))})  # another where the strategy was edited
         self.digests = {"images": train.digest(), "test_set": test.digest(), "masks": masks}
+        train, _ = draw(train, args.train_images, args.seed)
         sizes = ((train, 5000), (test, 1000))
         self.banks = [sample(images, count, generator("cpu", "probe")).to(device) for images, count in sizes]
         self.shown = normalize(sample(test, 16, generator("cpu", "shown")).images.to(device))

@@ -19,17 +19,17 @@ from engine import processes
 from engine.checkpoints import digest, load_model
 from engine.device import autocast, generator
 from engine.errors import UserError, exit_in_one_line
+from engine.predictions import accuracies_of, is_uneven
 from engine.records import read_metrics
 from engine.training import train
 from images.augmentation import AUGMENTATIONS, mix
-from images.load import hold_out, load_dataset
+from images.load import draw, load_dataset
 from images.pixels import normalize
 from model import MAE_ViT, ViT_Classifier, drop_path_scales
 
 WARMUP = 0.05  # of all epochs
-DEVICE_BATCH_SIZE = {"cuda": 256, "cpu": 128, "mps": 128}  # images at once on a device
+DEVICE_BATCH_SIZE = {"cuda": 256, "cpu": 128, "mps": 128}  # images at once, on a GPU of the default model
 EVAL_BATCH = 500  # images whose losses are summed at once
-REPORT_BATCH = 128  # the course report averages the accuracies of batches of so many
 # Recipes for --preset: values of flags by name. What a row leaves out is as in the first.
 PRESETS = {
     "reference": {
@@ -59,23 +59,24 @@ PRESETS = {
     },
 }
 # What a run's name says, in this order: each flag's word, and its value. Those of ALWAYS at their default, too.
-NAME_WORDS = {"dataset": "", "train_images": "n", "val_images": "val", "augment": "aug", "total_epoch": "ep"}
-NAME_WORDS |= {"warmup_epoch": "wu", "batch_size": "b", "base_learning_rate": "lr", "weight_decay": "wd"}
-NAME_WORDS |= {"optimizer": "", "pool": "pool"}
+NAME_WORDS = {"dataset": "", "train_images": "n", "val_images": "val", "label_seed": "draw", "augment": "aug"}
+NAME_WORDS |= {"total_epoch": "ep", "warmup_epoch": "wu", "batch_size": "b", "base_learning_rate": "lr"}
+NAME_WORDS |= {"weight_decay": "wd", "optimizer": "", "pool": "pool"}
 NAME_WORDS |= {"decay_matrices_only": "matrices", "layer_decay": "ld", "clip_grad": "clip", "drop_path": "dp"}
-NAME_WORDS |= {"label_smoothing": "ls", "mixup": "mixup", "cutmix": "cutmix", "seed": "s"}
+NAME_WORDS |= {"label_smoothing": "ls", "mixup": "mixup", "cutmix": "cutmix", "class_weights": "", "seed": "s"}
 SIZE_WORDS = {"img_size": "i", "patch_size": "p", "embed_dim": "w", "encoder_depth": "e", "num_heads": "h"}
 ALWAYS = {"dataset", "total_epoch", "seed"}
-NOT_TESTED = dict.fromkeys(("test/loss", "test/acc", "test/acc_mean_of_batches", "chosen_epoch"), math.nan)
 
 
 def parse_args(argv=None):
     parser = utils.Parser(description=__doc__.split("\n")[0])
-    utils.add_data_arguments(parser, pretrained=True).add_argument(
+    group = utils.add_data_arguments(parser, pretrained=True)
+    utils.add_label_seed(group)
+    group.add_argument(
         "--val_images",
         type=utils.positive_int,
-        help="hold out so many training images, equally many of each class, keep the epoch that is best on them and "
-        "test that one only; default: keep the last epoch, test after every epoch",
+        help="hold out so many training images, of each class as --train_images, keep the epoch that is best on them "
+        "and test that one only; default: keep the last epoch, test after every epoch",
     )
     group = parser.add_argument_group("model")
     group.add_argument("--pretrained_model_path", help="model.pt or run directory of a MAE; default: from scratch")
@@ -95,6 +96,8 @@ def parse_args(argv=None):
     group.add_argument(
         "--clip_grad", type=utils.non_negative_float, help="largest norm of all gradients together; 0: off"
     )
+    text = "balanced: an image's loss weighs inversely to its class's share of the training images"
+    group.add_argument("--class_weights", choices=("none", "balanced"), default="none", help=text)
     group = parser.add_argument_group("regularisation")
     group.add_argument(
         "--drop_path",
@@ -154,6 +157,7 @@ class Classification:
     """
 
     warmup, device_batch_size, betas = WARMUP, DEVICE_BATCH_SIZE, (0.9, 0.999)
+    class_weights = None  # (classes,) float
 
     def __init__(self, args):
         self.pretrained, args = load_pretrained(args)
@@ -169,13 +173,14 @@ class Classification:
 
     def load(self, device):
         args = self.args
-        count = None if args.val_images else args.train_images  # hold_out needs all
-        train, test = load_dataset(args.dataset, args.data_dir, args.img_size, count)
-        self.digests, self.val = {"images": train.digest(), "test_set": test.digest()}, None
-        if args.val_images:
-            train, val = hold_out(train, args.val_images, args.train_images)
-            self.val = val.to(device)
-        self.train, self.test, self.num_images = train.to(device), test.to(device), len(train.images)
+        train, test = load_dataset(args.dataset, args.data_dir, args.img_size)
+        self.digests = {"images": train.digest(), "test_set": test.digest()}  # of all, so that seeds are comparable
+        train, val = draw(train, args.train_images, utils.label_seed(args), args.val_images)
+        self.train, self.test, self.val = train.to(device), test.to(device), val and val.to(device)
+        self.num_images = len(train.images)
+        if args.class_weights == "balanced":
+            counts = self.train.labels.bincount(minlength=len(train.classes)).clamp(min=1)
+            self.class_weights = self.num_images / (len(counts) * counts)  # the mean over images is 1
 
     def build(self):
         self.model_args["num_classes"] = len(self.train.classes)
@@ -205,8 +210,11 @@ class Classification:
         return batch, labels, drop_path_scales(len(batch), args.encoder_depth, args.drop_path, draw, device)
 
     def loss(self, images, labels, scales=None):
-        logits = self.model(normalize(images), scales)
-        return F.cross_entropy(logits.float(), labels, label_smoothing=self.args.label_smoothing)
+        logits, smoothing = self.model(normalize(images), scales).float(), self.args.label_smoothing
+        if self.class_weights is None:
+            return F.cross_entropy(logits, labels, label_smoothing=smoothing)
+        # PyTorch's own mean divides by the weights' sum, so that parts of a batch would not step like the whole.
+        return F.cross_entropy(logits, labels, self.class_weights, reduction="none", label_smoothing=smoothing).mean()
 
     def evaluate(self, session, setup):
         """Loss and accuracy of this epoch's weights on the test images or, where there are any, on the held-out ones.
@@ -215,45 +223,49 @@ class Classification:
         weights, is tested, and is saved with them.
         """
         if self.val is None:
-            return evaluate(self.model, self.test, setup.precision, setup.at_once)
-        scores = {**evaluate(self.model, self.val, setup.precision, setup.at_once, "val"), **NOT_TESTED}
+            return self.tested(session, setup)
+        scores, _ = evaluate(self.model, self.val, setup.precision, setup.at_once, "val")
+        columns = "test/loss", "test/acc", "test/acc_mean_of_batches", "test/balanced_acc", "chosen_epoch"
+        scores |= {name: math.nan for name in columns if "balanced" not in name or is_uneven(self.test.labels)}
         best = best_of(session.progress.get("best"), self.model, session.epoch, scores["val/acc"])
         session.progress["best"] = best
         if session.epoch == self.args.total_epoch:
             self.model.load_state_dict(best["model"])
-            scores |= evaluate(self.model, self.test, setup.precision, setup.at_once) | {"chosen_epoch": best["epoch"]}
+            scores |= self.tested(session, setup) | {"chosen_epoch": best["epoch"]}
+        return scores
+
+    def tested(self, session, setup):
+        """Loss and accuracy on the test images; what the last epoch predicts is left to the run, to be written."""
+        scores, predicted = evaluate(self.model, self.test, setup.precision, setup.at_once)
+        if session.epoch == self.args.total_epoch:
+            session.progress["predictions"] = torch.stack([self.test.labels.cpu(), predicted])
         return scores
 
     def content(self):
-        most = self.test.labels.bincount().max().item() / len(self.test.labels)  # what always one answer would reach
-        facts = {"classes": self.train.classes, "largest_class": most}
-        return {"kind": "ViT_Classifier", "model_args": self.model_args, **facts}
+        return {"kind": "ViT_Classifier", "model_args": self.model_args, "classes": self.train.classes}
 
 
 @torch.no_grad()
 def evaluate(model, images, precision, at_once, name="test"):
-    """Loss and accuracy over all test (or val) images, each counted once, whatever the batches and processes.
+    """Loss and accuracy over all test (or val) images, each counted once, whatever the batches and processes; and the
+    predicted classes (N,).
 
     At most at_once images pass the model together, as in training, so that evaluating needs no more memory.
-
-    test/acc_mean_of_batches is the course report's figure: the mean of the accuracies of batches of 128, in which a
-    short last batch counts as much as a full one. For comparison with it only.
     """
     pixels, labels = images.images, images.labels
     device = labels.device
-    loss, correct = torch.zeros((), device=device), torch.zeros(len(labels), device=device)
+    loss, predicted = torch.zeros((), device=device), torch.zeros_like(labels)
     for part in processes.shared_out(len(labels), EVAL_BATCH):
         with autocast(precision, device):
             pooled = torch.cat([model.pooled(normalize(some)) for some in pixels[part].split(at_once)])
         logits = model.head(pooled.float())  # in float32: bf16 cannot tell near logits apart
-        correct[part] = (logits.argmax(dim=1) == labels[part]).float()
+        predicted[part] = logits.argmax(dim=1)
         loss += F.cross_entropy(logits, labels[part], reduction="sum")
-    correct, loss = processes.sum_over_ranks(correct).cpu(), processes.sum_over_ranks(loss)  # MPS has no float64
-    scores = {f"{name}/loss": loss.item() / len(correct), f"{name}/acc": correct.mean(dtype=torch.float64).item()}
+    predicted, loss = processes.sum_over_ranks(predicted).cpu(), processes.sum_over_ranks(loss)
+    labels, scores = labels.cpu(), {f"{name}/loss": loss.item() / len(labels)}  # MPS has no float64
     if name == "test":
-        batches = torch.stack([part.mean() for part in correct.split(REPORT_BATCH)])
-        scores["test/acc_mean_of_batches"] = batches.mean(dtype=torch.float64).item()
-    return scores
+        return scores | accuracies_of(labels, predicted), predicted
+    return scores | {f"{name}/acc": (predicted == labels).double().mean().item()}, predicted
 
 
 def best_of(best, model, epoch, acc):
@@ -278,12 +290,11 @@ def main(argv=None):
         directory = train_classifier(args)
         processes.leave()
         if processes.is_first():
-            _, content = load_model(Path(directory, "model.pt"), ViT_Classifier)
+            load_model(Path(directory, "model.pt"), ViT_Classifier)
             row = read_metrics(directory)[-1]
+            balanced = f", balanced {row['test/balanced_acc']:.2%}" if "test/balanced_acc" in row else ""
             chosen = f" (epoch {row['chosen_epoch']:.0f}, chosen on held-out images)" if "chosen_epoch" in row else ""
-            result = f"Trained: {directory}/model.pt, test accuracy {row['test/acc']:.2%}{chosen}"
-            if (most := content.get("largest_class", 0)) * len(content["classes"]) > 1.1:  # uneven classes
-                result += f"; the most frequent class alone is {most:.2%} of the test images"
+            result = f"Trained: {directory}/model.pt, test accuracy {row['test/acc']:.2%}{balanced}{chosen}"
             print("Dry run: trained, evaluated, logged, saved and reloaded." if args.dry_run else result)
 
 

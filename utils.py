@@ -114,7 +114,8 @@ def add_data_arguments(parser, pretrained=False):
     group.add_argument("--dataset", choices=DATASETS, default=default["dataset"], help=text)
     text = "directory of the files, or to download them to; for npz the file" + note.format(DATA_DEFAULTS["data_dir"])
     group.add_argument("--data_dir", default=default["data_dir"], help=text)
-    group.add_argument("--train_images", type=positive_int, help="train on this many, equally many of each class")
+    text = "train on this many, drawn by --seed: equally many of each class, or its share where classes are uneven"
+    group.add_argument("--train_images", type=positive_int, help=text)
     group.add_argument(
         "--augment",
         choices=AUGMENTATIONS,
@@ -122,6 +123,14 @@ def add_data_arguments(parser, pretrained=False):
         "table 1e); official: crops, RandAugment and random erasing (table 9)",
     )
     return group
+
+
+def add_label_seed(group):
+    group.add_argument("--label_seed", type=seed, help="draws --train_images (and --val_images); default: --seed")
+
+
+def label_seed(args):
+    return args.seed if args.label_seed is None else args.label_seed
 
 
 SIZE_HELP = {
@@ -152,8 +161,9 @@ def add_optimisation_arguments(parser, warmup, device_batch_size):
     group.add_argument(
         "--max_device_batch_size",
         type=positive_int,
-        help=f"images at once on a device, more are accumulated; default: {device_batch_size['cuda']} on a GPU, "
-        f"{device_batch_size['cpu']} on a CPU",
+        help=f"images at once on a device, more are accumulated; default: {device_batch_size['cpu']} on a CPU; on a "
+        f"GPU {device_batch_size['cuda']} of the default sizes, more of fewer or smaller tokens; with 40 GB free 4 x "
+        "as many",
     )
     group.add_argument(
         "--base_learning_rate", type=non_negative_float, help="peak for a batch of 256; scales with --batch_size"

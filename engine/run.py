@@ -1,7 +1,8 @@
 """One run on disk: its config, metrics, TensorBoard events and checkpoints; continuing it.
 
 A run is a directory `<log_dir>/<name>/` with config.json, metrics.csv, events.out.tfevents.*, checkpoint.pt and, at
-the end, model.pt. The name says what sets the run apart, so the same command again finds its run and continues it.
+the end, model.pt and a classifier's predictions.csv. The name says what sets the run apart, so the same command again
+finds its run and continues it.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ from engine import processes
 from engine.checkpoints import load_file, save_file
 from engine.errors import UserError, as_user_error, counted
 from engine.files import check_writable, locked, replacing, sync
+from engine.predictions import write_predictions
 from engine.records import csv_text, read_config, read_metrics, read_run
 
 # What must be as it was, beside the settings, as digests: of a finished run, too
@@ -25,7 +27,7 @@ DIGESTS = {"images": "training images", "test_set": "test images", "parent": "we
 DIGESTS |= {"masks": "masks, because the code of the strategy has changed"}
 SAVE_INTERVAL = 50  # times as long as a save takes; so saving takes under 2 % of the time
 LEAST_SAVE_INTERVAL = 60  # seconds: files of 100 MB would else wear the disk
-SHOWN = ("train/loss", "test/loss", "val/acc", "test/acc", "probe/knn_acc")  # after each epoch
+SHOWN = ("train/loss", "test/loss", "val/acc", "test/acc", "test/balanced_acc", "probe/knn_acc")  # after each epoch
 STEPS_BETWEEN_AGREEMENTS = 10  # of processes with a GPU each on whether to save; each waits for the GPUs
 
 
@@ -145,7 +147,14 @@ class Run:
         if path := self.arguments.get("output_model_path"):
             check_writable(Path(path).parent, "--output_model_path")
         if self.overwrite:
-            for pattern in ("*.pt", "metrics.csv", "*features*", "events.out.tfevents.*", "config.json"):
+            for pattern in (
+                "*.pt",
+                "metrics.csv",
+                "predictions*.csv",
+                "*features*",
+                "events.out.tfevents.*",
+                "config.json",
+            ):
                 for path in self.directory.glob(pattern):
                     path.unlink()
         self.write_config({**self.identity, "finished": False, "facts": facts, "starts": starts})
@@ -196,7 +205,8 @@ class Session:
         self.saved = None  # epoch and step of the last save
         self.saved_at, self.save_seconds = time.monotonic(), 0.2
         self.progress = self._restore()
-        self.started_at, self.steps_before = time.monotonic(), self._steps()
+        self.steps_before = self._steps()
+        self.timed_from, self.timed_step = time.monotonic(), self.steps_before  # for the time left
         self.board = self._board() if processes.is_first() else None
         self.bar = tqdm(  # loss, images/s and the time left of the whole run, on a terminal
             total=plan.total_steps * plan.batch_size,
@@ -287,10 +297,19 @@ class Session:
         return self.progress["epoch"] == self.epochs
 
     def tick(self):
-        """One step is done: move the bar; save where that is due; leave where a signal asked for it."""
+        """One step is done: move the bar; save where that is due; leave where a signal asked for it.
+
+        Returns:
+            Whether it was the first of this start, whose time tells nothing of the others'.
+        """
+        first = self._steps() == self.steps_before + 1
+        if first:
+            self.timed_from, self.timed_step = time.monotonic(), self._steps()
+            self.bar.unpause()
         self.bar.update(self.plan.batch_size)
         if processes.group_device() == "cpu" or self.progress["step"] % STEPS_BETWEEN_AGREEMENTS == 0:
             self._save_or_stop()
+        return first
 
     def end_epoch(self, metrics):
         """The current epoch is done: log its metrics and go on to the next; save and leave as `tick` does."""
@@ -310,7 +329,8 @@ class Session:
         images = counted(facts["train_images"], "label" if self.run.identity["kind"] == "classifier" else "image")
         rate = f"peak learning rate {facts['peak_learning_rate']:.2g}"
         what = f"{facts['parameters']:,} parameters, {facts['precision']} on {start['device']}"
-        self._print(f"{self.run.directory}: {epochs} of {steps}, {images}, {rate}, {what}")
+        compiling = "; the first step compiles, about a minute" if start.get("compile_mode") else ""
+        self._print(f"{self.run.directory}: {epochs} of {steps}, {images}, {rate}, {what}{compiling}")
         if self.steps_before:
             self._print(f"Continued: {done(self.progress)} are done")
             if last.get("source") != start.get("source"):
@@ -319,9 +339,10 @@ class Session:
 
     def _print_epoch(self, epoch, metrics):
         shown = [f"{name} {metrics[name]:.4f}" for name in SHOWN if not math.isnan(metrics.get(name, math.nan))]
-        seconds_a_step = (time.monotonic() - self.started_at) / max(self._steps() - self.steps_before, 1)
-        left = tqdm.format_interval(seconds_a_step * (self.plan.total_steps - self._steps()))
-        self._print(f"epoch {epoch} of {self.epochs}: {', '.join(shown)}, {left} left")
+        if timed := self._steps() - self.timed_step:
+            seconds = (time.monotonic() - self.timed_from) / timed * (self.plan.total_steps - self._steps())
+            shown.append(f"{tqdm.format_interval(seconds)} left")
+        self._print(f"epoch {epoch} of {self.epochs}: {', '.join(shown)}")
 
     def _print(self, line):
         if processes.is_first():
@@ -405,7 +426,9 @@ class Session:
         return {**self.content, **images, **own, "model": self.model.state_dict()}
 
     def finish(self):
-        """Write model.pt, then that the run is finished; to TensorBoard its settings as hyper-parameters."""
+        """Write model.pt, predictions.csv from progress["predictions"] (2, N: labels and predicted), if it is there,
+        then that the run is finished; to TensorBoard its settings as hyper-parameters.
+        """
         if not processes.is_first():
             return
         known = self.run.identity
@@ -414,4 +437,7 @@ class Session:
         with self.writing():
             self.board.add_hparams({name: v for name, v in told.items() if v is not None}, {}, run_name=".")
             save_file(self.run.directory / "model.pt", self._file())
+            if "predictions" in self.progress:
+                path = self.run.directory / "predictions.csv"
+                write_predictions(path, self.content["classes"], *self.progress["predictions"])
             self.run.write_config(read_config(self.run.directory) | {"finished": True})

@@ -37,6 +37,7 @@ class Measure(NamedTuple):
 
 MEASURES = {
     "fine-tuned": Measure("test/acc", "classifier"),
+    "balanced accuracy": Measure("test/balanced_acc", "classifier"),
     "linear probe": Measure("linear/acc", "features"),
     "k-NN": Measure("knn/acc", "features"),
     "k-NN while pretraining": Measure("probe/knn_acc", "mae"),

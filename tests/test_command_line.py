@@ -99,6 +99,7 @@ def test_names_tell_what_sets_runs_apart():
     flags += " --clip_grad 1 --drop_path 0.1 --label_smoothing 0.1 --mixup 0.8 --cutmix 1"
     name = "cls_cifar10_n500_val100_augshift_ep100_poolmean_matrices_ld0.75_clip1_dp0.1_ls0.1_mixup0.8_cutmix1_s42"
     assert named(CLS, flags) == f"{name}_scratch"
+    assert named(CLS, "--train_images 500 --label_seed 0") == "cls_cifar10_n500_draw0_ep100_s42_scratch"
 
 
 @pytest.mark.parametrize("script", [MAE, CLS])
@@ -355,7 +356,9 @@ def test_a_mae_with_a_strategy_that_is_gone_is_told_in_one_line(monkeypatch, cap
 def test_dry_run_goes_through_every_line_and_leaves_nothing(script, more, capsys, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model, **how: model)  # slow; tests/test_model.py really compiles
     script.main(["--dry_run", *SIZE, "--output_model_path", "mine.pt", *more])
-    assert "saved and reloaded" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "saved and reloaded" in said
+    assert ("the first step compiles" in said) == ("--compile" in more)
     assert not list(Path().iterdir())
 
 

@@ -27,8 +27,8 @@ def test_npz_is_read_as_medmnist_stores_it(tmp_path):
     _, test = load_dataset("npz", write_npz(tmp_path / "few.npz", test_labels=np.array([3, 0, 3, 3])), 28)
     assert test.labels.tolist() == [2, 0, 2, 2]
     colour = np.zeros((6, 40, 30, 3), np.uint8) + np.array([10, 20, 30], np.uint8)
-    train, _ = load_dataset("npz", write_npz(tmp_path / "b.npz", train_images=colour), 16, train_images=3)
-    assert train.images[:, :, 5, 5].tolist() == [[10, 20, 30]] * 3
+    train, _ = load_dataset("npz", write_npz(tmp_path / "b.npz", train_images=colour), 16)
+    assert train.images[:, :, 5, 5].tolist() == [[10, 20, 30]] * 6
 
 
 @pytest.mark.parametrize(

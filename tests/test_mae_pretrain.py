@@ -66,7 +66,8 @@ def test_probes_look_at_test_images_now_and_then_and_change_nothing(mae):
 
 def test_a_probe_measures_what_a_plain_loop_does(mae):
     row, (model, _) = read_metrics(mae)[-1], load_model(mae, MAE_ViT)
-    train, test = load.load_dataset("shapes", "data", 32, 40)
+    train, test = load.load_dataset("shapes", "data", 32)
+    train, _ = load.draw(train, 40, seed=42)
     with torch.no_grad():
         bank, asked = (
             F.normalize(model.encoder(normalize(images.images))[:, 1:].mean(1), dim=1) for images in (train, test)
@@ -91,7 +92,7 @@ def some_parts(which, count, size):
 
 def test_a_probe_is_the_same_by_two_processes_or_in_small_parts_and_its_k_nn_in_float32(monkeypatch):
     model = MAE_ViT(patch_size=8, embed_dim=12, encoder_depth=1, num_heads=2, decoder_depth=1)
-    sets, knn_predict = load.load_dataset("shapes", "data", 32, 40), mae_pretrain.knn_predict
+    sets, knn_predict = load.load_dataset("shapes", "data", 32), mae_pretrain.knn_predict
 
     def in_float32(*inputs):
         assert not torch.is_autocast_enabled("cpu")

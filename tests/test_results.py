@@ -34,7 +34,7 @@ def test_a_run_is_a_row_with_settings_the_maes_last_metrics_and_frozen_features(
     assert (of_mae.decoder_depth, of_mae.decoder_embed_dim, of_mae["probe/knn_acc"]) == (2, "none", 0.12)
     means = runs[runs.kind == "classifier"].groupby("mae/mask_ratio")["test/acc"].mean()
     assert means.to_dict() == {0.75: 0.8}
-    assert {measure.column for measure in MEASURES.values()} <= set(runs)
+    assert {measure.column for measure in MEASURES.values()} - set(runs) == {"test/balanced_acc"}  # even classes
 
 
 def test_each_file_is_read_once(monkeypatch):
@@ -132,9 +132,10 @@ def test_the_accuracy_watched_is_of_held_out_images_where_all_have_it():
     assert results.common_accuracy([test, [{"train/loss": 0.5}]]) is None
 
 
-def test_the_kept_runs_are_all_read_and_finished():
+def test_the_kept_runs_are_all_read_and_finished_but_two_that_the_clock_stopped():
     kept = Path(__file__).parents[1]
     records = find_runs(kept / "logs" / "report", kept / "pretrained")
-    assert len(records) >= 171
-    assert all(record.finished for record in records)
+    assert len(records) >= 176
+    stopped = [record for record in records if not record.finished]
+    assert sorted((len(record.metrics), record.settings["total_epoch"]) for record in stopped) == [(4, 22), (42, 44)]
     assert all(record.name == record.directory.name for record in records if record.directory.parent.name == "pretrain")
