@@ -122,19 +122,6 @@ def difference_table(found, pairs):
     return markdown_table(pd.DataFrame.from_dict(rows, orient="index").fillna("")) if rows else ""
 
 
-def commands(runs):
-    """What was run, from what and for how long: a list and a table."""
-    lines, used = [], []
-    for entry in runs.entries.itertuples():
-        for record in (runs.records[run] for run in (entry.mae, entry.classifier) if run):
-            done = [(runs.table.minutes[str(record.directory)], record.starts[-1])]
-            done += [(stored["seconds"] / 60, stored) for stored in record.features]
-            lines += [(entry.setting, entry.seed, f"{minutes:.1f}", f"`{by['command']}`") for minutes, by in done]
-            used.append(record)
-    table = pd.DataFrame(lines, columns=["", "seed", "minutes (training: of steps)", "command"]).set_index("")
-    return "".join(f"- {line}\n" for line in origins(used, least=1)) + "\n" + markdown_table(table)
-
-
 # --- findings ---
 
 
@@ -230,7 +217,10 @@ def write_report(runs, notes, output, captions):
     for name, caption in captions.items():
         title = name.replace("figure", "Figure ").replace(" 0", " ").replace("_", " ")
         text += f"### {title}\n\n![{caption}]({name}.png)\n\n{caption}\n\n"
-    (output / "REPORT.md").write_text(f"{text}## Commands\n\nAs they were typed.\n\n{commands(runs)}")
+    text += "## Runs\n\nIn `runs/`, each with its command, commit and machine in config.json.\n\n"
+    (output / "REPORT.md").write_text(
+        text + "".join(f"- {line}\n" for line in origins(runs.records, runs.entries, least=1))
+    )
 
 
 def copies(runs, output):
