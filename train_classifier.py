@@ -17,9 +17,9 @@ from timm.optim import param_groups_layer_decay
 import utils
 from engine import processes
 from engine.checkpoints import digest, load_model
-from engine.device import autocast, generator
+from engine.device import generator
 from engine.errors import UserError, exit_in_one_line
-from engine.predictions import accuracies_of, is_uneven
+from engine.predictions import accuracies_of, is_uneven, predict
 from engine.records import read_metrics
 from engine.training import train
 from images.augmentation import AUGMENTATIONS, mix
@@ -29,7 +29,6 @@ from model import MAE_ViT, ViT_Classifier, drop_path_scales
 
 WARMUP = 0.05  # of all epochs
 DEVICE_BATCH_SIZE = {"cuda": 256, "cpu": 128, "mps": 128}  # images at once on a device
-EVAL_BATCH = 500  # images whose losses are summed at once
 # Recipes for --preset: values of flags by name. What a row leaves out is as in the first.
 PRESETS = {
     "reference": {
@@ -245,27 +244,16 @@ class Classification:
         return {"kind": "ViT_Classifier", "model_args": self.model_args, "classes": self.train.classes}
 
 
-@torch.no_grad()
 def evaluate(model, images, precision, at_once, name="test"):
-    """Loss and accuracy over all test (or val) images, each counted once, whatever the batches and processes; and the
-    predicted classes (N,).
-
-    At most at_once images pass the model together, as in training, so that evaluating needs no more memory.
-    """
-    pixels, labels = images.images, images.labels
-    device = labels.device
-    loss, predicted = torch.zeros((), device=device), torch.zeros_like(labels)
-    for part in processes.shared_out(len(labels), EVAL_BATCH):
-        with autocast(precision, device):
-            pooled = torch.cat([model.pooled(normalize(some)) for some in pixels[part].split(at_once)])
-        logits = model.head(pooled.float())  # in float32: bf16 cannot tell near logits apart
-        predicted[part] = logits.argmax(dim=1)
-        loss += F.cross_entropy(logits, labels[part], reduction="sum")
-    predicted, loss = processes.sum_over_ranks(predicted).cpu(), processes.sum_over_ranks(loss)
-    labels, scores = labels.cpu(), {f"{name}/loss": loss.item() / len(labels)}  # MPS has no float64
-    if name == "test":
-        return scores | accuracies_of(labels, predicted), predicted
-    return scores | {f"{name}/acc": (predicted == labels).double().mean().item()}, predicted
+    """Loss and accuracy over all test (or val) images, {column: number}, and the predicted classes (N,)."""
+    predicted, loss = predict(model, images, normalize, precision, at_once)
+    labels = images.labels.cpu()  # MPS has no float64
+    found = (
+        accuracies_of(labels, predicted)
+        if name == "test"
+        else {"val/acc": (predicted == labels).double().mean().item()}
+    )
+    return {f"{name}/loss": loss, **found}, predicted
 
 
 def best_of(best, model, epoch, acc):

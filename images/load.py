@@ -6,6 +6,7 @@ A set is one tensor on the training device; a batch is an index, a cast and a no
 import math
 import re
 import socket
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from engine import processes
 from engine.device import generator
 from engine.errors import UserError, as_user_error
 from engine.files import locked
-from images.folder import read_folder, readable
+from images.folder import read_folder, read_test_folder, readable
 from images.npz import read_npz
 from images.pixels import ImageSet, flatness, to_images
 from images.shapes import shapes
@@ -101,10 +102,8 @@ def load_dataset(name, data_dir, img_size, *, labelled=True):
         train, test = (part and part._replace(labels=part.labels * 0, classes=[]) for part in (train, test))
     if labelled and len(train.labels.unique()) < 2:
         raise UserError(f"{place} has 1 class, nothing to tell apart; is train/<class>/ right?")
-    if processes.is_first():
-        for part, images in ("training images", train), ("test images", test):
-            if images and (done := (*images.done, *flatness(images.images))):
-                print(f"{place}, {part}: {' '.join(done)}")
+    say_done(train, f"{place}, training images")
+    say_done(test, f"{place}, test images")
     if test is None:
         train, test = split_off_test(train)
         if processes.is_first():
@@ -112,6 +111,33 @@ def load_dataset(name, data_dir, img_size, *, labelled=True):
             print(f"{place} has no test set: {held_out}.")
     say_copies(train, test, place, "test")
     return train, test
+
+
+def load_test_set(name, data_dir, img_size, classes, whose):
+    """The test images of a set for a classifier that tells `classes` apart, labelled by place in them, by name.
+
+    A folder needs no train/ here, and some classes may be missing.
+
+    Raises:
+        UserError: the set has other classes; whose: what to call the classifier then.
+    """
+    if name == "folder" and not Path(data_dir, "train").is_dir():
+        with as_user_error(OSError):
+            test = read_test_folder(data_dir, img_size)
+        say_done(test, f"{readable(str(data_dir))}, test images")
+    else:
+        test = load_dataset(name, data_dir, img_size)[1]
+    if others := [one for one in test.classes if one not in classes]:
+        others, known = (textwrap.shorten(", ".join(names), 300) for names in (others, classes))
+        raise UserError(f"{whose} tells {known} apart; {name} in {data_dir} has {others}. Give images of its classes.")
+    places = torch.tensor([classes.index(one) for one in test.classes])
+    return test._replace(labels=places[test.labels], classes=classes)
+
+
+def say_done(images, what):
+    """Print what was done to the pictures of a set, if there is one, and what was left out."""
+    if processes.is_first() and images and (done := (*images.done, *flatness(images.images))):
+        print(f"{what}: {' '.join(done)}")
 
 
 def say_copies(train, other, place, other_name):
