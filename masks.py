@@ -9,6 +9,8 @@ parameters is one more line there: "blockwise_small": functools.partial(blockwis
 import math
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 
 
 def random_scores(batch_size, grid_size, num_visible, generator, device):
@@ -60,35 +62,84 @@ def shifted_grid_scores(batch_size, grid_size, num_visible, generator, device):
     return ranks[rows[:, :, None], columns[:, None, :]].flatten(1)
 
 
-def blockwise_scores(batch_size, grid_size, num_visible, generator, device, num_blocks=24, smallest=16 / 196):
+def jittered_grid_scores(batch_size, grid_size, num_visible, generator, device):
+    """One random patch of each 2 x 2 is visible at mask ratio 0.75 (uniform masking, Li et al. 2022, arXiv:2205.10063).
+
+    At other ratios, too, the visible patches are spread evenly: the grid is cut into four again and again, and what is
+    visible is shared out equally among the four of each cut.
+    """
+    scores = torch.zeros(batch_size, 1, 1, device=device)
+    while (size := scores.shape[1]) < grid_size:
+        order = torch.rand(batch_size, size, size, 4, generator=generator, device=device).argsort(dim=-1)
+        order = rearrange(order, "b h w (r c) -> b (h r) (w c)", r=2)  # of the four quarters of each square
+        scores = scores.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2) + size**2 * order
+    return scores[:, :grid_size, :grid_size].flatten(1)
+
+
+def cell_scores(batch_size, grid_size, num_visible, generator, device):
+    """Whole cells of 2 x 2 patches are visible or hidden (Pixio, arXiv:2512.15715).
+
+    A part of one cell makes the count exact. Where grid_size is odd, the cells of the last row and column are cut.
+    """
+    side = -(-grid_size // 2)
+    cells = torch.rand(batch_size, side**2, generator=generator, device=device).argsort(dim=1)
+    cells = cells.view(-1, side, side).repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
+    within = torch.rand(batch_size, grid_size, grid_size, generator=generator, device=device)
+    return (cells[:, :grid_size, :grid_size] + within).flatten(1)
+
+
+def noise_scores(batch_size, grid_size, num_visible, generator, device, fine=1.0, coarse=2.0):
+    """Blobs and gaps of a middle size: the highest values of band-passed noise are hidden.
+
+    ColorMAE's green noise, the best of its bands (Hinojosa et al. 2024, arXiv:2407.13036, section 3): white noise
+    blurred by a narrow Gaussian less the same blurred by a wide one. `fine` and `coarse` are their standard deviations
+    in patches, our choice.
+    """
+    margin = math.ceil(3 * coarse)  # a blur's reach: the edges of the grid are then as its middle
+    white = torch.randn(batch_size, *[grid_size + 2 * margin] * 2, generator=generator, device=device)
+    inner = torch.arange(grid_size, device=device)
+    distance = inner[:, None] + margin - torch.arange(grid_size + 2 * margin, device=device)  # (g, g + 2 margin)
+
+    def blurred(sigma):
+        kernel = torch.softmax(-0.5 * (distance / sigma) ** 2, dim=1)
+        return kernel @ white @ kernel.T  # (B, g, g)
+
+    return (blurred(fine) - blurred(coarse)).flatten(1)
+
+
+def blockwise_scores(batch_size, grid_size, num_visible, generator, device, smallest=16 / 196, attempts=40):
     """Several large blocks are hidden, one after another, until the count is reached (the paper's "block").
 
-    BEiT's block-wise masking (Bao et al. 2021, arXiv:2106.08254, algorithm 1): areas from `smallest` (a
-    fraction of the image) to all that is to be hidden, aspect ratios from 0.3 to 1 / 0.3. BEiT stops at "enough"; here
-    the last block is cut along a line in a random direction, so that the count is exact.
+    BEiT's block-wise masking (Bao et al. 2021, arXiv:2106.08254, algorithm 1): areas from `smallest` (a fraction of the
+    image) to what is still to be hidden, aspect ratios from 0.3 to 1 / 0.3. As in its code, a block that is as high or
+    as wide as the image, or would hide too many, is drawn anew. BEiT gives up after ten of those and hides fewer; here
+    all images have equally many `attempts`, then the patches that touch most hidden ones make the count exact.
     """
-    num_patches = grid_size**2
 
-    def uniform(low, high, *shape):
-        return low + (high - low) * torch.rand(batch_size, *shape, generator=generator, device=device)
+    def uniform(low, high):
+        return low + (high - low) * torch.rand(attempts, batch_size, 1, generator=generator, device=device)
 
+    smallest, num_hidden = smallest * grid_size**2, grid_size**2 - num_visible
+    share, aspect = uniform(0, 1), uniform(math.log(0.3), -math.log(0.3)).exp()
+    down, right = uniform(0, 1), uniform(0, 1)
     grid = torch.arange(grid_size, device=device)
-    smallest = smallest * num_patches
-    area = uniform(smallest, max(smallest, num_patches - num_visible), num_blocks)
-    aspect = uniform(math.log(0.3), -math.log(0.3), num_blocks).exp()
 
-    def spans(length):  # (B, K) lengths -> (B, K, g) bool, one span of that length at a uniform place
-        length = length.round().clamp(1, grid_size)
-        start = (uniform(0, 1, num_blocks) * (grid_size - length + 1)).floor()
-        return (grid >= start[..., None]) & (grid < (start + length)[..., None])
+    def span(length, place):  # (B, 1) each -> (B, g) bool
+        start = (place * (grid_size - length + 1)).floor()
+        return (grid >= start) & (grid < start + length)
 
-    rows, columns = spans((area * aspect).sqrt()), spans((area / aspect).sqrt())
-    scores = torch.zeros(batch_size, grid_size, grid_size, device=device)  # num_blocks - k: block k was first to cover
-    for k in reversed(range(num_blocks)):
-        scores.masked_fill_(rows[:, k, :, None] & columns[:, k, None, :], num_blocks - k)
-    down, right = uniform(-0.5, 0.5, 1, 1), uniform(-0.5, 0.5, 1, 1)
-    ramp = (down * grid[:, None] + right * grid) / grid_size  # (B, g, g) within 0.5 of its middle value
-    return (scores + 0.9 * ramp).flatten(1)
+    hidden = torch.zeros(batch_size, grid_size, grid_size, dtype=torch.bool, device=device)
+    for k in range(attempts):
+        to_hide = num_hidden - hidden.sum((1, 2))[:, None]  # (B, 1)
+        area = smallest + share[k] * (to_hide - smallest)
+        height, width = (area * aspect[k]).sqrt().round(), (area / aspect[k]).sqrt().round()
+        block = span(height, down[k])[:, :, None] & span(width, right[k])[:, None, :]
+        new = (block & ~hidden).sum((1, 2))[:, None]
+        fits = (height < grid_size) & (width < grid_size) & (new <= to_hide)
+        hidden |= block & fits[..., None]
+    touched = F.avg_pool2d(hidden[:, None].float(), 3, stride=1, padding=1)[:, 0]  # share of hidden ones around
+    ties = 0.1 * torch.rand(batch_size, grid_size, grid_size, generator=generator, device=device)  # < 1 patch of 9
+    return (2 * hidden + touched + ties).flatten(1)
 
 
 MASK_STRATEGIES = {
@@ -96,5 +147,8 @@ MASK_STRATEGIES = {
     "block": block_scores,
     "grid": grid_scores,
     "shifted_grid": shifted_grid_scores,
+    "jittered_grid": jittered_grid_scores,
+    "cells": cell_scores,
+    "noise": noise_scores,
     "blockwise": blockwise_scores,
 }

@@ -120,7 +120,7 @@ def add_data_arguments(parser, pretrained=False):
         "--augment",
         choices=AUGMENTATIONS,
         help="mirroring, and random shifts by up to 4 pixels (shift) or random resized crops (crop; MAE paper, "
-        "table 1e)",
+        "table 1e); official: crops, RandAugment and random erasing (table 9)",
     )
     return group
 
@@ -161,8 +161,9 @@ def add_optimisation_arguments(parser, warmup, device_batch_size):
     group.add_argument(
         "--max_device_batch_size",
         type=positive_int,
-        help=f"images at once on a device, more are accumulated; default: {device_batch_size['cuda']} on a GPU, "
-        f"{device_batch_size['cpu']} on a CPU",
+        help=f"images at once on a device, more are accumulated; default: {device_batch_size['cpu']} on a CPU; on a "
+        f"GPU {device_batch_size['cuda']} of the default sizes, more of fewer or smaller tokens; with 40 GB free 4 x "
+        "as many",
     )
     group.add_argument(
         "--base_learning_rate", type=non_negative_float, help="peak for a batch of 256; scales with --batch_size"

@@ -21,13 +21,22 @@ OLD_FORMAT = b"\x80\x02\x8a\nl\xfc\x9cF\xf9"
 
 
 def save_file(path, content):
-    """Write a .pt file whole or not at all: temporary name, sync, rename."""
+    """Write a .pt file whole or not at all: temporary name, sync, rename. Its tensors are the CPU's, wherever made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
-    torch.save(content, buffer)
+    torch.save(on_cpu(content), buffer)
     with replacing(path) as file:
         file.write(buffer.getbuffer())
+
+
+def on_cpu(value):
+    """Dictionaries and lists with their tensors on the CPU: plain torch.load refuses a GPU's where there is none."""
+    if isinstance(value, dict):
+        return {key: on_cpu(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [on_cpu(part) for part in value]
+    return value.cpu() if isinstance(value, torch.Tensor) else value
 
 
 def load_file(path, *kinds):

@@ -22,7 +22,11 @@ from engine.errors import UserError
 
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
-COMPILE_FROM = 2_000_000  # images for a GPU to train on: an estimate of where a minute of compiling pays
+DEFAULT_SIZE = 256 * 192  # tokens x width of the default model
+LARGE_GPU = 40e9  # bytes free
+# Images for a GPU to train on, from which compiling pays: by what first steps and speeds one H100 had, from 1.1 (patch
+# 2) and 2.1 million (patch 4) of pretraining on, from 0.3 million of fine-tuning (logs/report/BENCHMARK.md).
+COMPILE_FROM = 2_000_000
 
 
 def pick_device(name):
@@ -65,15 +69,47 @@ def pick_precision(name, device, embed_dim):
     return "bf16" if embed_dim >= 64 and {"avx512_bf16", "amx_bf16"} & set(flags) else "float32"
 
 
-def maybe_compiled(function, choice, device, num_images):
-    """The function through torch.compile, or as it is.
+def images_at_once(standard, num_patches, embed_dim, free):
+    """Images at once on a GPU: `standard` of the default model, of smaller tokens more; with much memory 4 times those.
+
+    Pretraining the default model takes 6.7 GB with 512 and 26 GB with 2048, where an H100 is 1.15 times as fast.
+
+    Args:
+        free: bytes.
+    """
+    return max(1, standard * (4 if free >= LARGE_GPU else 1) * DEFAULT_SIZE // (num_patches * embed_dim))
+
+
+def compile_mode(choice, device, num_images, num_micro_batches):
+    """torch.compile's mode for a training step; None: eager.
+
+    A small batch waits for the CPU, which CUDA graphs ("reduce-overhead") mend: on an H100, 1.65 times as fast at patch
+    4 and batch 1024, 1.55 times in fine-tuning. Where micro-batches add up, they fail: the next overwrites gradients.
 
     Args:
         choice: whether to compile; None: on CUDA, from COMPILE_FROM images on.
         num_images: that this device will train on, each epoch counted.
     """
-    worth_it = device.type == "cuda" and num_images >= COMPILE_FROM
-    return torch.compile(function, dynamic=False) if (worth_it if choice is None else choice) else function
+    if choice is None:
+        choice = device.type == "cuda" and num_images >= COMPILE_FROM
+    if not choice:
+        return None
+    return "reduce-overhead" if device.type == "cuda" and num_micro_batches == 1 else "default"
+
+
+def compiled(function, mode):
+    """The function through torch.compile in this mode; None: as it is."""
+    if mode is None:
+        return function
+    fast = torch.compile(function, dynamic=False, mode=mode)
+    if mode != "reduce-overhead":
+        return fast
+
+    def step(*inputs):
+        torch.compiler.cudagraph_mark_step_begin()  # what the last step left in the graph's memory is used up
+        return fast(*inputs)
+
+    return step
 
 
 def autocast(precision, device):

@@ -205,7 +205,8 @@ class Session:
         self.saved = None  # epoch and step of the last save
         self.saved_at, self.save_seconds = time.monotonic(), 0.2
         self.progress = self._restore()
-        self.started_at, self.steps_before = time.monotonic(), self._steps()
+        self.steps_before = self._steps()
+        self.timed_from, self.timed_step = time.monotonic(), self.steps_before  # for the time left
         self.board = self._board() if processes.is_first() else None
         self.bar = tqdm(  # loss, images/s and the time left of the whole run, on a terminal
             total=plan.total_steps * plan.batch_size,
@@ -296,10 +297,19 @@ class Session:
         return self.progress["epoch"] == self.epochs
 
     def tick(self):
-        """One step is done: move the bar; save where that is due; leave where a signal asked for it."""
+        """One step is done: move the bar; save where that is due; leave where a signal asked for it.
+
+        Returns:
+            Whether it was the first of this start, whose time tells nothing of the others'.
+        """
+        first = self._steps() == self.steps_before + 1
+        if first:
+            self.timed_from, self.timed_step = time.monotonic(), self._steps()
+            self.bar.unpause()
         self.bar.update(self.plan.batch_size)
         if processes.group_device() == "cpu" or self.progress["step"] % STEPS_BETWEEN_AGREEMENTS == 0:
             self._save_or_stop()
+        return first
 
     def end_epoch(self, metrics):
         """The current epoch is done: log its metrics and go on to the next; save and leave as `tick` does."""
@@ -319,7 +329,8 @@ class Session:
         images = counted(facts["train_images"], "label" if self.run.identity["kind"] == "classifier" else "image")
         rate = f"peak learning rate {facts['peak_learning_rate']:.2g}"
         what = f"{facts['parameters']:,} parameters, {facts['precision']} on {start['device']}"
-        self._print(f"{self.run.directory}: {epochs} of {steps}, {images}, {rate}, {what}")
+        compiling = "; the first step compiles, about a minute" if start.get("compile_mode") else ""
+        self._print(f"{self.run.directory}: {epochs} of {steps}, {images}, {rate}, {what}{compiling}")
         if self.steps_before:
             self._print(f"Continued: {done(self.progress)} are done")
             if last.get("source") != start.get("source"):
@@ -328,9 +339,10 @@ class Session:
 
     def _print_epoch(self, epoch, metrics):
         shown = [f"{name} {metrics[name]:.4f}" for name in SHOWN if not math.isnan(metrics.get(name, math.nan))]
-        seconds_a_step = (time.monotonic() - self.started_at) / max(self._steps() - self.steps_before, 1)
-        left = tqdm.format_interval(seconds_a_step * (self.plan.total_steps - self._steps()))
-        self._print(f"epoch {epoch} of {self.epochs}: {', '.join(shown)}, {left} left")
+        if timed := self._steps() - self.timed_step:
+            seconds = (time.monotonic() - self.timed_from) / timed * (self.plan.total_steps - self._steps())
+            shown.append(f"{tqdm.format_interval(seconds)} left")
+        self._print(f"epoch {epoch} of {self.epochs}: {', '.join(shown)}")
 
     def _print(self, line):
         if processes.is_first():

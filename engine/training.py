@@ -14,10 +14,12 @@ from engine import processes
 from engine.device import (
     PRECISIONS,
     autocast,
+    compile_mode,
+    compiled,
     environment,
     generator,
+    images_at_once,
     loss_scaler,
-    maybe_compiled,
     peak_memory_mb,
     pick_device,
     pick_precision,
@@ -164,9 +166,11 @@ def train_one_epoch(setup, experiment, optimizer, loss_of, session):
     Args:
         experiment: as `train` takes it; loss_of: its loss, compiled or not.
         session: has progress, a dictionary kept up to date here (epoch and step to go on from, loss_sum and seconds so
-            far, the scaler's state), and tick(), called after each step.
+            far, the scaler's state), and tick(), called after each step; it returns whether that was the first of this
+            start, which compiles and is no part of the images/s.
     """
     progress, started, plan, scaler = session.progress, time.monotonic(), setup.plan, setup.scaler
+    timed_from, timed_step = started, progress["step"]
     if "scaler" in progress:
         scaler.load_state_dict(progress["scaler"])
     epoch = progress["epoch"]
@@ -180,14 +184,15 @@ def train_one_epoch(setup, experiment, optimizer, loss_of, session):
             progress["scaler"] = scaler.state_dict()
             check_scale(progress)
         progress["seconds"], started = progress["seconds"] + time.monotonic() - started, time.monotonic()
-        session.tick()
+        if session.tick():
+            timed_from, timed_step = time.monotonic(), step + 1
     loss = float(progress["loss_sum"]) / plan.steps_per_epoch  # waits for the device
-    seconds = progress["seconds"] + time.monotonic() - started
+    now, timed_images = time.monotonic(), (plan.steps_per_epoch - timed_step) * plan.batch_size
     return {
         "train/loss": loss,
         "lr": plan.lr((epoch + 1) * plan.steps_per_epoch - 1),
-        "speed/images_per_sec": plan.steps_per_epoch * plan.batch_size / seconds,
-        "seconds": seconds,
+        "speed/images_per_sec": timed_images / (now - timed_from) if timed_images else math.nan,
+        "seconds": progress["seconds"] + now - started,
     }
 
 
@@ -212,6 +217,7 @@ class Setup(NamedTuple):
     at_once: int  # the most images at once on the device
     scaler: torch.amp.GradScaler  # of the loss; does nothing but in fp16
     clip_grad: float = 0.0  # the largest norm of all gradients together; 0: any
+    compile_mode: str | None = None  # torch.compile's for the loss; None: eager
 
 
 def set_up(experiment, device):
@@ -222,23 +228,28 @@ def set_up(experiment, device):
     """
     args = experiment.args
     at_once = args.max_device_batch_size or experiment.device_batch_size[device.type]
+    if device.type == "cuda" and not args.max_device_batch_size:
+        free, num_patches = torch.cuda.mem_get_info(device)[0], (args.img_size // args.patch_size) ** 2
+        at_once = images_at_once(at_once, num_patches, args.embed_dim, free)
+        at_once = -processes.max_over_ranks(-at_once)[0]  # the least: by it the processes share out what is evaluated
     place = processes.rank(), processes.world_size()
     plan = plan_training(args, experiment.num_images, experiment.warmup, at_once, *place)
     precision = pick_precision(args.precision, device, args.embed_dim)
-    scaler = loss_scaler(precision, device)
-    return Setup(device, precision, plan, at_once, scaler, getattr(args, "clip_grad", 0.0))
+    mode = compile_mode(args.compile, device, plan.num_images, len(plan.slices))
+    scaler, clip_grad = loss_scaler(precision, device), getattr(args, "clip_grad", 0.0)
+    return Setup(device, precision, plan, at_once, scaler, clip_grad, mode)
 
 
 def build(experiment, setup):
     """Draw the model from the seed: (the model on its device, its optimizer, its loss, compiled where that pays)."""
-    args, plan = experiment.args, setup.plan
+    args = experiment.args
     torch.manual_seed(args.seed)
     model = experiment.build().to(setup.device)
     tune(model, setup.device, setup.precision, (args.img_size // args.patch_size) ** 2)
-    recipe = {"lr": plan.peak_lr, "betas": experiment.betas, "weight_decay": args.weight_decay}
+    recipe = {"lr": setup.plan.peak_lr, "betas": experiment.betas, "weight_decay": args.weight_decay}
     dtype = PRECISIONS[setup.precision]
     optimizer = OPTIMIZERS[args.optimizer](model, experiment.parameter_groups(), dtype, **recipe)
-    return model, optimizer, maybe_compiled(experiment.loss, args.compile, setup.device, plan.num_images)
+    return model, optimizer, compiled(experiment.loss, setup.compile_mode)
 
 
 def train(args, start_experiment):
@@ -251,13 +262,12 @@ def train(args, start_experiment):
         start_experiment: takes the arguments, checks what can be checked without images, and gives the experiment:
 
             args: the arguments, completed; identity, arguments: as `Run` takes them; warmup: as `plan_training` does;
-            device_batch_size: {type of device: most images at once, by default}; betas: AdamW's.
+            device_batch_size: {type of device: images at once, which `images_at_once` scales on a GPU}; betas: AdamW's.
             load(device): reads the images onto the device and sets num_images (to train on) and digests.
             build(): the model, its weights drawn from torch's seed; also kept as experiment.model.
             parameter_groups(): what the optimizer steps.
             draw_batch(ids, epoch, step): the global batch of the images ids (B,), tensors (B, ...). Every draw in it
-            follows from (seed, epoch, step) and is made for the global batch: neither a stop in between nor the number
-            of processes changes which images are seen, and how.
+            follows from (seed, epoch, step) alone: neither a stop nor the number of processes changes what is seen.
             loss(*parts): mean loss of a part (b, ...) of each of these tensors, under autocast.
             evaluate(session, setup): metrics after an epoch, {name: number, nan where not measured}.
             content(): as `Run.open` takes it.
@@ -276,7 +286,8 @@ def train(args, start_experiment):
     model, optimizer, loss_of = build(experiment, setup)
     facts = {"parameters": sum(p.numel() for p in model.parameters()), "precision": setup.precision}
     facts |= {"train_images": experiment.num_images} | experiment.digests | setup.plan.facts()
-    start = {"processes": processes.world_size(), "micro_batches": len(setup.plan.slices), **environment(device)}
+    start = {"processes": processes.world_size(), "micro_batches": len(setup.plan.slices)}
+    start |= {"compile_mode": setup.compile_mode, **environment(device)}
     with run.open(model, optimizer, setup.plan, facts, start, experiment.content()) as session:
         while not session.is_done():
             metrics = train_one_epoch(setup, experiment, optimizer, loss_of, session)

@@ -5,8 +5,11 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torchvision.transforms.v2 import functional as tv
 
 PART = 512  # images in floating point at once; bounds the memory
+GREY = 128.0  # fills what a geometric operation of RandAugment uncovers
+ERASED = (124.0, 58.0)  # mean and standard deviation of the noise in an erased rectangle
 
 
 def flip_and_shift(images, generator, padding=4):
@@ -70,6 +73,85 @@ def cubic(distance):
     return torch.where(distance < 1, near, far) * (distance < 2)
 
 
+def solarize_add(images, level):
+    """Brighten the pixels below 128, by up to 110."""
+    return torch.where(images < 128, (images + int(110 * abs(level))).clamp(max=255), images)  # uint8, at most 237
+
+
+def affine(images, angle=0.0, shift=(0.0, 0.0), shear=(0.0, 0.0), center=None):
+    """Turn by degrees, shift by pixels, shear by tangents; bilinear."""
+    shear = [math.degrees(math.atan(value)) for value in shear]
+    bilinear = tv.InterpolationMode.BILINEAR
+    return tv.affine(images, angle, list(shift), 1.0, shear, bilinear, fill=[GREY] * images.shape[1], center=center)
+
+
+# of RandAugment: images (n, 3, H, W) uint8, changed by a level from -1 to 1; the first six do not look at its sign
+OPERATIONS = {
+    "autocontrast": lambda images, level: tv.autocontrast(images),
+    "equalize": lambda images, level: tv.equalize(images),
+    "invert": lambda images, level: tv.invert(images),
+    "posterize": lambda images, level: tv.posterize(images, 4 - int(4 * abs(level))),
+    "solarize": lambda images, level: tv.solarize(images, 256 - int(256 * abs(level))),
+    "solarize_add": solarize_add,
+    "color": lambda images, level: tv.adjust_saturation(images, 1 + 0.9 * level),
+    "contrast": lambda images, level: tv.adjust_contrast(images, 1 + 0.9 * level),
+    "brightness": lambda images, level: tv.adjust_brightness(images, 1 + 0.9 * level),
+    "sharpness": lambda images, level: tv.adjust_sharpness(images, 1 + 0.9 * level),
+    "rotate": lambda images, level: affine(images, angle=-30 * level),
+    "shear_x": lambda images, level: affine(images, shear=(0.3 * level, 0), center=[0, 0]),
+    "shear_y": lambda images, level: affine(images, shear=(0, 0.3 * level), center=[0, 0]),
+    "translate_x": lambda images, level: affine(images, shift=(-0.45 * level * images.shape[3], 0)),
+    "translate_y": lambda images, level: affine(images, shift=(0, -0.45 * level * images.shape[2])),
+}
+
+
+def rand_augment(images, generator):
+    """Two random operations on each of images (B, 3, H, W) uint8, each left out half of the time.
+
+    RandAugment (Cubuk et al. 2020, arXiv:1909.13719) as timm's "rand-m9-mstd0.5-inc1", which the official MAE is
+    fine-tuned with: magnitude 9 of 10, standard deviation 0.5. torchvision's functions take one magnitude for all
+    images, so those that drew the same operation and sign share it.
+    """
+    random, images = np.random.default_rng(generator.initial_seed()), images.clone()  # NumPy: groups without waiting
+    for _ in range(2):
+        chosen = random.integers(2 * len(OPERATIONS), size=len(images))  # operation and sign
+        chosen[random.random(len(images)) < 0.5] = -1  # left out
+        for k, change in enumerate(OPERATIONS.values()):
+            for sign in (-1, 1):
+                level = sign * min(random.normal(0.9, 0.05), 1)
+                ids = torch.from_numpy(np.flatnonzero(chosen == 2 * k + (sign > 0))).to(images.device)
+                if len(ids):
+                    images[ids] = change(images[ids], level)
+    return images
+
+
+def random_erasing(images, generator, chance=0.25, area=(0.02, 1 / 3), aspect=0.3):
+    """Put noise in place of one rectangle of some of images (B, 3, H, W) uint8 (Zhong et al. 2017, arXiv:1708.04896).
+
+    Its area is a fraction of the image, its height over its width from `aspect` to 1 / aspect; it ends at the edge.
+    """
+    (batch_size, _, height, width), device = images.shape, images.device
+    share, ratio, down, right, drawn = torch.rand(5, batch_size, 1, generator=generator, device=device)
+    pixels = height * width * (area[0] + (area[1] - area[0]) * share)
+    ratio = ((2 * ratio - 1) * math.log(aspect)).exp()
+
+    def span(size, length, place):  # (B, size) bool
+        length = length.sqrt().round().clamp(1, size)
+        start, line = (place * (size - length + 1)).floor(), torch.arange(size, device=device)
+        return (line >= start) & (line < start + length)
+
+    rows, columns = span(height, pixels * ratio, down), span(width, pixels / ratio, right) & (drawn < chance)
+    mean, std = ERASED
+    noise = mean + std * torch.randn(images.shape, generator=generator, device=device)
+    return torch.where(rows[:, None, :, None] & columns[:, None, None, :], noise.round().clamp(0, 255).byte(), images)
+
+
+def official(images, generator):
+    """The official MAE's fine-tuning: a crop of at least 8 % of each image, RandAugment, random erasing."""
+    images = random_resized_crop(images, generator, scale=(0.08, 1))
+    return random_erasing(rand_augment(images, generator), generator)
+
+
 def mix(images, labels, num_classes, mixup, cutmix, seed):
     """Mix each image (B, 3, H, W) with another, and labels (B,) by the same shares: (B, num_classes), rows add up to 1.
 
@@ -99,4 +181,9 @@ def mix(images, labels, num_classes, mixup, cutmix, seed):
     return images, share * targets + (1 - share) * targets[others]
 
 
-AUGMENTATIONS = {"none": lambda images, generator: images, "shift": flip_and_shift, "crop": random_resized_crop}
+AUGMENTATIONS = {
+    "none": lambda images, generator: images,
+    "shift": flip_and_shift,
+    "crop": random_resized_crop,
+    "official": official,
+}

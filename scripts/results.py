@@ -7,6 +7,7 @@ In a notebook that was started in the root of the repository:
     runs[runs.kind == "classifier"].groupby(["mae/mask_strategy", "mae/decoder_depth"])["test/acc"].agg(["mean", "std"])
 """
 
+import collections
 from typing import NamedTuple
 
 import pandas as pd
@@ -131,6 +132,27 @@ def by_block(stored):
     """{encoder block, from 1: {column: value}} of stored features: a trained encoder's, mean of the patches' tokens."""
     rows = [row for row in stored["rows"] if (row["encoder"], row["pool"]) == ("trained", "mean")]
     return {row["layer"]: row for row in rows}
+
+
+def origins(records, least=2):
+    """What runs come from, a line each for commits, versions and machines of which there are at least so many."""
+    told = {
+        "Commits": lambda start: f"{str(start['commit'])[:7]}{changes(start)}",
+        "Versions": lambda start: "Python {python}, PyTorch {torch}, timm {timm}".format(**start),
+        "Machines": lambda start: "{processor}, threads of a run: {threads}".format(**start),
+    }
+    lines = []
+    for what, of in told.items():
+        values = [value for record in records for value in {of(start) for start in record.starts + record.features}]
+        counts = collections.Counter(sorted(values))
+        runs = "; ".join(f"{value} ({n} run{'s' if n > 1 else ''})" for value, n in counts.items())
+        lines += [f"{what}: {runs}."] if len(counts) >= least else []
+    return lines
+
+
+def changes(start):
+    """Whether it was with changes that are not committed, and which, by the digest of the source."""
+    return "" if start["clean"] in (True, None) else f" with changes {start.get('source') or ''}".rstrip()
 
 
 def common_accuracy(tables):

@@ -5,6 +5,7 @@ import zipfile
 import pytest
 import torch
 from safetensors.torch import save_file as save_safetensors
+from torch._subclasses import FakeTensorMode
 
 from engine.checkpoints import digest, load_file, save_file
 from model import MAE_ViT
@@ -30,6 +31,23 @@ def test_a_failed_save_leaves_the_old_file_whole(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert load_file(tmp_path / "a.pt")["value"] == 1
     assert os.listdir(tmp_path) == ["a.pt"]
+
+
+def test_what_was_trained_on_a_gpu_loads_where_there_is_none(tmp_path, monkeypatch):
+    """Saved from fake tensors, which have a device and no numbers: a model and an optimizer with its lists."""
+    saved = []
+    monkeypatch.setattr(torch, "save", lambda content, file: saved.append(content))
+    with FakeTensorMode():
+        with torch.device("cuda"):
+            model = MAE_ViT(8, 4, 12, 1, 2, 1)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=False)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        progress = {"epoch": 1, "loss_sum": torch.zeros((), device="cuda"), "best": {"model": model.state_dict()}}
+        save_file(tmp_path / "a.pt", {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **progress})
+    assert repr(saved).count("FakeTensor(") > 4 * len(model.state_dict())
+    assert "cuda" not in repr(saved)
 
 
 @pytest.mark.parametrize("keep", [0, 1, 100, 0.5, 0.99])

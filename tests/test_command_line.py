@@ -356,7 +356,9 @@ def test_a_mae_with_a_strategy_that_is_gone_is_told_in_one_line(monkeypatch, cap
 def test_dry_run_goes_through_every_line_and_leaves_nothing(script, more, capsys, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model, **how: model)  # slow; tests/test_model.py really compiles
     script.main(["--dry_run", *SIZE, "--output_model_path", "mine.pt", *more])
-    assert "saved and reloaded" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "saved and reloaded" in said
+    assert ("the first step compiles" in said) == ("--compile" in more)
     assert not list(Path().iterdir())
 
 

@@ -56,12 +56,25 @@ def test_a_classifier_trains_as_on_a_cpu():
 
 
 @both_scripts
-@pytest.mark.parametrize("how", ["--precision fp16", "--precision bf16", "--precision auto --compile"])
+@pytest.mark.parametrize(
+    "how", ["--precision fp16", "--precision bf16", "--precision auto --compile --max_device_batch_size 5"]
+)
 def test_losses_are_about_those_of_float32(start, how, capsys):
     if "bf16" in how and torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("too old a GPU for bf16")
     fast, plain = start(f"{how} --log_dir fast"), start("--precision float32 --log_dir plain")
     assert losses(fast) == pytest.approx(losses(plain), rel=0.05)
+
+
+@both_scripts
+@pytest.mark.parametrize("precision", ["float32", "auto"])
+def test_cuda_graphs_have_the_losses_of_eager_steps(start, precision, monkeypatch):
+    modes, compile_ = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **how: modes.append(how["mode"]) or compile_(f, **how))
+    flags = f"--augment shift --precision {precision}"
+    graphs, eager = start(f"{flags} --compile --log_dir graphs"), start(f"{flags} --no-compile --log_dir eager")
+    assert modes == ["reduce-overhead"]
+    assert losses(graphs) == pytest.approx(losses(eager), rel=1e-4 if precision == "float32" else 0.02)
 
 
 @both_scripts
@@ -82,6 +95,13 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(start, precision, monkeypatch):
     parts = start(f"{flags} --log_dir parts")
     assert len(steps) == 20
     assert largest_difference(whole, parts) < 1e-3 < largest_difference(whole, start(f"{flags} --seed 1"))
+
+
+@both_scripts
+def test_its_files_hold_cpu_tensors(start):
+    run = start("")
+    for name in ("model.pt", "checkpoint.pt"):
+        assert "cuda" not in repr(torch.load(run / name, weights_only=True))
 
 
 def test_a_generator_follows_from_its_key():

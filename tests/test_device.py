@@ -11,10 +11,11 @@ from engine.device import (
     COMPILE_FROM,
     PRECISIONS,
     autocast,
+    compile_mode,
+    compiled,
     environment,
     generator,
     loss_scaler,
-    maybe_compiled,
     peak_memory_mb,
     pick_device,
     pick_precision,
@@ -78,18 +79,31 @@ def test_a_process_that_cannot_tell_its_gpu_says_so(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("choice", "device", "num_images", "expected"),
+    ("choice", "device", "num_images", "micro_batches", "expected"),
     [
-        (None, "cuda", COMPILE_FROM, True),
-        (None, "cuda", COMPILE_FROM - 1, False),
-        (None, "cpu", 10**9, False),
-        (True, "cpu", 1, True),
-        (False, "cuda", 10**9, False),
+        (None, "cuda", COMPILE_FROM, 1, "reduce-overhead"),
+        (None, "cuda", COMPILE_FROM, 2, "default"),
+        (None, "cuda", COMPILE_FROM - 1, 1, None),
+        (None, "cpu", 10**9, 1, None),
+        (True, "cuda", 1, 1, "reduce-overhead"),
+        (True, "cpu", 1, 1, "default"),
+        (False, "cuda", 10**9, 1, None),
     ],
 )
-def test_a_model_is_compiled_where_that_was_asked_or_pays(choice, device, num_images, expected):
-    model = torch.nn.Linear(2, 2)
-    assert (maybe_compiled(model, choice, torch.device(device), num_images) is not model) == expected
+def test_a_step_is_compiled_where_that_was_asked_or_pays(choice, device, num_images, micro_batches, expected):
+    assert compile_mode(choice, torch.device(device), num_images, micro_batches) == expected
+
+
+def test_each_step_of_cuda_graphs_is_marked(monkeypatch):
+    done = []
+
+    def compile_(function, dynamic, mode):
+        return lambda x: done.append(mode) or function(x)
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: done.append("mark"))
+    assert [compiled(abs, mode)(-1) for mode in (None, "default", "reduce-overhead")] == [1, 1, 1]
+    assert done == ["default", "mark", "reduce-overhead"]
 
 
 @pytest.mark.parametrize(("device", "name"), [("cuda:1", "GPU 1"), ("cuda:0", "GPU 0"), ("cpu", "a CPU")])

@@ -296,6 +296,28 @@ def test_a_finished_run_does_not_answer_for_other_images_or_masks(tmp_path, key,
         run.is_finished({**FACTS, key: "cc"})
 
 
+def test_the_time_left_is_without_the_first_step_which_compiles(tmp_path, capsys, monkeypatch):
+    """Of a start: 43 s for the first step, 100 s for each other; a start that ends with its first says nothing."""
+    now = [0.0]
+    monkeypatch.setattr(runs.time, "monotonic", lambda: now[0])
+
+    def step(session, seconds):
+        now[0] += seconds
+        session.progress["step"] += 1
+        return session.tick()
+
+    with opened(tmp_path) as run:
+        assert [step(run, 43), step(run, 100)] == [True, False]
+        run.end_epoch({"train/loss": 0.5})
+        assert not step(run, 100)
+        run.save()
+    with opened(tmp_path) as run:
+        assert step(run, 43)
+        run.end_epoch({"train/loss": 0.5})
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
+    assert lines == ["epoch 1 of 4: train/loss 0.5000, 10:00 left", "epoch 2 of 4: train/loss 0.5000"]
+
+
 def test_a_run_says_where_it_is_and_how_each_epoch_went(tmp_path, capsys):
     with opened(tmp_path) as run:
         run.end_epoch({"train/loss": 0.5, "lr": 0.1, "test/acc": 0.25, "probe/knn_acc": math.nan})
@@ -307,6 +329,8 @@ def test_a_run_says_where_it_is_and_how_each_epoch_went(tmp_path, capsys):
     assert lines[0] == f"{tmp_path / 'toy'}: 4 epochs of 2 steps, 10 images, {rate}, 2,040 parameters, float32 on cpu"
     assert re.fullmatch(r"epoch 1 of 4: train/loss 0\.5000, test/acc 0\.2500, 00:\d\d left", lines[1])
     assert lines[2:] == [lines[0], "Continued: 1 epoch and 0 steps are done"]
+    with opened(tmp_path, start={**START, "compile_mode": "default"}):
+        assert capsys.readouterr().out.startswith(f"{lines[0]}; the first step compiles, about a minute\n")
     for source, commit, clean in (("1", "abc", True), ("2", "abc", False), ("3", "abc", False), ("3", "abd", True)):
         with opened(tmp_path, start={**START, "source": source, "commit": commit, "clean": clean}):
             pass

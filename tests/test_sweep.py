@@ -141,7 +141,7 @@ def test_label_fractions_start_from_one_mae_in_one_job(listed):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ("--mask_ratio 0.5 75", "mae_pretrain.py: error: mask_ratio 75"),
+        ("--mask_ratio 0.5 75", "error: mask_ratio 75"),
         ("--mask_strategy random rnadom", "mae_pretrain.py: error: argument --mask_strategy: invalid choice: 'rnadom'"),
         ("--decoder_dept 2 4", "mae_pretrain.py: error: unrecognized arguments: --decoder_dept 2"),
         ("--seed", "mae_pretrain.py: error: argument --seed"),
