@@ -27,7 +27,6 @@ from model import MASK_STRATEGIES, MAE_ViT, PatchShuffle, ViT_Classifier
 
 DRAWS = 1000  # masks behind a strategy's visibility map
 MOST_IMAGES = 100  # in a picture
-AT_ONCE = 100  # images that pass a classifier together
 
 
 def parse_args(argv=None):
@@ -144,7 +143,7 @@ def print_by_class(model, content, test, args):
             data_name(args.dataset or content["dataset"], args.data_dir or content["data_dir"]),
         )
         precision = pick_precision("auto", device, content["model_args"]["embed_dim"])
-        predicted, _ = predict(model.to(device), test.to(device), normalize, precision, AT_ONCE)
+        predicted, _ = predict(model.to(device), test.to(device), normalize, precision, at_once=100)
         path = (place if place.is_dir() else place.parent) / f"predictions_{name}.csv"
         write_predictions(path, content["classes"], test.labels, predicted)
     print(path, *table_by_class(read_predictions(path)), sep="\n")

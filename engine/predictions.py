@@ -95,6 +95,8 @@ def table_by_class(pairs):
     lines = [f"{'class':{width}} {'images':>7} {'accuracy':>9}  most often taken for"]
     for name in sorted(accuracy, key=accuracy.get):
         lines.append(f"{name:{width}} {sizes[name]:7,} {accuracy[name]:9.2%}  {taken_for.get(name, '')}".rstrip())
-    lines.append(f"{'all':{width}} {len(pairs):7,} {right.total() / len(pairs):9.2%}")
+    share = right.total() / len(pairs)
+    error = (share * (1 - share) / len(pairs)) ** 0.5  # binomial: of other test images
+    lines.append(f"{'all':{width}} {len(pairs):7,} {share:9.2%}  ± {error:.2%} (standard error)")
     lines.append(f"{'balanced':{width}} {'':7} {sum(accuracy.values()) / len(sizes):9.2%}")
     return lines

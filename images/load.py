@@ -211,10 +211,9 @@ def of_each_class(images, order, count, flag, leave=0):
     even, free = sizes.min() == sizes.max(), (there - leave).clamp(min=0)
     step, most = classes if even else 1, int(free.sum())
     if count % step or not classes <= count <= most or not free.all():
-        accepted = f"{classes} classes times 1 to {most // step} images" if even else f"{classes} to {most} images"
-        accepted = accepted if images.classes else f"1 to {most}, the number of training images"
+        equally = f", equally many of {classes} classes" if step > 1 else ""
         way_out = f"try {min(max(count // step * step, classes), most)}" if free.all() else "leave it out"
-        raise UserError(f"{flag} {count} is not {accepted}; {way_out}.")
+        raise UserError(f"{flag} {count} is not {classes} to {most} images{equally}; {way_out}.")
     places = labels.argsort(stable=True).argsort()  # of each image, class by class, each in this order
     ranks = places - (there.cumsum(0) - there)[labels]  # within its class, from 0
     turns = (ranks + 0.5).double() / sizes[labels]
