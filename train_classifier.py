@@ -16,12 +16,13 @@ from timm.optim import param_groups_layer_decay
 
 import utils
 from engine import processes
-from engine.checkpoints import digest, load_model
+from engine.checkpoints import load_model
 from engine.device import generator
-from engine.errors import UserError, exit_in_one_line
+from engine.errors import exit_in_one_line
 from engine.predictions import accuracies_of, is_uneven, predict
 from engine.records import read_metrics
 from engine.training import train
+from engine.weights import not_flags, parent_of, read_weights, say
 from images.augmentation import AUGMENTATIONS, mix
 from images.load import draw, load_dataset
 from images.pixels import normalize
@@ -63,7 +64,14 @@ NAME_WORDS |= {"total_epoch": "ep", "warmup_epoch": "wu", "batch_size": "b", "ba
 NAME_WORDS |= {"weight_decay": "wd", "optimizer": "", "pool": "pool"}
 NAME_WORDS |= {"decay_matrices_only": "matrices", "layer_decay": "ld", "clip_grad": "clip", "drop_path": "dp"}
 NAME_WORDS |= {"label_smoothing": "ls", "mixup": "mixup", "cutmix": "cutmix", "class_weights": "", "seed": "s"}
-SIZE_WORDS = {"img_size": "i", "patch_size": "p", "embed_dim": "w", "encoder_depth": "e", "num_heads": "h"}
+SIZE_WORDS = {
+    "img_size": "i",
+    "patch_size": "p",
+    "in_chans": "c",
+    "embed_dim": "w",
+    "encoder_depth": "e",
+    "num_heads": "h",
+}
 ALWAYS = {"dataset", "total_epoch", "seed"}
 
 
@@ -78,7 +86,11 @@ def parse_args(argv=None):
         "and test that one only; default: keep the last epoch, test after every epoch",
     )
     group = parser.add_argument_group("model")
-    group.add_argument("--pretrained_model_path", help="model.pt or run directory of a MAE; default: from scratch")
+    group.add_argument(
+        "--pretrained_model_path",
+        help="a MAE's run or file, or weights of the reference, the official MAE, timm or transformers; default: "
+        "from scratch",
+    )
     utils.add_size_arguments(group, SIZE_WORDS, from_scratch=utils.defaults(ViT_Classifier))
     group.add_argument("--pool", choices=("cls", "mean"), help="what the head sees: the cls token or the patches' mean")
     group = utils.add_optimisation_arguments(parser, WARMUP, DEVICE_BATCH_SIZE)
@@ -113,16 +125,18 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def run_name(args, parent=None):
+def run_name(args, parent=None, sizes=None):
     """For example cls_cifar10_ep100_s42_from_mae_..., or cls_cifar10_ep100_s42_scratch, the run of all defaults.
 
     Args:
         parent: the name of the run that the encoder comes from; None: from scratch.
+        sizes: its settings; the name says where the classifier's images or patches are others.
     """
     settings, defaults = utils.settings_of(args), {**utils.defaults(ViT_Classifier), **vars(parse_args([]))}
     parts = utils.name_parts(settings, NAME_WORDS, defaults, ALWAYS)
     if parent:
-        return utils.joined(["cls", *parts, "from", parent])
+        sizes = utils.name_parts(settings, SIZE_WORDS, settings | (sizes or {}))
+        return utils.joined(["cls", *parts, *sizes, "from", parent])
     sizes = utils.name_parts(settings, SIZE_WORDS, utils.defaults(ViT_Classifier))
     return utils.joined(["cls", *parts, "scratch", *sizes])
 
@@ -131,27 +145,25 @@ def load_pretrained(args):
     """The MAE file named on the command line, and the arguments completed by its sizes and data; (None, ...) without.
 
     Raises:
-        UserError: no such file, not a MAE, or a size flag that contradicts it.
+        UserError: no such file, not a MAE, or a size flag that contradicts it. Other images and patches are no
+            contradiction: the weights are resampled.
     """
     if not args.pretrained_model_path:
         sizes = {name: utils.defaults(ViT_Classifier)[name] for name in SIZE_WORDS}
         return None, utils.fill_in(args, {**sizes, **utils.DATA_DEFAULTS})
-    _, pretrained = load_model(args.pretrained_model_path, MAE_ViT)
-    sizes = {name: pretrained["model_args"][name] for name in SIZE_WORDS}
-    for name, stored in sizes.items():
-        if getattr(args, name) not in (None, stored):
-            raise UserError(
-                f"{args.pretrained_model_path} has {name}={stored} but --{name} is {getattr(args, name)}. Leave the "
-                f"flag out to use the stored value."
-            )
-    source = {name: pretrained[name] for name in utils.DATA_DEFAULTS} if args.dataset is None else utils.DATA_DEFAULTS
+    asked = {name: getattr(args, name) for name in SIZE_WORDS}
+    pretrained = read_weights(args.pretrained_model_path, MAE_ViT, sizes=asked)
+    sizes = {name: (utils.defaults(ViT_Classifier) | pretrained["model_args"])[name] for name in SIZE_WORDS}
+    source = utils.DATA_DEFAULTS
+    if args.dataset is None:
+        source = {name: pretrained.get(name, value) for name, value in source.items()}
     return pretrained, utils.fill_in(args, {**sizes, **source})
 
 
 class Classification:
     """What this script trains: an experiment as `engine.training.train` describes it.
 
-    A batch is (images (B, 3, H, W) from 0 to 255, labels (B,), or (B, classes) of mixed images, with drop path also
+    A batch is (images (B, C, H, W) from 0 to 255, labels (B,), or (B, classes) of mixed images, with drop path also
     what it multiplies the blocks by (B, depth, 2)).
     """
 
@@ -162,17 +174,17 @@ class Classification:
         self.pretrained, args = load_pretrained(args)
         self.args, self.arguments, parent = args, utils.free_arguments(args), None
         self.model_args = {name: getattr(args, name) for name in (*SIZE_WORDS, "pool")}
+        if self.pretrained:
+            parent = parent_of(self.pretrained)
+            self.model_args |= not_flags(self.pretrained)
         with torch.device("meta"):
             ViT_Classifier(**self.model_args)  # bad sizes end here, before the images are read
-        if self.pretrained:
-            parent = {name: self.pretrained[name] for name in ("name", "settings")}
-            parent["digest"] = digest(self.pretrained["model"])
-        name = run_name(args, parent and parent["name"])
+        name = run_name(args, parent and parent["name"], parent and parent["settings"])
         self.identity = {"kind": "classifier", "name": name, "settings": utils.settings_of(args), "parent": parent}
 
     def load(self, device):
         args = self.args
-        train, test = load_dataset(args.dataset, args.data_dir, args.img_size)
+        train, test = load_dataset(args.dataset, args.data_dir, args.img_size, in_chans=args.in_chans)
         self.digests = {"images": train.digest(), "test_set": test.digest()}  # of all, so that seeds are comparable
         train, val = draw(train, args.train_images, utils.label_seed(args), args.val_images)
         self.train, self.test, self.val = train.to(device), test.to(device), val and val.to(device)
@@ -186,6 +198,7 @@ class Classification:
         self.model = ViT_Classifier(**self.model_args)
         if self.pretrained:
             self.model.load_encoder(self.pretrained["model"])
+            say(self.pretrained)
         return self.model
 
     def parameter_groups(self):

@@ -1,10 +1,11 @@
-"""See what a model does: a MAE's reconstructions, a classifier's predictions, or the masks themselves.
+"""See what a model does: a MAE's reconstructions, a classifier's predictions, attention, or the masks themselves.
 
 python visualize_predictions.py --model_path logs/pretrain/<run>
 python visualize_predictions.py --model_path logs/pretrain/<run> --mask_ratio 0.5 0.75 0.9 --mask_strategy random block
 python visualize_predictions.py --model_path logs/classifier/<run>
 python visualize_predictions.py --model_path logs/classifier/<run> --by_class --dataset folder --data_dir data/pets
 python visualize_predictions.py --model_path logs/classifier/<run> --images cat.jpg holiday/*.png
+python visualize_predictions.py --model_path logs/pretrain/<run> --attention --images cat.jpg
 python visualize_predictions.py --masks
 """
 
@@ -22,8 +23,8 @@ from engine.figures import draw_rows, draw_title, plt, save
 from engine.files import check_writable
 from engine.predictions import predict, read_predictions, table_by_class, write_predictions
 from images.load import DATASETS, data_name, load_dataset, load_test_set
-from images.pixels import normalize, read_image, to_pixels
-from model import MASK_STRATEGIES, MAE_ViT, PatchShuffle, ViT_Classifier
+from images.pixels import in_channels, normalize, read_image, to_pixels
+from model import MASK_STRATEGIES, MAE_ViT, PatchShuffle, ViT_Classifier, cls_qkv
 
 DRAWS = 1000  # masks behind a strategy's visibility map
 MOST_IMAGES = 100  # in a picture
@@ -34,6 +35,9 @@ def parse_args(argv=None):
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model_path", help="model.pt or run directory, of a MAE or a classifier")
     what.add_argument("--masks", action="store_true", help="draw a gallery of all mask strategies; needs no model")
+    group = parser.add_argument_group("attention")
+    group.add_argument("--attention", action="store_true", help="draw where the cls token looks, by head")
+    group.add_argument("--block", type=utils.positive_int, help="in which block of the encoder; default: the last")
     group = parser.add_argument_group("masking")
     strategy = "one or several; default: the one the MAE was trained with; all for --masks"
     group.add_argument("--mask_strategy", nargs="+", choices=MASK_STRATEGIES, help=strategy)
@@ -42,7 +46,7 @@ def parse_args(argv=None):
     group.add_argument("--grid_size", type=utils.positive_int, default=16, help="patches along an edge, for --masks")
     group = parser.add_argument_group("images")
     group.add_argument("--images", nargs="+", metavar="FILE", help="pictures of your own, in place of test images")
-    count = f"at most {MOST_IMAGES}; default: 8 of a MAE, 32 of a classifier"
+    count = f"at most {MOST_IMAGES}; default: 32 for a classifier's predictions, else 8"
     group.add_argument("--num_images", type=utils.positive_int, help=count)
     group.add_argument("--seed", type=utils.seed, default=42, help="which test images and masks are drawn")
     group.add_argument("--dataset", choices=DATASETS, help="default: the one the model was trained on")
@@ -57,6 +61,10 @@ def parse_args(argv=None):
         parser.error(f"--num_images {args.num_images} is more than the {MOST_IMAGES} that fit in a picture")
     if args.images and len(args.images) > MOST_IMAGES:
         parser.error(f"--images has {len(args.images)} files, more than the {MOST_IMAGES} that fit in a picture")
+    if args.block and not args.attention:
+        parser.error("--block goes with --attention")
+    if args.attention and (args.masks or args.mask_strategy or args.mask_ratio):
+        parser.error("--attention goes with --model_path, and without --mask_*: it shows the model all patches")
     if args.images and (args.masks or args.num_images or args.dataset or args.data_dir or args.by_class):
         parser.error("--images goes with --model_path, and without --num_images, --dataset, --data_dir and --by_class")
     if args.output and args.output.is_dir():
@@ -66,24 +74,23 @@ def parse_args(argv=None):
     return args
 
 
-def images_to_test_on(args, content):
+def images_to_test_on(args, content, sizes):
     """The test images of --dataset and --data_dir, by default those of the model with this content of its file."""
-    dataset, data_dir = args.dataset or content["dataset"], args.data_dir or content["data_dir"]
-    place = dataset, data_dir, content["model_args"]["img_size"]
+    place = args.dataset or content["dataset"], args.data_dir or content["data_dir"], sizes["img_size"]
     if "classes" in content:
-        return load_test_set(*place, content["classes"], args.model_path)
-    return load_dataset(*place, labelled=False)[1]
+        return load_test_set(*place, content["classes"], args.model_path, sizes["in_chans"])
+    return load_dataset(*place, labelled=False, in_chans=sizes["in_chans"])[1]
 
 
-def images_to_draw(args, img_size, test, count):
-    """Images (B, 3, H, W) uint8, a title for each, and their labels, None for pictures of the user's own.
+def images_to_draw(args, sizes, test, count):
+    """Images (B, C, H, W) uint8, a title for each, and their labels, None for pictures of the user's own.
 
     Args:
         test: the ImageSet to draw from, where there are none of the user's; count: how many, by default.
     """
     if args.images:
-        images = torch.stack([read_image(path, img_size) for path in args.images])
-        return images, [Path(path).name for path in args.images], None
+        images = torch.stack([read_image(path, sizes["img_size"]) for path in args.images])
+        return in_channels(images, sizes["in_chans"], args.images[0]), [Path(path).name for path in args.images], None
     chosen = torch.randperm(len(test.images), generator=generator("cpu", args.seed, "images"))
     chosen = chosen[: args.num_images or count]
     return test.images[chosen], [""] * len(chosen), test.labels[chosen]
@@ -94,7 +101,7 @@ def draw_reconstructions(model, images, names, args):
     """Masked input and reconstruction under each mask strategy and ratio, a row each, and the original below them.
 
     Args:
-        images: (B, 3, H, W) uint8; names: a title for each.
+        images: (B, C, H, W) uint8; names: a title for each.
     """
     pixels, images, trained = images, normalize(images), model.shuffle
     strategies, ratios = args.mask_strategy or [trained.mask_strategy], args.mask_ratio or [trained.mask_ratio]
@@ -112,8 +119,7 @@ def draw_reconstructions(model, images, names, args):
         }
         draw_rows(axes[2 * i : 2 * i + 2], shown, fontsize=10)
     draw_rows(axes[-1:], {"original": pixels}, fontsize=10)
-    for place, name in zip(axes[0], names, strict=True):
-        place.set_title(figures.short(name, 14), fontsize=9, parse_math=False)
+    title_columns(axes[0], names)
     borrowed = ", normalised (hidden patches shown with their true mean and variance)" if model.norm_pix_loss else ""
     draw_title(
         figure,
@@ -121,6 +127,49 @@ def draw_reconstructions(model, images, names, args):
         f"Error: mean square over hidden pixels{borrowed}. Seed {args.seed}",
     )
     return figure
+
+
+@torch.no_grad()
+def cls_attention(encoder, images, block):
+    """Where the cls token looks in a block, from 1: weights of the patches (B, heads, g, g), the rest of 1 its own."""
+    tokens = encoder.embed(images)  # (B, 1 + N, D)
+    for before in encoder.transformer[: block - 1]:
+        tokens = before(tokens)
+    last, grid_size = encoder.transformer[block - 1], encoder.img_size // encoder.patch_size
+    q, k, _ = cls_qkv(last.attn, last.norm1(tokens))  # (B, heads, 1, d), (B, heads, 1 + N, d)
+    weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(dim=-1)
+    return weights[:, :, 0, 1:].unflatten(2, (grid_size, grid_size))
+
+
+def draw_attention(model, images, names, args):
+    """Each image, where the cls token looks in it on the mean over heads, and each head's own map, in a column.
+
+    Args:
+        images: (B, C, H, W) uint8; names: a title for each.
+    """
+    encoder = getattr(model, "encoder", model)
+    depth = len(encoder.transformer)
+    block = args.block or depth
+    if block > depth:
+        raise UserError(f"{args.model_path} has no block {block}: --block takes 1 to {depth}.")
+    maps = cls_attention(encoder, normalize(images), block)
+    maps = torch.cat([maps.mean(1, keepdim=True), maps], dim=1)
+    maps = maps / maps.amax((2, 3), keepdim=True)  # so that show draws each from black to white
+    labels = ["mean of heads", *(f"head {i + 1}" for i in range(maps.shape[1] - 1))]
+    rows = {"image": images} | dict(zip(labels, maps.unbind(1), strict=True))
+    figure, axes = plt.subplots(
+        len(rows), len(images), figsize=(1.3 * len(images) + 1, 1.3 * len(rows) + 0.6), squeeze=False
+    )
+    draw_rows(axes, rows, fontsize=10)
+    title_columns(axes[0], names)
+    untrained = ", which this classifier does not use" if getattr(model, "pool", "") == "mean" else ""
+    draw_title(figure, f"Where the cls token{untrained} looks in block {block} of {depth}; white: most")
+    return figure
+
+
+def title_columns(axes, names):
+    for place, name in zip(axes, names, strict=True):
+        place.set_title(figures.short(name, 14), fontsize=9, parse_math=False)
 
 
 @torch.no_grad()
@@ -157,11 +206,15 @@ def draw_model(args):
     check_writable(args.output.parent if args.output else place, "--output")
     if not is_mae and (args.mask_strategy or args.mask_ratio):
         raise UserError(f"{args.model_path} is a classifier, which masks nothing: leave out --mask_*.")
-    if is_mae and args.by_class:
-        raise UserError(f"{args.model_path} is a MAE, which tells no classes apart: leave out --by_class.")
-    test = None if args.images else images_to_test_on(args, content)
-    images, names, labels = images_to_draw(args, content["model_args"]["img_size"], test, 8 if is_mae else 32)
-    if is_mae:
+    if args.by_class and (is_mae or args.attention):
+        raise UserError("--by_class is for a classifier, and without --attention.")
+    sizes, count = {"in_chans": 3} | content["model_args"], 8 if is_mae or args.attention else 32
+    test = None if args.images else images_to_test_on(args, content, sizes)
+    images, names, labels = images_to_draw(args, sizes, test, count)
+    if args.attention:
+        figure, words = draw_attention(model, images, names, args), ["attention"]
+        words += [f"block{args.block}"] if args.block else []
+    elif is_mae:
         figure = draw_reconstructions(model, images, names, args)
         words = ["reconstructions", *(args.mask_strategy or []), *(f"r{ratio}" for ratio in args.mask_ratio or [])]
     else:

@@ -38,8 +38,8 @@ class Run:
 
     Args:
         identity: what config.json says of it from the first start to the end: kind ("mae" or "classifier"), name,
-            settings (what is computed, by flag), parent (None, or name, digest and settings of the MAE whose encoder it
-            starts from).
+            settings (what is computed, by flag), parent (None, or name, digest and settings of the model whose weights
+            it starts from).
         arguments: the other flags by name: where and how it computes. log_dir is where its directory is made,
             overwrite starts it again, dropping what an earlier run of this name left, output_model_path gets a copy of
             the finished model.

@@ -19,7 +19,7 @@ from engine.errors import UserError, as_user_error
 from engine.files import locked
 from images.folder import read_folder, read_test_folder, readable
 from images.npz import read_npz
-from images.pixels import ImageSet, flatness, to_images
+from images.pixels import ImageSet, flatness, in_channels, to_images
 from images.shapes import shapes
 
 
@@ -82,11 +82,12 @@ NO_LABEL = re.compile(r"-\d+|nan|unlabell?ed", re.IGNORECASE)  # a class of this
 FAKE = {"fake": lambda _, img_size, labelled: (shapes(1000, img_size, seed=0), shapes(20, img_size, seed=1))}
 
 
-def load_dataset(name, data_dir, img_size, *, labelled=True):
+def load_dataset(name, data_dir, img_size, *, labelled=True, in_chans=3):
     """The training and the test set of one of DATASETS, or of fake: images of img_size x img_size.
 
     Args:
         data_dir: where torchvision's are, or are downloaded to; of folder the directory, of npz the file.
+        in_chans: channels of the images, see `in_channels`.
         labelled: whether classes are needed, as for all but pretraining. Where not, a folder may be any tree of
             images, and where there is no test set, training images are held out for it.
     """
@@ -96,6 +97,11 @@ def load_dataset(name, data_dir, img_size, *, labelled=True):
     with as_user_error(OSError, ImportError):  # torchvision reads SVHN with SciPy
         train, test = load(data_dir, img_size, labelled)
     place, count = readable(str(data_dir)) if name in ("folder", "npz") else name, len(train.images)
+
+    def fitted(images):  # those of a dry run have any number of channels
+        return images[:, torch.arange(in_chans) % 3] if name == "fake" else in_channels(images, in_chans, place)
+
+    train, test = (part and part._replace(images=fitted(part.images)) for part in (train, test))
     if nameless := [name for name in train.classes if NO_LABEL.fullmatch(name)]:
         if labelled:
             raise UserError(f"{place}: {', '.join(nameless)} is no class but the lack of a label; remove its images.")
@@ -113,7 +119,7 @@ def load_dataset(name, data_dir, img_size, *, labelled=True):
     return train, test
 
 
-def load_test_set(name, data_dir, img_size, classes, whose):
+def load_test_set(name, data_dir, img_size, classes, whose, in_chans=3):
     """The test images of a set for a classifier that tells `classes` apart, labelled by place in them, by name.
 
     A folder needs no train/ here, and some classes may be missing.
@@ -124,9 +130,11 @@ def load_test_set(name, data_dir, img_size, classes, whose):
     if name == "folder" and not Path(data_dir, "train").is_dir():
         with as_user_error(OSError):
             test = read_test_folder(data_dir, img_size)
-        say_done(test, f"{readable(str(data_dir))}, test images")
+        place = readable(str(data_dir))
+        test = test._replace(images=in_channels(test.images, in_chans, place))
+        say_done(test, f"{place}, test images")
     else:
-        test = load_dataset(name, data_dir, img_size)[1]
+        test = load_dataset(name, data_dir, img_size, in_chans=in_chans)[1]
     if others := [one for one in test.classes if one not in classes]:
         others, known = (textwrap.shorten(", ".join(names), 300) for names in (others, classes))
         raise UserError(f"{whose} tells {known} apart; {name} in {data_dir} has {others}. Give images of its classes.")

@@ -20,7 +20,7 @@ from engine.predictions import read_predictions, table_by_class, write_predictio
 from engine.records import read_run
 from images import load
 from images.pixels import normalize, read_image
-from model import MASK_STRATEGIES, MAE_ViT, ViT_Classifier
+from model import MASK_STRATEGIES, MAE_Encoder, MAE_ViT, ViT_Classifier
 from visualize_predictions import main
 
 ROOT = Path(__file__).parents[1]
@@ -232,7 +232,7 @@ def test_gallery_of_masks_needs_no_model():
         ("--model_path checkpoint.pt", "checkpoint.pt.*MAE_ViT or ViT_Classifier"),
         ("--model_path cls --mask_ratio 0.5", "cls.*leave out --mask"),
         ("--model_path cls --dataset folder --data_dir pets", "cls.*circle.*folder.*cat"),
-        ("--model_path run --by_class", "run.*MAE.*--by_class"),
+        ("--model_path run --by_class", "--by_class.*classifier"),
         ("--model_path cls --by_class --images a.png", "--images.*--by_class"),
         ("--model_path run --images nowhere.png", "nowhere.png"),
         ("--model_path run --images text.png", "text.png"),
@@ -277,3 +277,42 @@ def test_the_shipped_model_is_what_its_page_tells_of_and_fills_in_a_photo(tmp_pa
     assert [table["model_digest"] for table in record.features] == [digest(content["model"])]
     main(["--model_path", str(shipped), "--images", turned_photo("photo.jpg")])
     assert picture_size(shipped / "reconstructions_images.png")[0] > 200
+
+
+@pytest.mark.parametrize("kind", [MAE_ViT, ViT_Classifier])
+def test_attention_is_the_models_own_in_each_block(kind, monkeypatch):
+    sizes = SIZE | {"encoder_depth": 2}
+    path = save_model("two.pt", kind(**sizes), model_args=sizes, classes=list(load.shapes(10, 8, 0).classes))
+    model, _ = load_model(path, kind)
+    encoder, seen = getattr(model, "encoder", model), []
+    for block in encoder.transformer:
+        block.attn.fused_attn = False  # so that its weights pass the dropout
+        block.attn.attn_drop.register_forward_hook(lambda module, given, result: seen.append(result))
+    MAE_Encoder.forward(encoder, normalize(read_image(turned_photo("photo.jpg"), 32)[None]))
+    for block in (1, 2):
+        figure = drawn(monkeypatch, path, "--attention", "--images", "photo.jpg", "--block", block)
+        shown = [place.images[0].get_array() for place in figure.axes]
+        heads = seen[block - 1][0, :, 0, 1:].unflatten(1, (4, 4)).detach()  # of the cls token
+        for drawn_map, weights in zip(shown[1:], [heads.mean(0), *heads], strict=True):
+            torch.testing.assert_close(torch.tensor(drawn_map), weights / weights.max(), rtol=0, atol=1e-5)
+        assert [place.get_ylabel() for place in figure.axes] == ["image", "mean of heads", "head 1", "head 2"]
+        assert f"block {block} of 2" in figure._suptitle.get_text()
+    main(["--model_path", path, "--attention", "--num_images", "2"])
+    assert picture_size("attention.png")[0] > 400
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--block 1", "--block goes with --attention"),
+        ("--attention --mask_ratio 0.5", "without --mask_"),
+        ("--attention --block 2", "--block takes 1 to 1"),
+    ],
+)
+def test_attention_that_cannot_be_drawn_gets_one_line(flags, message, mae, capsys):
+    with pytest.raises(SystemExit) as leaving:
+        main(["--model_path", mae, *flags.split()])
+    error = capsys.readouterr().err
+    assert (leaving.value.code, error.count("\n")) == (2, 1)
+    assert message in error
+    assert not list(Path(mae).glob("*.png"))
