@@ -79,42 +79,26 @@ def parse_args(argv=None):
     parser = utils.Parser(description=__doc__.split("\n")[0])
     group = utils.add_data_arguments(parser, pretrained=True)
     utils.add_label_seed(group)
-    group.add_argument(
-        "--val_images",
-        type=utils.positive_int,
-        help="hold out so many training images, of each class as --train_images, keep the epoch that is best on them "
-        "and test that one only; default: keep the last epoch, test after every epoch",
-    )
+    text = "hold out so many training images, drawn as --train_images, keep the epoch that is best on them and test "
+    text += "that one only; default: keep the last epoch, test after every epoch"
+    group.add_argument("--val_images", type=utils.positive_int, help=text)
     group = parser.add_argument_group("model")
-    group.add_argument(
-        "--pretrained_model_path",
-        help="a MAE's run or file, or weights of the reference, the official MAE, timm or transformers; default: "
-        "from scratch",
-    )
+    text = "a MAE's run or file, weights of the reference, official MAE, timm or transformers; default: from scratch"
+    group.add_argument("--pretrained_model_path", help=text)
     utils.add_size_arguments(group, SIZE_WORDS, from_scratch=utils.defaults(ViT_Classifier))
     group.add_argument("--pool", choices=("cls", "mean"), help="what the head sees: the cls token or the patches' mean")
     group = utils.add_optimisation_arguments(parser, WARMUP, DEVICE_BATCH_SIZE)
-    group.add_argument(
-        "--decay_matrices_only",
-        action=argparse.BooleanOptionalAction,
-        help="no weight decay on biases, LayerNorms, the cls token and positions; else on every parameter",
-    )
-    group.add_argument(
-        "--layer_decay",
-        type=utils.fraction,
-        help="a block's learning rate is this times the next one's; the embedding comes first, the head last; 1: off",
-    )
-    group.add_argument(
-        "--clip_grad", type=utils.non_negative_float, help="largest norm of all gradients together; 0: off"
-    )
+    text = "no weight decay on biases, LayerNorms, the cls token and positions; else on every parameter"
+    group.add_argument("--decay_matrices_only", action=argparse.BooleanOptionalAction, help=text)
+    text = "a block's learning rate is this times the next one's; the embedding comes first, the head last; 1: off"
+    group.add_argument("--layer_decay", type=utils.fraction, help=text)
+    text = "largest norm of all gradients together; 0: off"
+    group.add_argument("--clip_grad", type=utils.non_negative_float, help=text)
     text = "balanced: an image's loss weighs inversely to its class's share of the training images"
     group.add_argument("--class_weights", choices=("none", "balanced"), default="none", help=text)
     group = parser.add_argument_group("regularisation")
-    group.add_argument(
-        "--drop_path",
-        type=utils.fraction,
-        help="probability that an image skips the last block's attention or its MLP; smaller in earlier blocks",
-    )
+    text = "probability that an image skips the last block's attention or its MLP; smaller in earlier blocks"
+    group.add_argument("--drop_path", type=utils.fraction, help=text)
     group.add_argument("--label_smoothing", type=utils.fraction, help="share of a label spread evenly over all classes")
     alpha = "alpha of the Beta distribution of an image's share; 0: off"
     group.add_argument("--mixup", type=utils.non_negative_float, help=f"mix each image with another; {alpha}")
@@ -260,13 +244,9 @@ class Classification:
 def evaluate(model, images, precision, at_once, name="test"):
     """Loss and accuracy over all test (or val) images, {column: number}, and the predicted classes (N,)."""
     predicted, loss = predict(model, images, normalize, precision, at_once)
-    labels = images.labels.cpu()  # MPS has no float64
-    found = (
-        accuracies_of(labels, predicted)
-        if name == "test"
-        else {"val/acc": (predicted == labels).double().mean().item()}
-    )
-    return {f"{name}/loss": loss, **found}, predicted
+    scores = accuracies_of(images.labels.cpu(), predicted)
+    scores = scores if name == "test" else {"val/acc": scores["test/acc"]}
+    return {f"{name}/loss": loss, **scores}, predicted
 
 
 def best_of(best, model, epoch, acc):
