@@ -34,12 +34,13 @@ DEVICE_BATCH_SIZE = {"cuda": 512, "cpu": 128, "mps": 128}
 IMAGE_LOGS = 50  # reconstructions shown in TensorBoard over a run
 PROBES, PROBE_SHARE = 20, 0.03  # over a run: at most so many, on at most this share of the images trained on
 # What a run's name says, in this order: each flag's word, and its value. Those of ALWAYS at their default, too.
-NAME_WORDS = {"dataset": "", "train_images": "n", "img_size": "i", "patch_size": "p", "in_chans": "c"}
-NAME_WORDS |= {"embed_dim": "w", "encoder_depth": "e", "num_heads": "h", "decoder_depth": "d"}
-NAME_WORDS |= {"decoder_embed_dim": "dw", "positions": "", "mask_strategy": "", "mask_ratio": "r"}
-NAME_WORDS |= {"norm_pix_loss": "normpix", "augment": "aug", "total_epoch": "ep", "warmup_epoch": "wu"}
-NAME_WORDS |= {"batch_size": "b", "base_learning_rate": "lr", "weight_decay": "wd", "optimizer": "", "seed": "s"}
-NAME_WORDS |= {"init_from": "from_"}
+NAME_WORDS = {
+    "dataset": "", "train_images": "n", "img_size": "i", "patch_size": "p", "in_chans": "c", "embed_dim": "w",
+    "encoder_depth": "e", "num_heads": "h", "decoder_depth": "d", "decoder_embed_dim": "dw", "positions": "",
+    "mask_strategy": "", "mask_ratio": "r", "norm_pix_loss": "normpix", "augment": "aug", "total_epoch": "ep",
+    "warmup_epoch": "wu", "batch_size": "b", "base_learning_rate": "lr", "end_rate": "end",
+    "weight_decay": "wd", "optimizer": "", "seed": "s", "init_from": "from_",
+}  # fmt: skip
 ALWAYS = {"dataset", "decoder_depth", "mask_strategy", "mask_ratio", "total_epoch", "seed"}
 MODEL_FLAGS = {name: value for name, value in utils.defaults(MAE_ViT).items() if name in NAME_WORDS}
 # Recipes for --preset: values of flags by name. What a row leaves out is as in the first.

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from timm.layers import trunc_normal_
 from timm.optim import param_groups_layer_decay
+from torch import nn
 
 import utils
 from engine import processes
@@ -36,8 +38,10 @@ PRESETS = {
         "total_epoch": 100,
         "batch_size": 128,
         "base_learning_rate": 1e-3,
+        "end_rate": 0.0,
         "augment": "none",
         "pool": "cls",
+        "head_std": 0.0,
         "decay_matrices_only": False,
         "layer_decay": 1.0,
         "clip_grad": 0.0,
@@ -48,8 +52,10 @@ PRESETS = {
     },
     "augmented": {"augment": "shift", "pool": "mean"},  # wins in 30 epochs: logs/report/RESULTS.md
     "official": {  # after the official MAE's fine-tuning (He et al. 2021, table 9), for long training
-        "augment": "shift",
+        "augment": "official",
         "pool": "mean",
+        "head_std": 2e-5,
+        "end_rate": 1e-6,
         "decay_matrices_only": True,
         "layer_decay": 0.75,
         "drop_path": 0.1,
@@ -59,19 +65,16 @@ PRESETS = {
     },
 }
 # What a run's name says, in this order: each flag's word, and its value. Those of ALWAYS at their default, too.
-NAME_WORDS = {"dataset": "", "train_images": "n", "val_images": "val", "label_seed": "draw", "augment": "aug"}
-NAME_WORDS |= {"total_epoch": "ep", "warmup_epoch": "wu", "batch_size": "b", "base_learning_rate": "lr"}
-NAME_WORDS |= {"weight_decay": "wd", "optimizer": "", "pool": "pool"}
-NAME_WORDS |= {"decay_matrices_only": "matrices", "layer_decay": "ld", "clip_grad": "clip", "drop_path": "dp"}
-NAME_WORDS |= {"label_smoothing": "ls", "mixup": "mixup", "cutmix": "cutmix", "class_weights": "", "seed": "s"}
+NAME_WORDS = {
+    "dataset": "", "train_images": "n", "val_images": "val", "label_seed": "draw", "augment": "aug",
+    "total_epoch": "ep", "warmup_epoch": "wu", "batch_size": "b", "base_learning_rate": "lr",
+    "end_rate": "end", "weight_decay": "wd", "optimizer": "", "pool": "pool", "head_std": "head",
+    "decay_matrices_only": "matrices", "layer_decay": "ld", "clip_grad": "clip", "drop_path": "dp",
+    "label_smoothing": "ls", "mixup": "mixup", "cutmix": "cutmix", "class_weights": "", "seed": "s",
+}  # fmt: skip
 SIZE_WORDS = {
-    "img_size": "i",
-    "patch_size": "p",
-    "in_chans": "c",
-    "embed_dim": "w",
-    "encoder_depth": "e",
-    "num_heads": "h",
-}
+    "img_size": "i", "patch_size": "p", "in_chans": "c", "embed_dim": "w", "encoder_depth": "e", "num_heads": "h",
+}  # fmt: skip
 ALWAYS = {"dataset", "total_epoch", "seed"}
 
 
@@ -87,6 +90,8 @@ def parse_args(argv=None):
     group.add_argument("--pretrained_model_path", help=text)
     utils.add_size_arguments(group, SIZE_WORDS, from_scratch=utils.defaults(ViT_Classifier))
     group.add_argument("--pool", choices=("cls", "mean"), help="what the head sees: the cls token or the patches' mean")
+    text = "first weights of the head: standard deviation of a truncated normal, biases 0; 0: PyTorch's own"
+    group.add_argument("--head_std", type=utils.non_negative_float, help=text)
     group = utils.add_optimisation_arguments(parser, WARMUP, DEVICE_BATCH_SIZE)
     text = "no weight decay on biases, LayerNorms, the cls token and positions; else on every parameter"
     group.add_argument("--decay_matrices_only", action=argparse.BooleanOptionalAction, help=text)
@@ -180,6 +185,9 @@ class Classification:
     def build(self):
         self.model_args["num_classes"] = len(self.train.classes)
         self.model = ViT_Classifier(**self.model_args)
+        if self.args.head_std:
+            trunc_normal_(self.model.head.weight, std=self.args.head_std)
+            nn.init.zeros_(self.model.head.bias)
         if self.pretrained:
             self.model.load_encoder(self.pretrained["model"])
             say(self.pretrained)

@@ -78,6 +78,19 @@ def test_a_foreign_file_does_not_choose_where_is_written(mae):
     assert [path.name for path in other.iterdir()] == ["other.pt"]
 
 
+def test_the_head_starts_as_the_official_one_or_as_pytorchs(few_shapes):
+    heads = []
+    for flags in ("--preset official", ""):
+        args = train_classifier.parse_args([*SIZE, "--dataset", "shapes", *flags.split()])
+        experiment = train_classifier.Classification(args)
+        experiment.load("cpu")
+        heads.append(experiment.build().head)
+    official, plain = heads
+    assert official.weight.std().item() == pytest.approx(2e-5, rel=0.2)
+    assert official.bias.abs().max() == 0
+    assert plain.weight.std() > 0.01
+
+
 def test_a_classifier_of_the_official_preset_stores_its_settings(mae):
     run = read_run(classify("--pretrained_model_path", mae, "--preset", "official"))
     assert run.settings.items() >= train_classifier.PRESETS["official"].items()
