@@ -46,9 +46,11 @@ def is_share(metric):
 
 
 def show(axes, image):
-    """Draw one image, pixels (3, H, W) uint8 or grey (H, W) in [0, 1], without axes."""
+    """Draw one image, pixels (C, H, W) uint8 or grey (H, W) in [0, 1], without axes; of many channels the first 3, of
+    one or two the first.
+    """
     if image.ndim == 3:
-        image = image.permute(1, 2, 0)
+        image = image[:3].permute(1, 2, 0) if len(image) >= 3 else image[0] / 255
     axes.imshow(image.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([])

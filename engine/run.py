@@ -38,8 +38,8 @@ class Run:
 
     Args:
         identity: what config.json says of it from the first start to the end: kind ("mae" or "classifier"), name,
-            settings (what is computed, by flag), parent (None, or name, digest and settings of the MAE whose encoder it
-            starts from).
+            settings (what is computed, by flag), parent (None, or name, digest and settings of the model whose weights
+            it starts from).
         arguments: the other flags by name: where and how it computes. log_dir is where its directory is made,
             overwrite starts it again, dropping what an earlier run of this name left, output_model_path gets a copy of
             the finished model.
@@ -147,14 +147,7 @@ class Run:
         if path := self.arguments.get("output_model_path"):
             check_writable(Path(path).parent, "--output_model_path")
         if self.overwrite:
-            for pattern in (
-                "*.pt",
-                "metrics.csv",
-                "predictions*.csv",
-                "*features*",
-                "events.out.tfevents.*",
-                "config.json",
-            ):
+            for pattern in ("*.pt", "metrics.csv", "predictions*.csv", "*features*", "events.out.tf*", "config.json"):
                 for path in self.directory.glob(pattern):
                     path.unlink()
         self.write_config({**self.identity, "finished": False, "facts": facts, "starts": starts})
@@ -426,8 +419,8 @@ class Session:
         return {**self.content, **images, **own, "model": self.model.state_dict()}
 
     def finish(self):
-        """Write model.pt, predictions.csv from progress["predictions"] (2, N: labels and predicted), if it is there,
-        then that the run is finished; to TensorBoard its settings as hyper-parameters.
+        """Write model.pt, any predictions (2, N: labels, predicted), then that the run is finished; to TensorBoard its
+        settings as hyper-parameters.
         """
         if not processes.is_first():
             return

@@ -14,8 +14,10 @@ import pandas as pd
 
 import mae_pretrain
 import train_classifier
+import utils
 from engine.errors import UserError
 from engine.records import find_runs
+from model import ViT_Classifier
 
 NONE = {"train_images": "all", "warmup_epoch": "default"}  # what None stands for; elsewhere "none"
 FACTS = ("precision", "images", "test_set", "masks")  # that tell runs apart as settings do
@@ -71,14 +73,15 @@ def table_of(records):
     complete["classifier"] = completer(train_classifier, [record for record in records if record.kind != "mae"])
     rows = {}
     for record in records:
-        mae = mae_of(record, maes) if record.parent else None
+        parent = record.parent if record.kind == "classifier" else None
+        mae = mae_of(record, maes) if parent else None
         row = {"kind": record.kind, "name": record.name, "seed": record.settings["seed"], "finished": record.finished}
         row |= {"epochs": len(record.metrics), "minutes": sum(row["seconds"] for row in record.metrics) / 60}
         row |= {"parameters": record.facts.get("parameters"), "mae": str(mae.directory) if mae else None}
         row |= complete[record.kind](record.settings)
         row |= {name: record.facts[name] for name in FACTS if name in record.facts}
-        if record.parent:
-            row |= {f"mae/{name}": value for name, value in complete["mae"](record.parent["settings"]).items()}
+        if parent:
+            row |= {f"mae/{name}": value for name, value in complete["mae"](parent["settings"]).items()}
         numbers = {name: value for name, value in (record.metrics or [{}])[-1].items() if name != "epoch"}
         rows[str(record.directory)] = row, numbers | frozen(record)
     names = pd.Index(rows, name="directory")
@@ -92,7 +95,7 @@ def completer(script, records):
 
     None is told by a word, so that it is not a value that is missing.
     """
-    defaults = vars(script.parse_args([]))
+    defaults = vars(utils.fill_in(script.parse_args([]), utils.defaults(ViT_Classifier)))
     known = dict.fromkeys(name for record in records for name in record.settings)
 
     def complete(settings):

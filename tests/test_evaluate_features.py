@@ -88,7 +88,7 @@ def test_the_table_is_of_the_models_features_and_stands_beside_it(capsys):
     assert facts["rows"][1]["knn/acc"] == float(rows[1]["knn/acc"])
     assert facts.keys() >= {"command", "commit", "precision", "device", "seconds", "memory/peak_mb", "test_set"}
     settings = {"dataset": "shapes", "train_images": None, "layers": "last", "pool": ["cls", "mean"]}
-    assert facts["settings"] == settings | {"untrained": False, "seed": 42, "label_seed": None}
+    assert facts["settings"] == settings | {"untrained": False, "seed": 42, "label_seed": None, "img_size": None}
     assert not Path("run/features.png").exists()
 
 

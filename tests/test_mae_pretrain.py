@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from starting import classify, pretrain, pretrain_with_switches, same_weights, weights
 
+import evaluate_features
 import mae_pretrain
+import visualize_predictions
 from engine import processes, training
 from engine.checkpoints import load_file, load_model
 from engine.records import read_metrics, read_run
@@ -160,3 +162,17 @@ def test_a_mistake_in_a_new_strategy_keeps_its_traceback(monkeypatch):
         monkeypatch.setitem(mae_pretrain.MASK_STRATEGIES, "new", strategy)
         with pytest.raises(error):
             pretrain("--mask_strategy", "new")
+
+
+def test_grey_images_are_trained_on_measured_and_drawn_with_one_channel():
+    mae = pretrain("--in_chans", "1")
+    assert "_p8_c1_w12_" in mae.name
+    assert weights(mae)["encoder.patchify.weight"].shape == (12, 1, 8, 8)
+    run = classify("--pretrained_model_path", mae)
+    assert weights(run)["patchify.weight"].shape == (12, 1, 8, 8)
+    assert read_run(run).settings["in_chans"] == 1
+    evaluate_features.main(["--model_path", str(mae), "--train_images", "20"])
+    for model in (mae, run):
+        visualize_predictions.main(["--model_path", str(model), "--num_images", "2"])
+    assert (mae / "reconstructions.png").exists()
+    assert (run / "predictions.png").exists()
