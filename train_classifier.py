@@ -19,9 +19,9 @@ from torch import nn
 import utils
 from engine import processes
 from engine.checkpoints import load_model
-from engine.device import autocast, generator
+from engine.device import generator
 from engine.errors import exit_in_one_line
-from engine.predictions import accuracies_of, is_uneven
+from engine.predictions import accuracies_of, is_uneven, predict
 from engine.records import read_metrics
 from engine.training import train
 from engine.weights import not_flags, parent_of, read_weights, say
@@ -32,7 +32,6 @@ from model import MAE_ViT, ViT_Classifier, drop_path_scales
 
 WARMUP = 0.05  # of all epochs
 DEVICE_BATCH_SIZE = {"cuda": 256, "cpu": 128, "mps": 128}  # images at once, on a GPU of the default model
-EVAL_BATCH = 500  # images whose losses are summed at once
 # Recipes for --preset: values of flags by name. What a row leaves out is as in the first.
 PRESETS = {
     "reference": {
@@ -83,44 +82,28 @@ def parse_args(argv=None):
     parser = utils.Parser(description=__doc__.split("\n")[0])
     group = utils.add_data_arguments(parser, pretrained=True)
     utils.add_label_seed(group)
-    group.add_argument(
-        "--val_images",
-        type=utils.positive_int,
-        help="hold out so many training images, of each class as --train_images, keep the epoch that is best on them "
-        "and test that one only; default: keep the last epoch, test after every epoch",
-    )
+    text = "hold out so many training images, drawn as --train_images, keep the epoch that is best on them and test "
+    text += "that one only; default: keep the last epoch, test after every epoch"
+    group.add_argument("--val_images", type=utils.positive_int, help=text)
     group = parser.add_argument_group("model")
-    group.add_argument(
-        "--pretrained_model_path",
-        help="a MAE's run or file, or weights of the reference, the official MAE, timm or transformers; default: "
-        "from scratch",
-    )
+    text = "a MAE's run or file, weights of the reference, official MAE, timm or transformers; default: from scratch"
+    group.add_argument("--pretrained_model_path", help=text)
     utils.add_size_arguments(group, SIZE_WORDS, from_scratch=utils.defaults(ViT_Classifier))
     group.add_argument("--pool", choices=("cls", "mean"), help="what the head sees: the cls token or the patches' mean")
     text = "first weights of the head: standard deviation of a truncated normal, biases 0; 0: PyTorch's own"
     group.add_argument("--head_std", type=utils.non_negative_float, help=text)
     group = utils.add_optimisation_arguments(parser, WARMUP, DEVICE_BATCH_SIZE)
-    group.add_argument(
-        "--decay_matrices_only",
-        action=argparse.BooleanOptionalAction,
-        help="no weight decay on biases, LayerNorms, the cls token and positions; else on every parameter",
-    )
-    group.add_argument(
-        "--layer_decay",
-        type=utils.fraction,
-        help="a block's learning rate is this times the next one's; the embedding comes first, the head last; 1: off",
-    )
-    group.add_argument(
-        "--clip_grad", type=utils.non_negative_float, help="largest norm of all gradients together; 0: off"
-    )
+    text = "no weight decay on biases, LayerNorms, the cls token and positions; else on every parameter"
+    group.add_argument("--decay_matrices_only", action=argparse.BooleanOptionalAction, help=text)
+    text = "a block's learning rate is this times the next one's; the embedding comes first, the head last; 1: off"
+    group.add_argument("--layer_decay", type=utils.fraction, help=text)
+    text = "largest norm of all gradients together; 0: off"
+    group.add_argument("--clip_grad", type=utils.non_negative_float, help=text)
     text = "balanced: an image's loss weighs inversely to its class's share of the training images"
     group.add_argument("--class_weights", choices=("none", "balanced"), default="none", help=text)
     group = parser.add_argument_group("regularisation")
-    group.add_argument(
-        "--drop_path",
-        type=utils.fraction,
-        help="probability that an image skips the last block's attention or its MLP; smaller in earlier blocks",
-    )
+    text = "probability that an image skips the last block's attention or its MLP; smaller in earlier blocks"
+    group.add_argument("--drop_path", type=utils.fraction, help=text)
     group.add_argument("--label_smoothing", type=utils.fraction, help="share of a label spread evenly over all classes")
     alpha = "alpha of the Beta distribution of an image's share; 0: off"
     group.add_argument("--mixup", type=utils.non_negative_float, help=f"mix each image with another; {alpha}")
@@ -266,27 +249,12 @@ class Classification:
         return {"kind": "ViT_Classifier", "model_args": self.model_args, "classes": self.train.classes}
 
 
-@torch.no_grad()
 def evaluate(model, images, precision, at_once, name="test"):
-    """Loss and accuracy over all test (or val) images, each counted once, whatever the batches and processes; and the
-    predicted classes (N,).
-
-    At most at_once images pass the model together, as in training, so that evaluating needs no more memory.
-    """
-    pixels, labels = images.images, images.labels
-    device = labels.device
-    loss, predicted = torch.zeros((), device=device), torch.zeros_like(labels)
-    for part in processes.shared_out(len(labels), EVAL_BATCH):
-        with autocast(precision, device):
-            pooled = torch.cat([model.pooled(normalize(some)) for some in pixels[part].split(at_once)])
-        logits = model.head(pooled.float())  # in float32: bf16 cannot tell near logits apart
-        predicted[part] = logits.argmax(dim=1)
-        loss += F.cross_entropy(logits, labels[part], reduction="sum")
-    predicted, loss = processes.sum_over_ranks(predicted).cpu(), processes.sum_over_ranks(loss)
-    labels, scores = labels.cpu(), {f"{name}/loss": loss.item() / len(labels)}  # MPS has no float64
-    if name == "test":
-        return scores | accuracies_of(labels, predicted), predicted
-    return scores | {f"{name}/acc": (predicted == labels).double().mean().item()}, predicted
+    """Loss and accuracy over all test (or val) images, {column: number}, and the predicted classes (N,)."""
+    predicted, loss = predict(model, images, normalize, precision, at_once)
+    scores = accuracies_of(images.labels.cpu(), predicted)
+    scores = scores if name == "test" else {"val/acc": scores["test/acc"]}
+    return {f"{name}/loss": loss, **scores}, predicted
 
 
 def best_of(best, model, epoch, acc):

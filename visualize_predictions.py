@@ -3,6 +3,7 @@
 python visualize_predictions.py --model_path logs/pretrain/<run>
 python visualize_predictions.py --model_path logs/pretrain/<run> --mask_ratio 0.5 0.75 0.9 --mask_strategy random block
 python visualize_predictions.py --model_path logs/classifier/<run>
+python visualize_predictions.py --model_path logs/classifier/<run> --by_class --dataset folder --data_dir data/pets
 python visualize_predictions.py --model_path logs/classifier/<run> --images cat.jpg holiday/*.png
 python visualize_predictions.py --model_path logs/pretrain/<run> --attention --images cat.jpg
 python visualize_predictions.py --masks
@@ -16,11 +17,12 @@ import torch
 import utils
 from engine import figures
 from engine.checkpoints import load_model
-from engine.device import generator
+from engine.device import generator, pick_device, pick_precision
 from engine.errors import UserError, as_user_error, exit_in_one_line
 from engine.figures import draw_rows, draw_title, plt, save
 from engine.files import check_writable
-from images.load import DATASETS, load_dataset
+from engine.predictions import predict, read_predictions, table_by_class, write_predictions
+from images.load import DATASETS, data_name, load_dataset, load_test_set
 from images.pixels import in_channels, normalize, read_image, to_pixels
 from model import MASK_STRATEGIES, MAE_ViT, PatchShuffle, ViT_Classifier, cls_qkv
 
@@ -49,6 +51,8 @@ def parse_args(argv=None):
     group.add_argument("--seed", type=utils.seed, default=42, help="which test images and masks are drawn")
     group.add_argument("--dataset", choices=DATASETS, help="default: the one the model was trained on")
     group.add_argument("--data_dir", help="default: where that was")
+    text = "of a classifier, also predict all test images, and print the accuracy of each class"
+    group.add_argument("--by_class", action="store_true", help=text)
     parser.add_argument(
         "--output", type=utils.picture_path, help="PNG, PDF or SVG to write; default: beside the model, or masks.png"
     )
@@ -61,8 +65,8 @@ def parse_args(argv=None):
         parser.error("--block goes with --attention")
     if args.attention and (args.masks or args.mask_strategy or args.mask_ratio):
         parser.error("--attention goes with --model_path, and without --mask_*: it shows the model all patches")
-    if args.images and (args.masks or args.num_images or args.dataset or args.data_dir):
-        parser.error("--images goes with --model_path, and without --num_images, --dataset and --data_dir")
+    if args.images and (args.masks or args.num_images or args.dataset or args.data_dir or args.by_class):
+        parser.error("--images goes with --model_path, and without --num_images, --dataset, --data_dir and --by_class")
     if args.output and args.output.is_dir():
         parser.error(f"--output {args.output} is a directory; name a file")
     if args.masks and len(args.mask_ratio or []) > 1:
@@ -70,22 +74,25 @@ def parse_args(argv=None):
     return args
 
 
-def images_to_draw(args, content, is_mae):
+def images_to_test_on(args, content, sizes):
+    """The test images of --dataset and --data_dir, by default those of the model with this content of its file."""
+    place = args.dataset or content["dataset"], args.data_dir or content["data_dir"], sizes["img_size"]
+    if "classes" in content:
+        return load_test_set(*place, content["classes"], args.model_path, sizes["in_chans"])
+    return load_dataset(*place, labelled=False, in_chans=sizes["in_chans"])[1]
+
+
+def images_to_draw(args, sizes, test, count):
     """Images (B, C, H, W) uint8, a title for each, and their labels, None for pictures of the user's own.
 
     Args:
-        content: of the model's file.
+        test: the ImageSet to draw from, where there are none of the user's; count: how many, by default.
     """
-    img_size, in_chans = (({"in_chans": 3} | content["model_args"])[name] for name in ("img_size", "in_chans"))
     if args.images:
-        images = torch.stack([read_image(path, img_size) for path in args.images])
-        return in_channels(images, in_chans, args.images[0]), [Path(path).name for path in args.images], None
-    dataset, data_dir = args.dataset or content["dataset"], args.data_dir or content["data_dir"]
-    _, test = load_dataset(dataset, data_dir, img_size, labelled=not is_mae, in_chans=in_chans)
-    if not is_mae and test.classes != content["classes"]:
-        raise UserError(f"{args.model_path} tells {content['classes']} apart, {dataset} has {test.classes}.")
+        images = torch.stack([read_image(path, sizes["img_size"]) for path in args.images])
+        return in_channels(images, sizes["in_chans"], args.images[0]), [Path(path).name for path in args.images], None
     chosen = torch.randperm(len(test.images), generator=generator("cpu", args.seed, "images"))
-    chosen = chosen[: args.num_images or (8 if is_mae or args.attention else 32)]
+    chosen = chosen[: args.num_images or count]
     return test.images[chosen], [""] * len(chosen), test.labels[chosen]
 
 
@@ -175,6 +182,22 @@ def draw_classified(model, classes, images, names, labels, args):
     return figures.draw_predictions(images, classes, labels, predicted, confidence, f", seed {args.seed}")
 
 
+def print_by_class(model, content, test, args):
+    """Print the accuracy by class: of what a finished run has kept, or of another test set, which is written beside."""
+    place = Path(args.model_path)
+    path, ours = place / "predictions.csv", not (args.dataset or args.data_dir)
+    if not (ours and path.exists()):
+        device, name = (
+            pick_device("auto"),
+            data_name(args.dataset or content["dataset"], args.data_dir or content["data_dir"]),
+        )
+        precision = pick_precision("auto", device, content["model_args"]["embed_dim"])
+        predicted, _ = predict(model.to(device), test.to(device), normalize, precision, at_once=100)
+        path = (place if place.is_dir() else place.parent) / f"predictions_{name}.csv"
+        write_predictions(path, content["classes"], test.labels, predicted)
+    print(path, *table_by_class(read_predictions(path)), sep="\n")
+
+
 def draw_model(args):
     """What the model of --model_path makes of some images: (figure, the path beside the model to write it to)."""
     model, content = load_model(args.model_path, MAE_ViT, ViT_Classifier)
@@ -183,7 +206,11 @@ def draw_model(args):
     check_writable(args.output.parent if args.output else place, "--output")
     if not is_mae and (args.mask_strategy or args.mask_ratio):
         raise UserError(f"{args.model_path} is a classifier, which masks nothing: leave out --mask_*.")
-    images, names, labels = images_to_draw(args, content, is_mae)
+    if args.by_class and (is_mae or args.attention):
+        raise UserError("--by_class is for a classifier, and without --attention.")
+    sizes, count = {"in_chans": 3} | content["model_args"], 8 if is_mae or args.attention else 32
+    test = None if args.images else images_to_test_on(args, content, sizes)
+    images, names, labels = images_to_draw(args, sizes, test, count)
     if args.attention:
         figure, words = draw_attention(model, images, names, args), ["attention"]
         words += [f"block{args.block}"] if args.block else []
@@ -193,6 +220,8 @@ def draw_model(args):
     else:
         figure, words = draw_classified(model, content["classes"], images, names, labels, args), ["predictions"]
     words += ["images"] if args.images else []
+    if args.by_class:
+        print_by_class(model, content, test, args)
     return figure, place / f"{'_'.join(words)}.png"
 
 

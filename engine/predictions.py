@@ -4,13 +4,38 @@ import csv
 from collections import Counter
 
 import torch
+import torch.nn.functional as F
 
+from engine import processes
+from engine.device import autocast
 from engine.errors import UserError
 from engine.files import replacing
 from engine.records import csv_text
 
+EVAL_BATCH = 500  # images whose losses are summed at once
 REPORT_BATCH = 128  # the course report averages the accuracies of batches of so many
 UNEVEN = 1.1  # classes are where the largest has more than so many times the images of the mean one
+
+
+@torch.no_grad()
+def predict(model, images, prepare, precision, at_once):
+    """The classes that a classifier predicts for images, (N,) int64 on the CPU, and its mean cross-entropy.
+
+    Each image counts once, whatever the batches and processes. At most at_once images pass the model together, as in
+    training, so that evaluating needs no more memory.
+
+    Args:
+        images: an ImageSet on the model's device; prepare: makes of its uint8 pixels what the model takes.
+    """
+    pixels, labels = images.images, images.labels
+    loss, predicted = torch.zeros((), device=labels.device), torch.zeros_like(labels)
+    for part in processes.shared_out(len(labels), EVAL_BATCH):
+        with autocast(precision, labels.device):
+            pooled = torch.cat([model.pooled(prepare(some)) for some in pixels[part].split(at_once)])
+        logits = model.head(pooled.float())  # in float32: bf16 cannot tell near logits apart
+        predicted[part] = logits.argmax(dim=1)
+        loss += F.cross_entropy(logits, labels[part], reduction="sum")
+    return processes.sum_over_ranks(predicted).cpu(), processes.sum_over_ranks(loss).item() / len(labels)
 
 
 def is_uneven(labels):
@@ -70,6 +95,8 @@ def table_by_class(pairs):
     lines = [f"{'class':{width}} {'images':>7} {'accuracy':>9}  most often taken for"]
     for name in sorted(accuracy, key=accuracy.get):
         lines.append(f"{name:{width}} {sizes[name]:7,} {accuracy[name]:9.2%}  {taken_for.get(name, '')}".rstrip())
-    lines.append(f"{'all':{width}} {len(pairs):7,} {right.total() / len(pairs):9.2%}")
+    share = right.total() / len(pairs)
+    error = (share * (1 - share) / len(pairs)) ** 0.5  # binomial: of other test images
+    lines.append(f"{'all':{width}} {len(pairs):7,} {share:9.2%}  ± {error:.2%} (standard error)")
     lines.append(f"{'balanced':{width}} {'':7} {sum(accuracy.values()) / len(sizes):9.2%}")
     return lines

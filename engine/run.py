@@ -147,14 +147,7 @@ class Run:
         if path := self.arguments.get("output_model_path"):
             check_writable(Path(path).parent, "--output_model_path")
         if self.overwrite:
-            for pattern in (
-                "*.pt",
-                "metrics.csv",
-                "predictions*.csv",
-                "*features*",
-                "events.out.tfevents.*",
-                "config.json",
-            ):
+            for pattern in ("*.pt", "metrics.csv", "predictions*.csv", "*features*", "events.out.tf*", "config.json"):
                 for path in self.directory.glob(pattern):
                     path.unlink()
         self.write_config({**self.identity, "finished": False, "facts": facts, "starts": starts})
@@ -426,8 +419,8 @@ class Session:
         return {**self.content, **images, **own, "model": self.model.state_dict()}
 
     def finish(self):
-        """Write model.pt, predictions.csv from progress["predictions"] (2, N: labels and predicted), if it is there,
-        then that the run is finished; to TensorBoard its settings as hyper-parameters.
+        """Write model.pt, any predictions (2, N: labels, predicted), then that the run is finished; to TensorBoard its
+        settings as hyper-parameters.
         """
         if not processes.is_first():
             return

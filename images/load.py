@@ -6,6 +6,7 @@ A set is one tensor on the training device; a batch is an index, a cast and a no
 import math
 import re
 import socket
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from engine import processes
 from engine.device import generator
 from engine.errors import UserError, as_user_error
 from engine.files import locked
-from images.folder import read_folder, readable
+from images.folder import read_folder, read_test_folder, readable
 from images.npz import read_npz
 from images.pixels import ImageSet, flatness, in_channels, to_images
 from images.shapes import shapes
@@ -81,7 +82,7 @@ NO_LABEL = re.compile(r"-\d+|nan|unlabell?ed", re.IGNORECASE)  # a class of this
 FAKE = {"fake": lambda _, img_size, labelled: (shapes(1000, img_size, seed=0), shapes(20, img_size, seed=1))}
 
 
-def load_dataset(name, data_dir, img_size, labelled=True, in_chans=3):
+def load_dataset(name, data_dir, img_size, *, labelled=True, in_chans=3):
     """The training and the test set of one of DATASETS, or of fake: images of img_size x img_size.
 
     Args:
@@ -107,10 +108,8 @@ def load_dataset(name, data_dir, img_size, labelled=True, in_chans=3):
         train, test = (part and part._replace(labels=part.labels * 0, classes=[]) for part in (train, test))
     if labelled and len(train.labels.unique()) < 2:
         raise UserError(f"{place} has 1 class, nothing to tell apart; is train/<class>/ right?")
-    if processes.is_first():
-        for part, images in ("training images", train), ("test images", test):
-            if images and (done := (*images.done, *flatness(images.images))):
-                print(f"{place}, {part}: {' '.join(done)}")
+    say_done(train, f"{place}, training images")
+    say_done(test, f"{place}, test images")
     if test is None:
         train, test = split_off_test(train)
         if processes.is_first():
@@ -118,6 +117,35 @@ def load_dataset(name, data_dir, img_size, labelled=True, in_chans=3):
             print(f"{place} has no test set: {held_out}.")
     say_copies(train, test, place, "test")
     return train, test
+
+
+def load_test_set(name, data_dir, img_size, classes, whose, in_chans=3):
+    """The test images of a set for a classifier that tells `classes` apart, labelled by place in them, by name.
+
+    A folder needs no train/ here, and some classes may be missing.
+
+    Raises:
+        UserError: the set has other classes; whose: what to call the classifier then.
+    """
+    if name == "folder" and not Path(data_dir, "train").is_dir():
+        with as_user_error(OSError):
+            test = read_test_folder(data_dir, img_size)
+        place = readable(str(data_dir))
+        test = test._replace(images=in_channels(test.images, in_chans, place))
+        say_done(test, f"{place}, test images")
+    else:
+        test = load_dataset(name, data_dir, img_size, in_chans=in_chans)[1]
+    if others := [one for one in test.classes if one not in classes]:
+        others, known = (textwrap.shorten(", ".join(names), 300) for names in (others, classes))
+        raise UserError(f"{whose} tells {known} apart; {name} in {data_dir} has {others}. Give images of its classes.")
+    places = torch.tensor([classes.index(one) for one in test.classes])
+    return test._replace(labels=places[test.labels], classes=classes)
+
+
+def say_done(images, what):
+    """Print what was done to the pictures of a set, if there is one, and what was left out."""
+    if processes.is_first() and images and (done := (*images.done, *flatness(images.images))):
+        print(f"{what}: {' '.join(done)}")
 
 
 def say_copies(train, other, place, other_name):
@@ -191,10 +219,9 @@ def of_each_class(images, order, count, flag, leave=0):
     even, free = sizes.min() == sizes.max(), (there - leave).clamp(min=0)
     step, most = classes if even else 1, int(free.sum())
     if count % step or not classes <= count <= most or not free.all():
-        accepted = f"{classes} classes times 1 to {most // step} images" if even else f"{classes} to {most} images"
-        accepted = accepted if images.classes else f"1 to {most}, the number of training images"
+        equally = f", equally many of {classes} classes" if step > 1 else ""
         way_out = f"try {min(max(count // step * step, classes), most)}" if free.all() else "leave it out"
-        raise UserError(f"{flag} {count} is not {accepted}; {way_out}.")
+        raise UserError(f"{flag} {count} is not {classes} to {most} images{equally}; {way_out}.")
     places = labels.argsort(stable=True).argsort()  # of each image, class by class, each in this order
     ranks = places - (there.cumsum(0) - there)[labels]  # within its class, from 0
     turns = (ranks + 0.5).double() / sizes[labels]

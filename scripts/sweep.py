@@ -109,7 +109,8 @@ def jobs_of(setting, args):
     sources = [(job, {"--pretrained_model_path": str(directory)})]
     sources += [(scratch, given(mae, *SIZES))] if args.scratch else []
     model = {"--model_path": str(directory)} | given(mae, "data_dir", "device", "precision")
-    for what in [{"--layers": "all"}, *({"--train_images": count} for count in args.labels or [])]:
+    few = ({"--train_images": count, "--label_seed": str(mae.seed)} for count in args.labels or [])
+    for what in [{"--layers": "all"}, *few]:
         job.append(Step(*parsed(evaluate_features, model | what), directory))
     for tuning in args.finetunings:
         data = () if "--dataset" in tuning else ("dataset", "data_dir")

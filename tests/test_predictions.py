@@ -25,7 +25,7 @@ def test_a_table_by_class_has_the_lowest_accuracy_first_and_what_a_class_is_take
         ["dog,", "big", "3", "33.33%", "cat", "(66.7%)"],
         ["cat", "5", "60.00%", "dog,", "big", "(20.0%)"],
         ["émeu", "1", "100.00%"],
-        ["all", "9", "55.56%"],
+        ["all", "9", "55.56%", "±", "16.56%", "(standard", "error)"],
         ["balanced", "64.44%"],
     ]
 

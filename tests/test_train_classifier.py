@@ -17,6 +17,7 @@ from starting import SET, SIZE, classify, classify_and_choose, pretrain, unfinis
 
 import mae_pretrain
 import train_classifier
+from engine import predictions
 from engine.checkpoints import digest, load_file, load_model
 from engine.predictions import read_predictions
 from engine.records import read_metrics, read_run
@@ -121,7 +122,7 @@ def test_each_seed_draws_its_own_images_of_one_set_and_a_label_seed_fixes_them()
 
 @pytest.mark.parametrize("at_once", [7, 500])
 def test_accuracy_counts_every_image_once_and_the_reports_figure_beside_it(at_once, monkeypatch):
-    monkeypatch.setattr(train_classifier, "EVAL_BATCH", 48)
+    monkeypatch.setattr(predictions, "EVAL_BATCH", 48)
 
     class Model(torch.nn.Module):  # says class 1, wrong for the last 16 images only
         head = torch.nn.Identity()
