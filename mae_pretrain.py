@@ -128,14 +128,12 @@ class Pretraining:
 
     def __init__(self, args):
         self.args, self.arguments = args, utils.free_arguments(args)
-        self.model_args, parent = {name: getattr(args, name) for name in MODEL_FLAGS}, None
         self.start = args.init_from and read_weights(args.init_from, MAE_ViT, sizes=vars(args))
-        if self.start:
-            parent = parent_of(self.start)
-            self.model_args |= not_flags(self.start)
+        self.model_args = {name: getattr(args, name) for name in MODEL_FLAGS} | not_flags(self.start)
         with torch.device("meta"):
             MAE_ViT(**self.model_args)  # bad sizes and masks end here, before the images are read
-        self.identity = {"kind": "mae", "name": run_name(args), "settings": utils.settings_of(args), "parent": parent}
+        name, parent = run_name(args), parent_of(self.start)
+        self.identity = {"kind": "mae", "name": name, "settings": utils.settings_of(args), "parent": parent}
 
     def load(self, device):
         args = self.args

@@ -161,6 +161,8 @@ class MAE_Encoder(nn.Module):
         super().__init__()
         if img_size % patch_size:
             raise UserError(f"patch_size {patch_size} does not divide img_size {img_size}.")
+        if not 1 <= in_chans <= 16:
+            raise UserError(f"in_chans {in_chans} must be 1 to 16.")
         self.img_size, self.patch_size, self.in_chans = img_size, patch_size, in_chans
         self.cls_token = init_token(1, 1, embed_dim)
         self.pos_embedding = init_positions(positions, img_size // patch_size, embed_dim)

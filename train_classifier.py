@@ -161,11 +161,8 @@ class Classification:
 
     def __init__(self, args):
         self.pretrained, args = load_pretrained(args)
-        self.args, self.arguments, parent = args, utils.free_arguments(args), None
-        self.model_args = {name: getattr(args, name) for name in (*SIZE_WORDS, "pool")}
-        if self.pretrained:
-            parent = parent_of(self.pretrained)
-            self.model_args |= not_flags(self.pretrained)
+        self.args, self.arguments, parent = args, utils.free_arguments(args), parent_of(self.pretrained)
+        self.model_args = {name: getattr(args, name) for name in (*SIZE_WORDS, "pool")} | not_flags(self.pretrained)
         with torch.device("meta"):
             ViT_Classifier(**self.model_args)  # bad sizes end here, before the images are read
         name = run_name(args, parent and parent["name"], parent and parent["settings"])

@@ -54,13 +54,6 @@ def positive_int(text):
     return int(text)
 
 
-def channels(text):
-    """An argparse type: 1 to 16."""
-    if positive_int(text) > MOST_CHANNELS:
-        raise argparse.ArgumentTypeError(f"{text!r} is more than {MOST_CHANNELS} channels")
-    return int(text)
-
-
 def seed(text):
     """An argparse type: a whole number that PyTorch takes as a seed."""
     if not re.fullmatch(r"-?\d+", text, re.ASCII) or not -(2**63) <= int(text) < 2**63:
@@ -141,11 +134,10 @@ def label_seed(args):
     return args.seed if args.label_seed is None else args.label_seed
 
 
-MOST_CHANNELS = 16  # of images
 SIZE_HELP = {
     "img_size": "pixels along an image's edge",
     "patch_size": "pixels along a patch's edge",
-    "in_chans": f"channels of the images, up to {MOST_CHANNELS}; 1: colour becomes grey",
+    "in_chans": "channels of the images, up to 16; 1: colour becomes grey",
     "embed_dim": "width of the tokens",
     "encoder_depth": "transformer blocks of the encoder",
     "num_heads": "attention heads of a block",
@@ -157,8 +149,7 @@ def add_size_arguments(group, names, from_scratch=None):
     """Args: from_scratch: the default sizes without a pretrained model; None: the caller sets the defaults."""
     for name in names:
         note = f"; default: as in the pretrained model, {from_scratch[name]} from scratch" if from_scratch else ""
-        kind = channels if name == "in_chans" else positive_int
-        group.add_argument(f"--{name}", type=kind, help=SIZE_HELP[name] + note)
+        group.add_argument(f"--{name}", type=positive_int, help=SIZE_HELP[name] + note)
 
 
 def add_optimisation_arguments(parser, warmup, device_batch_size):

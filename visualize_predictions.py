@@ -117,9 +117,8 @@ def draw_reconstructions(model, images, names, args):
             f"{strategy}\n{hidden:.0%} hidden": to_pixels(masked),
             f"reconstruction\nerror {model.loss(images, ids_shuffle):.4f}": to_pixels(reconstructed),
         }
-        draw_rows(axes[2 * i : 2 * i + 2], shown, fontsize=10)
+        draw_rows(axes[2 * i : 2 * i + 2], shown, names if i == 0 else (), fontsize=10)
     draw_rows(axes[-1:], {"original": pixels}, fontsize=10)
-    title_columns(axes[0], names)
     borrowed = ", normalised (hidden patches shown with their true mean and variance)" if model.norm_pix_loss else ""
     draw_title(
         figure,
@@ -142,11 +141,7 @@ def cls_attention(encoder, images, block):
 
 
 def draw_attention(model, images, names, args):
-    """Each image, where the cls token looks in it on the mean over heads, and each head's own map, in a column.
-
-    Args:
-        images: (B, C, H, W) uint8; names: a title for each.
-    """
+    """In a column each image (C, H, W) uint8, where the cls token looks in it on the mean over heads, and by head."""
     encoder = getattr(model, "encoder", model)
     depth = len(encoder.transformer)
     block = args.block or depth
@@ -160,16 +155,10 @@ def draw_attention(model, images, names, args):
     figure, axes = plt.subplots(
         len(rows), len(images), figsize=(1.3 * len(images) + 1, 1.3 * len(rows) + 0.6), squeeze=False
     )
-    draw_rows(axes, rows, fontsize=10)
-    title_columns(axes[0], names)
+    draw_rows(axes, rows, names, fontsize=10)
     untrained = ", which this classifier does not use" if getattr(model, "pool", "") == "mean" else ""
     draw_title(figure, f"Where the cls token{untrained} looks in block {block} of {depth}; white: most")
     return figure
-
-
-def title_columns(axes, names):
-    for place, name in zip(axes, names, strict=True):
-        place.set_title(figures.short(name, 14), fontsize=9, parse_math=False)
 
 
 @torch.no_grad()

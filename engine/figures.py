@@ -56,8 +56,14 @@ def show(axes, image):
     axes.set_yticks([])
 
 
-def draw_rows(axes, rows, fontsize=11):
-    """A row of images for each {label: images, each as `show` takes it}; axes (rows, images of each)."""
+def draw_rows(axes, rows, names=(), fontsize=11):
+    """A row of images for each {label: images, each as `show` takes it}; axes (rows, images of each).
+
+    Args:
+        names: of files, above the first row.
+    """
+    for place, name in zip(axes[0], names, strict=False):
+        place.set_title(short(name, 14), fontsize=9, parse_math=False)
     for places, (label, images) in zip(axes, rows.items(), strict=True):
         places[0].set_ylabel(label, fontsize=fontsize)
         for place, image in zip(places, images, strict=True):

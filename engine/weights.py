@@ -63,13 +63,14 @@ def read_weights(path, constructor, *others, sizes):
 
 
 def parent_of(content):
-    """What config.json says of the model that a run starts from."""
-    return {name: content[name] for name in ("name", "settings", "digest", "path", "layout")}
+    """What config.json says of the model that a run starts from; None where there is none."""
+    return content and {name: content[name] for name in ("name", "settings", "digest", "path", "layout")}
 
 
 def not_flags(content):
-    """Arguments of the model that weights bring and no flag gives."""
-    return {name: content["model_args"][name] for name in ("qkv_bias", "norm_eps") if name in content["model_args"]}
+    """Arguments of the model that weights bring, if there are any, and no flag gives."""
+    found = content["model_args"] if content else {}
+    return {name: found[name] for name in ("qkv_bias", "norm_eps") if name in found}
 
 
 def say(content, *more):

@@ -267,7 +267,7 @@ BAD = [  # what is given, and what the answer must have in it: flag or file, val
     (MAE, "--max_device_batch_size 0", "--max_device_batch_size '0'"),
     (MAE, "--train_images 41", "--train_images 41 40"),
     (MAE, "--train_images 0", "--train_images '0'"),
-    (MAE, "--in_chans 17", "--in_chans '17' 16"),
+    (MAE, "--in_chans 17", "in_chans 17 16"),
     (MAE, "--in_chans 4", "shapes 3 4 --in_chans"),
     (MAE, "--seed x", "--seed 'x'"),
     (MAE, "--seed 9223372036854775808", "--seed '9223372036854775808' 63"),
