@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import os
 import re
 import shlex
+import signal
 from functools import partial
 from pathlib import Path
 
@@ -12,15 +14,16 @@ import pytest
 import torch
 from safetensors.torch import load_file as load_safetensors
 from safetensors.torch import save_file as save_safetensors
-from starting import SET, classify, pretrain, weights
+from starting import SET, classify, pretrain, same_weights, weights
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from timm.models.vision_transformer import VisionTransformer
 
 import evaluate_features
 import mae_pretrain
-from engine.checkpoints import load_model
+from engine.checkpoints import load_file, load_model, save_file
 from engine.errors import UserError
 from engine.records import read_config, read_metrics, read_run
+from engine.run import Session
 from engine.weights import read_weights, start_from
 from model import MAE_ViT, ViT_Classifier, patchify, sincos_table
 from scripts import export
@@ -306,6 +309,29 @@ def test_a_run_may_start_from_the_encoder_alone_under_other_masks_and_images(mae
     name = "encoder.transformer.0.attn.qkv.weight"
     assert (weights(run)[name] - weights(mae)[name]).abs().max() < 1e-5
     assert weights(run)["encoder.patchify.weight"].shape == (12, 1, 4, 4)
+
+
+def test_a_run_from_other_weights_continues_with_the_same_bits_and_knows_its_parent(mae, monkeypatch, capsys):
+    def start(*flags):
+        return pretrain("--init_from", mae, "--seed", "1", *flags)
+
+    whole, tick = start("--log_dir", "whole"), Session.tick
+
+    def stop_at_first(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        tick(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "tick", stop_at_first)
+        with pytest.raises(SystemExit):
+            start("--log_dir", "parts")
+    assert same_weights(whole, start("--log_dir", "parts"))
+    content = load_file(mae / "model.pt")
+    content["model"]["encoder.cls_token"] += 1
+    save_file(mae / "model.pt", content)
+    with pytest.raises(SystemExit):
+        start("--log_dir", "parts")
+    assert "other weights of the pretrained encoder" in capsys.readouterr().err
 
 
 def test_others_weights_are_fine_tuned_and_measured(capsys):
