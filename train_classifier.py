@@ -124,8 +124,8 @@ def run_name(args, parent=None, sizes=None):
     settings, defaults = utils.settings_of(args), {**utils.defaults(ViT_Classifier), **vars(parse_args([]))}
     parts = utils.name_parts(settings, NAME_WORDS, defaults, ALWAYS)
     if parent:
-        sizes = utils.name_parts(settings, SIZE_WORDS, settings | (sizes or {}))
-        return utils.joined(["cls", *parts, *sizes, "from", parent])
+        changed = utils.name_parts(settings, SIZE_WORDS, utils.defaults(ViT_Classifier) | sizes if sizes else settings)
+        return utils.joined(["cls", *parts, *changed, "from", parent])
     sizes = utils.name_parts(settings, SIZE_WORDS, utils.defaults(ViT_Classifier))
     return utils.joined(["cls", *parts, "scratch", *sizes])
 

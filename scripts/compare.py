@@ -266,10 +266,9 @@ def main(argv=None):
     first, known = found.measure.iloc[0], found if args.baseline else found[found.measure == found.measure.iloc[0]]
     baseline = pick_baseline(args.baseline, {label: values[label] for label in known.setting.unique()})
     judged, notes = judge_all(found, values, baseline, args.margin)
-    used = pd.unique(entries[["mae", "classifier"]].melt().value.dropna())
     tuning, several = tuned_often(runs, entries)
     notes += [tuning] * bool(tuning) + notes_of(found, entries, values, usual, left_out)
-    notes += origins([records[run] for run in used])
+    notes += origins(records, entries)
     means = judged[judged.measure == first].set_index("setting")["mean"]
     means = means.sort_values(ascending=not MEASURES[first].percent, kind="stable")
     order = list(dict.fromkeys([*means.index, *found.setting]))

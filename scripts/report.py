@@ -116,26 +116,10 @@ def judged_pairs(found, pairs):
 
 def difference_table(found, pairs):
     """A row a pair: the difference in each measure, its interval and a verdict; no table without any."""
-    judged, names = judged_pairs(found, pairs), {pair: "{} minus {}".format(*pair) for pair in pairs}
-    cells = {(m, names[pair]): difference_text(row, m) for (m, *pair), row in judged.items() for pair in [tuple(pair)]}
-    table = pd.Series(cells).unstack(0, "") if cells else pd.DataFrame()
-    rows, columns = (
-        [name for name in some if name in part] for some, part in ((names.values(), table.index), (COMPARED, table))
-    )
-    return markdown_table(table.loc[rows, columns]) if cells else ""
-
-
-def commands(runs):
-    """What was run, from what and for how long: a list and a table."""
-    lines, used = [], []
-    for entry in runs.entries.itertuples():
-        for record in (runs.records[run] for run in (entry.mae, entry.classifier) if run):
-            done = [(runs.table.minutes[str(record.directory)], record.starts[-1])]
-            done += [(stored["seconds"] / 60, stored) for stored in record.features]
-            lines += [(entry.setting, entry.seed, f"{minutes:.1f}", f"`{by['command']}`") for minutes, by in done]
-            used.append(record)
-    table = pd.DataFrame(lines, columns=["", "seed", "minutes (training: of steps)", "command"]).set_index("")
-    return "".join(f"- {line}\n" for line in origins(used, least=1)) + "\n" + markdown_table(table)
+    rows = {}
+    for (measure, *pair), row in judged_pairs(found, pairs).items():
+        rows.setdefault("{} minus {}".format(*pair), {})[measure] = difference_text(row, measure)
+    return markdown_table(pd.DataFrame.from_dict(rows, orient="index").fillna("")) if rows else ""
 
 
 # --- findings ---
@@ -216,45 +200,26 @@ the words after it stand on wider intervals, which hold for all differences of t
 def write_report(runs, notes, output, captions):
     """REPORT.md, with the figures under their captions."""
     found = long_table(runs.table, runs.entries, COMPARED | AS_REPORTED | EARLY)
-    depths = list(itertools.combinations(list(DEPTHS.values())[::-1], 2))
     masks = [(one, other) for other, one in itertools.combinations(MASKS.values(), 2)]
+    sections = {  # labels of settings; pairs to compare
+        "Pretraining": ({"with pretraining": BASE, SCRATCH: SCRATCH}, [(BASE, SCRATCH)]),
+        "Table 1: decoder depth": (DEPTHS, [*itertools.combinations([*DEPTHS.values()][::-1], 2)]),
+        "Table 2: mask strategy": (MASKS, masks),
+    }
     order = [setting for setting in SETTINGS if setting in set(runs.entries.setting)]
     costs = mean_table(found)[["fine-tuned"]].join(cost_table(runs.table, runs.records, runs.entries)).loc[order]
-    figures = ""
+    text = f"# What decoder depth and masking do\n\n{introduction(runs)}"
+    text += "".join(f"\n- {note}\n" for note in notes)
+    text += f"\n## Findings of the course report\n\n{findings(found)}"
+    for title, (settings, pairs) in sections.items():
+        text += f"\n## {title}\n\n{accuracy_table(found, settings)}\n{difference_table(found, pairs)}"
+    text += f"\n## What it costs\n\n{markdown_table(costs)}\n{COSTS}\n\n## Figures\n\n"
     for name, caption in captions.items():
         title = name.replace("figure", "Figure ").replace(" 0", " ").replace("_", " ")
-        figures += f"### {title}\n\n![{caption}]({name}.png)\n\n{caption}\n\n"
+        text += f"### {title}\n\n![{caption}]({name}.png)\n\n{caption}\n\n"
+    text += "## Runs\n\nIn `runs/`, each with its command, commit and machine in config.json.\n\n"
     (output / "REPORT.md").write_text(
-        f"""# What decoder depth and masking do
-
-{introduction(runs)}{"".join(f"{chr(10)}- {note}{chr(10)}" for note in notes)}
-## Findings of the course report
-
-{findings(found)}
-## Pretraining
-
-{accuracy_table(found, {"with pretraining": BASE, SCRATCH: SCRATCH})}
-{difference_table(found, [(BASE, SCRATCH)])}
-## Table 1: decoder depth
-
-{accuracy_table(found, DEPTHS)}
-{difference_table(found, depths)}
-## Table 2: mask strategy
-
-{accuracy_table(found, MASKS)}
-{difference_table(found, masks)}
-## What it costs
-
-{markdown_table(costs)}
-{COSTS}
-
-## Figures
-
-{figures}## Commands
-
-As they were typed.
-
-{commands(runs)}"""
+        text + "".join(f"- {line}\n" for line in origins(runs.records, runs.entries, least=1))
     )
 
 
@@ -264,27 +229,22 @@ def copies(runs, output):
     return {path: output / "runs" / path.parent.name / path.name for path in map(Path, used)}
 
 
-def kept_pictures(runs, output):
-    """{name: caption} of the pictures beside an earlier report of the same runs; nothing beside one of other runs."""
-    for path, target in ((path / "config.json", copy / "config.json") for path, copy in copies(runs, output).items()):
-        if not target.exists() or target.read_bytes() != path.read_bytes():
-            return {}
+def kept_pictures(output):
+    """{name: caption} of the pictures of an earlier report."""
     report = output / "REPORT.md"
     found = re.findall(r"^!\[(.*)\]\((\w+)\.png\)$", report.read_text(), re.MULTILINE) if report.exists() else []
     return {name: caption for caption, name in found if (output / f"{name}.png").exists()}
 
 
-def keep_numbers(runs, output):
+def keep_numbers(targets, output):
     """Copy the CSV and JSON behind the report beside it, in place of what an earlier report has kept there."""
-    targets = copies(runs, output)
     for old in (output / "runs").glob("*/*"):  # a run that holds more is not ours
         if old not in targets.values() and old.is_dir() and all(path.name in KEPT for path in old.iterdir()):
             shutil.rmtree(old)
     for directory, target in targets.items():
         target.mkdir(parents=True, exist_ok=True)
         for path in (directory / name for name in KEPT if (directory / name).exists()):
-            if path.resolve() != (target / path.name).resolve():
-                shutil.copyfile(path, target / path.name)
+            shutil.copyfile(path, target / path.name)
 
 
 @exit_in_one_line()
@@ -294,9 +254,12 @@ def main(argv=None):
     runs, left_out = collect(args.runs)
     notes = [f"Left out: {run}: {reason}." for run, reason in left_out.items()]
     args.output.mkdir(parents=True, exist_ok=True)
-    captions = draw_all(runs, args.output, kept_pictures(runs, args.output))
+    targets = copies(runs, args.output)
+    again = all(path.resolve() == target.resolve() for path, target in targets.items())  # from the kept numbers
+    captions = draw_all(runs, args.output, kept_pictures(args.output) if again else {})
     write_report(runs, notes, args.output, captions)
-    keep_numbers(runs, args.output)
+    if not again:
+        keep_numbers(targets, args.output)
     print(*notes, args.output / "REPORT.md", sep="\n")
 
 

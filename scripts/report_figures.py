@@ -4,8 +4,6 @@ A figure is a function that returns (figure, caption), or None where it cannot b
 PICTURES; its file has the name of the line.
 """
 
-import functools
-import itertools
 from typing import NamedTuple
 
 import pandas as pd
@@ -31,23 +29,34 @@ MOST_CLASSES = 20  # with more, a table of all pairs of classes cannot be read
 
 
 class Runs(NamedTuple):
-    """The runs of a report.
+    """The runs of a report, and what pictures are drawn from.
 
     Args:
         records: {directory: Record}; table: of the same, see scripts.results.
         entries: rows as compare has them, each with a setting of SETTINGS.
         watched: the accuracy that all classifiers have at every epoch.
+        test: the test set; chosen: the places of its images in random order.
     """
 
     records: dict
     table: pd.DataFrame
     entries: pd.DataFrame
     watched: str
+    test: tuple = ()
+    chosen: torch.Tensor | None = None
 
     def of(self, setting, kind):
         """The Records of a setting's "mae" or "classifier", by seed, each once."""
         rows = self.entries[self.entries.setting == setting].sort_values("seed")
         return [self.records[run] for run in rows[kind].dropna().unique()]
+
+    def model(self, setting, kind, constructor):
+        """A setting's model, of the first seed."""
+        return load_model(self.of(setting, kind)[0].directory, constructor)[0]
+
+    @property
+    def whose(self):
+        return f"seed {min(self.entries.seed)}"
 
 
 # --- from numbers ---
@@ -78,37 +87,20 @@ def draw_by_block(settings, what, runs):
     return (figures.draw_blocks(curves), caption) if all(curves.values()) else None
 
 
-METRIC = functools.partial(functools.partial, draw_metric)
-FIGURES = {
-    "figure02": METRIC({"random, depth 4": BASE}, "mae", "train/loss", "MAE {}."),
-    "figure04": METRIC(PRETRAINING, "classifier", "train/loss", "Classifier {}, with and without pretraining."),
-    "figure05": METRIC(PRETRAINING, "classifier", None, "Classifier {}, with and without pretraining."),
-    "figure07": METRIC(DEPTHS, "mae", "train/loss", "MAE {} by decoder depth."),
-    "figure08": METRIC(DEPTHS, "classifier", None, "Classifier {} by decoder depth."),
-    "figure09": METRIC(MASKS, "mae", "train/loss", "MAE {} by mask strategy: other tasks, so not a ranking."),
-    "figure10": METRIC(MASKS, "classifier", None, "Classifier {} by mask strategy."),
-    "blocks_by_depth": functools.partial(draw_by_block, DEPTHS, "decoder depth"),
-    "blocks_by_mask": functools.partial(draw_by_block, MASKS, "mask strategy"),
+FIGURES = {  # name: (function, its first arguments)
+    "figure02": (draw_metric, {"random, depth 4": BASE}, "mae", "train/loss", "MAE {}."),
+    "figure04": (draw_metric, PRETRAINING, "classifier", "train/loss", "Classifier {}, with and without pretraining."),
+    "figure05": (draw_metric, PRETRAINING, "classifier", None, "Classifier {}, with and without pretraining."),
+    "figure07": (draw_metric, DEPTHS, "mae", "train/loss", "MAE {} by decoder depth."),
+    "figure08": (draw_metric, DEPTHS, "classifier", None, "Classifier {} by decoder depth."),
+    "figure09": (draw_metric, MASKS, "mae", "train/loss", "MAE {} by mask strategy: other tasks, so not a ranking."),
+    "figure10": (draw_metric, MASKS, "classifier", None, "Classifier {} by mask strategy."),
+    "blocks_by_depth": (draw_by_block, DEPTHS, "decoder depth"),
+    "blocks_by_mask": (draw_by_block, MASKS, "mask strategy"),
 }
 
 
 # --- from models and images ---
-
-
-class Shown(NamedTuple):
-    """What pictures are drawn from: runs with weights; a test set; the places of its images in random order."""
-
-    runs: Runs
-    test: tuple
-    chosen: torch.Tensor
-
-    @property
-    def whose(self):
-        return f"seed {min(self.runs.entries.seed)}"
-
-    def model(self, setting, kind, constructor):
-        """A setting's model, of the first seed."""
-        return load_model(self.runs.of(setting, kind)[0].directory, constructor)[0]
 
 
 @torch.no_grad()
@@ -124,7 +116,7 @@ def draw_reconstructions(settings, caption, shown):
     """What each MAE is shown and what it makes of it, and the originals below; one strategy, one mask."""
     images, rows = normalize(shown.test.images[shown.chosen[:8]]), {}
     for label, setting in settings.items():
-        if setting in set(shown.runs.entries.setting):
+        if setting in set(shown.entries.setting):
             model = shown.model(setting, "mae", MAE_ViT)
             strategy = model.shuffle.mask_strategy
             masks = model.shuffle(len(images), generator("cpu", "report", strategy))
@@ -157,14 +149,14 @@ def draw_confusion(shown):
     return figures.draw_matrix(share, names, classes, "prediction", "class"), caption
 
 
-RECONSTRUCTIONS = functools.partial(functools.partial, draw_reconstructions)
-PICTURES = {
-    "figure03": RECONSTRUCTIONS({"reconstruction": BASE}, "Masked input, reconstruction, original"),
-    "figure06": draw_answers,
-    "figure11": RECONSTRUCTIONS(MASKS, "Reconstructions of the same images by the MAE of each mask strategy"),
-    "confusion": draw_confusion,
-    "reconstructions_by_depth": RECONSTRUCTIONS(
-        DEPTHS, "Reconstructions of the same images under the same masks by decoder depth"
+PICTURES = {  # the same, of models and images
+    "figure03": (draw_reconstructions, {"reconstruction": BASE}, "Masked input, reconstruction, original"),
+    "figure06": (draw_answers,),
+    "figure11": (draw_reconstructions, MASKS, "Reconstructions of the same images by the MAE of each mask strategy"),
+    "confusion": (draw_confusion,),
+    "reconstructions_by_depth": (
+        *(draw_reconstructions, DEPTHS),
+        "Reconstructions of the same images under the same masks by decoder depth",
     ),
 }
 
@@ -172,8 +164,8 @@ PICTURES = {
 # --- all ---
 
 
-def what_to_show(runs):
-    """Shown, of the seeds of which all runs have their weights, as kept runs have none; else None, and the reason."""
+def with_images(runs):
+    """The Runs of the seeds of which all have their weights, as kept runs have none; else None, and the reason."""
     entries = runs.entries
     used = entries[["seed", "classifier", "mae"]].melt("seed").dropna()
     without = used[[not (runs.records[run].directory / "model.pt").exists() for run in used.value]]
@@ -187,25 +179,22 @@ def what_to_show(runs):
     except UserError as error:
         return None, str(error)
     chosen = torch.randperm(len(test.images), generator=generator("cpu", "report"))
-    return Shown(runs._replace(entries=left), test, chosen), None
+    return runs._replace(entries=left, test=test, chosen=chosen), None
 
 
 def draw_all(runs, output, kept):
     """All figures; their captions by file name, in order.
 
     Args:
-        kept: {file name: caption} of the pictures of an earlier report of these runs; they stay where they cannot be
-            drawn.
+        kept: {file name: caption} of an earlier report of these runs: of pictures that stay where they cannot be drawn.
     """
-    shown, reason = what_to_show(runs)
-    drawn = itertools.chain(
-        ((name, draw(runs)) for name, draw in FIGURES.items()),
-        ((name, draw(shown)) for name, draw in (PICTURES if shown else {}).items()),
-    )
+    shown, reason = with_images(runs)
     captions = {}
-    for name, (figure, caption) in ((name, found) for name, found in drawn if found):
-        figures.save(figure, output / f"{name}.png")
-        captions[name] = caption
+    for figures_of, some in ((runs, FIGURES), *([(shown, PICTURES)] if shown else [])):
+        for name, (draw, *arguments) in some.items():
+            if found := draw(*arguments, figures_of):
+                figures.save(found[0], output / f"{name}.png")
+                captions[name] = found[1]
     if not shown:
         kept = {name: caption for name, caption in kept.items() if name in PICTURES}
         missing = ", ".join(name for name in PICTURES if name not in kept)

@@ -137,16 +137,17 @@ def by_block(stored):
     return {row["layer"]: row for row in rows}
 
 
-def origins(records, least=2):
-    """What runs come from, a line each for commits, versions and machines of which there are at least so many."""
+def origins(records, entries, least=2):
+    """What the runs of entries come from: a line each for commits, versions and machines, where at least so many."""
     told = {
         "Commits": lambda start: f"{str(start['commit'])[:7]}{changes(start)}",
         "Versions": lambda start: "Python {python}, PyTorch {torch}, timm {timm}".format(**start),
         "Machines": lambda start: "{processor}, threads of a run: {threads}".format(**start),
     }
+    used = [records[run] for run in entries[["mae", "classifier"]].melt().value.dropna().unique()]
     lines = []
     for what, of in told.items():
-        values = [value for record in records for value in {of(start) for start in record.starts + record.features}]
+        values = [value for record in used for value in {of(start) for start in record.starts + record.features}]
         counts = collections.Counter(sorted(values))
         runs = "; ".join(f"{value} ({n} run{'s' if n > 1 else ''})" for value, n in counts.items())
         lines += [f"{what}: {runs}."] if len(counts) >= least else []

@@ -96,6 +96,9 @@ def test_names_tell_what_sets_runs_apart():
     assert named(CLS) == "cls_cifar10_ep100_s42_scratch"
     assert named(CLS, "--patch_size 4 --embed_dim 96") == "cls_cifar10_ep100_s42_scratch_p4_w96"
     assert named(CLS, "", "mae_cifar10") == "cls_cifar10_ep100_s42_from_mae_cifar10"
+    assert named(CLS, "", "mae_cifar10", {"img_size": 32}) == "cls_cifar10_ep100_s42_from_mae_cifar10"
+    name = named(CLS, "--img_size 48 --in_chans 1", "mae_cifar10", {"img_size": 32})  # what differs from the MAE's
+    assert name == "cls_cifar10_ep100_s42_i48_c1_from_mae_cifar10"
     flags = "--train_images 500 --val_images 100 --augment shift --pool mean --decay_matrices_only --layer_decay 0.75"
     flags += " --clip_grad 1 --drop_path 0.1 --label_smoothing 0.1 --mixup 0.8 --cutmix 1"
     name = "cls_cifar10_n500_val100_augshift_ep100_poolmean_matrices_ld0.75_clip1_dp0.1_ls0.1_mixup0.8_cutmix1_s42"

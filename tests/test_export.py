@@ -136,13 +136,27 @@ def test_a_processor_is_written_beside_an_exported_model():
 @pytest.mark.filterwarnings("ignore")
 @torch.no_grad()
 def test_an_exported_program_takes_any_number_of_images():
+    for model in (load_model("classifier.pt", ViT_Classifier)[0], load_model("mae.pt", MAE_ViT)[0].encoder):
+        sizes = ({0: torch.export.Dim("count", min=1, max=64)},)
+        program = torch.export.export(model.eval(), (images(),), dynamic_shapes=sizes).module()
+        traced = torch.jit.trace(model, images()[:1])
+        for count in (1, 3, 5):
+            for exported in (program, traced):
+                close(exported(images()[:count]), model(images()[:count]))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_onnx_takes_any_number_of_images():
+    onnxruntime, _ = pytest.importorskip("onnxruntime"), pytest.importorskip("onnxscript")
     model, _ = load_model("classifier.pt", ViT_Classifier)
     sizes = ({0: torch.export.Dim("count", min=1, max=64)},)
-    program = torch.export.export(model.eval(), (images(),), dynamic_shapes=sizes).module()
-    traced = torch.jit.trace(model, images()[:1])
+    torch.onnx.export(model.eval(), (images(),), "classifier.onnx", dynamic_shapes=sizes, verbose=False)
+    session = onnxruntime.InferenceSession("classifier.onnx")
     for count in (1, 3, 5):
-        for exported in (program, traced):
-            close(exported(images()[:count]), model(images()[:count]))
+        given = {session.get_inputs()[0].name: images()[:count].numpy()}
+        close(torch.from_numpy(session.run(None, given)[0]), model(images()[:count]))
 
 
 @pytest.mark.parametrize(

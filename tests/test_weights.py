@@ -300,9 +300,9 @@ def test_a_run_may_start_from_the_encoder_alone_under_other_masks_and_images(mae
 
 def test_others_weights_are_fine_tuned_and_measured(capsys):
     torch.save(timm_vit().state_dict(), "vit.pt")
-    flags = ["--num_heads", "3", "--img_size", "24", "--base_learning_rate", "1e-9"]
+    flags = ["--num_heads", "3", "--img_size", "24", "--in_chans", "1", "--base_learning_rate", "1e-9"]
     run = classify("--pretrained_model_path", "vit.pt", *flags, "--pool", "mean")
-    assert run.name.endswith("_i24_from_vit")
+    assert run.name.endswith("_i24_c1_from_vit")
     model, content = load_model(run, ViT_Classifier)
     assert (content["model_args"]["qkv_bias"], content["model_args"]["norm_eps"]) == (True, 1e-6)
     assert torch.allclose(model.transformer[1].attn.qkv.bias, timm_vit().blocks[1].attn.qkv.bias, atol=1e-5)
