@@ -166,13 +166,11 @@ def measure_model(path, content, args):
     """Measure what `read_weights` gave, if that is not done: print its table row by row, and write its files."""
     started, device, model_args = time.monotonic(), pick_device(args.device), content["model_args"]
     precision = pick_precision(args.precision, device, model_args["embed_dim"])
-    where = (getattr(args, name) or content.get(name, value) for name, value in utils.DATA_DEFAULTS.items())
-    dataset, data_dir = where
+    dataset, data_dir = (getattr(args, name) or content.get(name, v) for name, v in utils.DATA_DEFAULTS.items())
     train, test = load_dataset(dataset, data_dir, model_args["img_size"], in_chans=model_args.get("in_chans", 3))
     train, _ = draw(train, args.train_images, utils.label_seed(args))
     names = ("train_images", "label_seed", "layers", "pool", "untrained", "seed", "img_size")
-    settings = {name: getattr(args, name) for name in names}
-    settings = {"dataset": data_name(dataset, data_dir), **settings}
+    settings = {"dataset": data_name(dataset, data_dir), **{name: getattr(args, name) for name in names}}
     facts = {"name": content["name"], "kind": content["kind"], "model_digest": content["digest"]}
     facts |= {"images": train.digest(), "test_set": test.digest(), "precision": precision}
     place = table_path(path, args)
