@@ -11,7 +11,7 @@ import torch
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 
 from engine import processes
-from engine.checkpoints import FIELDS, FILES, digest, file_of, load_model, read_file
+from engine.checkpoints import FILES, digest, file_of, load_model, read_file
 from engine.errors import UserError
 from engine.records import read_json
 
@@ -47,7 +47,7 @@ def read_weights(path, constructor, *others, sizes):
     """
     path = file_of(Path(path))
     raw = read_file(path)
-    if isinstance(raw, dict) and raw.get("kind") in ("checkpoint", *FIELDS):
+    if isinstance(raw, dict) and raw.get("kind", "timm") != "timm":  # what scripts.export writes for timm
         _, content = load_model(path, constructor, *others)
         content |= {"layout": "ours", "said": []}
     else:
