@@ -17,17 +17,18 @@ import numpy as np
 import torch
 
 import utils
-from engine.checkpoints import digest, load_model
 from engine.device import autocast, environment, generator, peak_memory_mb, pick_device, pick_precision, tune
 from engine.errors import UserError, as_user_error, exit_in_one_line
 from engine.features import FROZEN_MEASURES, POOLS, extract_features, knn_predict, linear_probe
 from engine.figures import draw_blocks, save
 from engine.files import check_writable, replacing
 from engine.records import csv_text
-from images.load import DATASETS, data_name, load_dataset
+from engine.weights import read_weights, say
+from images.load import DATASETS, data_name, draw, load_dataset
 from images.pixels import normalize
 from model import MAE_ViT, ViT_Classifier
 
+MODELS = {model.__name__: model for model in (MAE_ViT, ViT_Classifier)}
 BATCH = {"cuda": 1000, "cpu": 100, "mps": 100}  # images at once; on a CPU 250 are slower
 CACHE_BYTES = 1200 * 10**6  # of features at once, at least one block's; the default model's 12 blocks fit
 HEADER = "encoder    block  pool     k-NN   linear  weight decay  seconds"
@@ -37,7 +38,9 @@ COLUMNS = "{encoder:10} {layer:>5} {pool:>5} {knn/acc:8.2%} {linear/acc:8.2%} {l
 def parse_args(argv=None):
     parser = utils.Parser(description=__doc__.split("\n")[0])
     group = parser.add_argument_group("features")
-    group.add_argument("--model_path", nargs="+", required=True, help="model.pt or run directory; MAEs or classifiers")
+    group.add_argument(
+        "--model_path", nargs="+", required=True, help="runs or files; MAEs, classifiers, or weights of others"
+    )
     group.add_argument("--layers", choices=("last", "all"), default="last", help="after which blocks")
     group.add_argument(
         "--pool", nargs="+", choices=POOLS, default=list(POOLS), help="the cls token, the mean of the patches' tokens"
@@ -46,10 +49,13 @@ def parse_args(argv=None):
     group = parser.add_argument_group("images")
     group.add_argument("--dataset", choices=DATASETS, help="default: the one the model was trained on")
     group.add_argument("--data_dir", help="default: as in its training")
-    labels = "number of labelled images, the same number of each class; default: all"
+    text = "another size than the model was trained on: its positions are resampled"
+    group.add_argument("--img_size", type=utils.positive_int, help=text)
+    labels = "number of labelled images, drawn as train_classifier.py does; default: all"
     group.add_argument("--train_images", type=utils.positive_int, help=labels)
+    utils.add_label_seed(group)
     group = parser.add_argument_group("run")
-    utils.add_device_arguments(group, "which training images are held out; the untrained encoder's weights")
+    utils.add_device_arguments(group, "which training images are taken and held out; the untrained encoder's weights")
     group.add_argument("--overwrite", action="store_true", help="measure again what is measured already")
     group = parser.add_argument_group("output")
     group.add_argument("--output", type=Path, help="directory for the table of one model; default: beside the model")
@@ -119,7 +125,8 @@ def table_path(path, args):
     and what was asked for.
     """
     directory, stem = (path, []) if path.is_dir() else (path.parent, [path.stem])
-    name = "_".join([*stem, "features", *(str(part) for part in (args.dataset, args.train_images) if part)])
+    size = args.img_size and f"i{args.img_size}"
+    name = "_".join([*stem, "features", *(str(part) for part in (args.dataset, args.train_images, size) if part)])
     return (args.output or directory) / name
 
 
@@ -155,15 +162,20 @@ def write_table(place, rows, facts, by_block):
     print(f"{place}.csv")
 
 
-def measure_model(path, model, content, args):
-    """Measure one model, if that is not done already: print its table row by row, and write its files."""
+def measure_model(path, content, args):
+    """Measure one model, if that is not done already: print its table row by row, and write its files.
+
+    Args:
+        content: as `read_weights` gives it.
+    """
     started, device, model_args = time.monotonic(), pick_device(args.device), content["model_args"]
     precision = pick_precision(args.precision, device, model_args["embed_dim"])
-    dataset, data_dir = args.dataset or content["dataset"], args.data_dir or content["data_dir"]
-    train, test = load_dataset(dataset, data_dir, model_args["img_size"], args.train_images)
-    settings = {name: getattr(args, name) for name in ("train_images", "layers", "pool", "untrained", "seed")}
-    settings = {"dataset": data_name(dataset, data_dir), **settings}
-    facts = {"name": content["name"], "kind": content["kind"], "model_digest": digest(content["model"])}
+    dataset, data_dir = (getattr(args, name) or content.get(name, v) for name, v in utils.DATA_DEFAULTS.items())
+    train, test = load_dataset(dataset, data_dir, model_args["img_size"], in_chans=model_args.get("in_chans", 3))
+    train, _ = draw(train, args.train_images, utils.label_seed(args))
+    names = ("train_images", "label_seed", "layers", "pool", "untrained", "seed", "img_size")
+    settings = {"dataset": data_name(dataset, data_dir), **{name: getattr(args, name) for name in names}}
+    facts = {"name": content["name"], "kind": content["kind"], "model_digest": content["digest"]}
     facts |= {"images": train.digest(), "test_set": test.digest(), "precision": precision}
     place = table_path(path, args)
     if not (args.overwrite or args.save) and measured_already(place, settings, facts):
@@ -172,13 +184,13 @@ def measure_model(path, model, content, args):
     for directory in (place.parent, *([args.save.parent] if args.save else [])):
         check_writable(directory, "--output")
 
-    models = {"trained": model}
-    if args.untrained:
-        torch.manual_seed(args.seed)
-        models["untrained"] = type(model)(**model_args)
+    torch.manual_seed(args.seed)
+    models = {name: MODELS[content["kind"]](**model_args) for name in ["untrained", "trained"][not args.untrained :]}
+    models["trained"].load_state_dict(content["model"], strict=False)  # weights from elsewhere have no decoder
+    say(content)
     print(f"{content['name']}, {len(train.images):,} training and {len(test.images):,} test images", HEADER, sep="\n")
     rows, arrays = [], {"train_labels": train.labels, "test_labels": test.labels, "classes": train.classes}
-    for name, model in models.items():
+    for name, model in reversed(models.items()):
         encoder = getattr(model, "encoder", model).to(device).eval()  # a MAE's; a classifier is one
         tune(encoder, device, precision, len(encoder.pos_embedding))
         for row, features, queries in measure_encoder(encoder, train, test, args, precision):
@@ -199,9 +211,12 @@ def measure_model(path, model, content, args):
 def main(argv=None):
     args = parse_args(argv)
     with exit_in_one_line(), as_user_error(OSError):
-        models = [load_model(path, MAE_ViT, ViT_Classifier) for path in args.model_path]  # all, before any is measured
-        for path, (model, content) in zip(args.model_path, models, strict=True):
-            measure_model(Path(path), model, content, args)
+        sizes = {"img_size": args.img_size}
+        contents = [
+            read_weights(path, *MODELS.values(), sizes=sizes) for path in args.model_path
+        ]  # all, before one runs
+        for path, content in zip(args.model_path, contents, strict=True):
+            measure_model(Path(path), content, args)
 
 
 if __name__ == "__main__":

@@ -21,17 +21,28 @@ from engine.device import autocast, generator
 from engine.errors import exit_in_one_line
 from engine.features import extract_features, knn_predict
 from engine.training import train
+from engine.weights import not_flags, parent_of, read_weights, start_from
 from images.augmentation import AUGMENTATIONS
-from images.load import load_dataset, sample
+from images.load import draw, load_dataset, sample
 from images.pixels import normalize, to_pixels
 from model import MASK_STRATEGIES, POSITIONS, MAE_ViT, PatchShuffle
 
-SIZE = ("img_size", "patch_size", "embed_dim", "encoder_depth", "num_heads", "decoder_depth")
+SIZE = ("img_size", "patch_size", "in_chans", "embed_dim", "encoder_depth", "num_heads", "decoder_depth")
 WARMUP = 0.1  # of all epochs
 # Images at once on a device, on a GPU of the default model; on a CPU 512 are no faster and take 12 GB, not 4.
 DEVICE_BATCH_SIZE = {"cuda": 512, "cpu": 128, "mps": 128}
 IMAGE_LOGS = 50  # reconstructions shown in TensorBoard over a run
 PROBES, PROBE_SHARE = 20, 0.03  # over a run: at most so many, on at most this share of the images trained on
+# What a run's name says, in this order: each flag's word, and its value. Those of ALWAYS at their default, too.
+NAME_WORDS = {
+    "dataset": "", "train_images": "n", "img_size": "i", "patch_size": "p", "in_chans": "c", "embed_dim": "w",
+    "encoder_depth": "e", "num_heads": "h", "decoder_depth": "d", "decoder_embed_dim": "dw", "positions": "",
+    "mask_strategy": "", "mask_ratio": "r", "norm_pix_loss": "normpix", "augment": "aug", "total_epoch": "ep",
+    "warmup_epoch": "wu", "batch_size": "b", "base_learning_rate": "lr", "end_rate": "end",
+    "weight_decay": "wd", "optimizer": "", "seed": "s", "init_from": "from_",
+}  # fmt: skip
+ALWAYS = {"dataset", "decoder_depth", "mask_strategy", "mask_ratio", "total_epoch", "seed"}
+MODEL_FLAGS = {name: value for name, value in utils.defaults(MAE_ViT).items() if name in NAME_WORDS}
 # Recipes for --preset: values of flags by name. What a row leaves out is as in the first.
 PRESETS = {
     "reference": {
@@ -39,29 +50,21 @@ PRESETS = {
         "batch_size": 4096,
         "base_learning_rate": 1.5e-4,
         "augment": "none",
-        **utils.defaults(MAE_ViT),
+        **MODEL_FLAGS,
     },
     "features": {"norm_pix_loss": True},  # better features: logs/report/RESULTS.md
 }
-# What a run's name says, in this order: each flag's word, and its value. Those of ALWAYS at their default, too.
-NAME_WORDS = {"dataset": "", "train_images": "n", "img_size": "i", "patch_size": "p", "embed_dim": "w"}
-NAME_WORDS |= {"encoder_depth": "e", "num_heads": "h", "decoder_depth": "d", "decoder_embed_dim": "dw", "positions": ""}
-NAME_WORDS |= {
-    "mask_strategy": "",
-    "mask_ratio": "r",
-    "norm_pix_loss": "normpix",
-    "augment": "aug",
-    "total_epoch": "ep",
-}
-NAME_WORDS |= {"warmup_epoch": "wu", "batch_size": "b", "base_learning_rate": "lr", "weight_decay": "wd"}
-NAME_WORDS |= {"optimizer": "", "seed": "s"}
-ALWAYS = {"dataset", "decoder_depth", "mask_strategy", "mask_ratio", "total_epoch", "seed"}
 
 
 def parse_args(argv=None):
     parser = utils.Parser(description=__doc__.split("\n")[0])
     utils.add_data_arguments(parser)
     group = parser.add_argument_group("model")
+    group.add_argument(
+        "--init_from",
+        help="start from these weights: a run, which also brings its settings but for its epochs, or a file of the "
+        "reference, the official MAE, timm or transformers; the decoder is taken where it fits",
+    )
     utils.add_size_arguments(group, SIZE)
     group.add_argument(
         "--decoder_embed_dim",
@@ -86,8 +89,24 @@ def parse_args(argv=None):
         help=f"epochs between probes (k-NN accuracy, reconstruction error of test images); 0: never; default: about "
         f"{PROBES} probes in a run, fewer where they would take more than {100 * PROBE_SHARE:.0f} %% of its time",
     )
-    utils.add_presets(parser, PRESETS, argv)
+    utils.add_presets(parser, PRESETS, argv, inherited(argv))
     return parser.parse_args(argv)
+
+
+def inherited(argv):
+    """Defaults that the model of --init_from brings: its sizes; of a run of ours all settings but for its epochs."""
+    early = utils.Parser(add_help=False)
+    for flag, kind in {"--init_from": str, "--dataset": str, "--num_heads": utils.positive_int}.items():
+        early.add_argument(flag, type=kind, help=argparse.SUPPRESS)
+    given, _ = early.parse_known_args(argv)
+    if given.init_from is None:
+        return {}
+    content = read_weights(given.init_from, MAE_ViT, sizes={"num_heads": given.num_heads})
+    found = {**content["settings"], **content["model_args"]}
+    found |= {name: content[name] for name in utils.DATA_DEFAULTS if name in content}
+    own = {"total_epoch", "warmup_epoch", "init_from"} | ({"dataset", "train_images"} if given.dataset else set())
+    names = (NAME_WORDS.keys() - own) | (set() if given.dataset else {"data_dir"})
+    return {name: value for name, value in found.items() if name in names}
 
 
 def run_name(args):
@@ -98,24 +117,30 @@ def run_name(args):
 class Pretraining:
     """What this script trains: an experiment as `engine.training.train` describes it.
 
-    A batch is (images (B, 3, H, W) uint8, ids_shuffle (B, N)): which patches are hidden.
+    A batch is (images (B, C, H, W) uint8, ids_shuffle (B, N)): which patches are hidden.
     """
 
     warmup, device_batch_size, betas = WARMUP, DEVICE_BATCH_SIZE, (0.9, 0.95)
 
     def __init__(self, args):
         self.args, self.arguments = args, utils.free_arguments(args)
-        self.model_args = {name: getattr(args, name) for name in utils.defaults(MAE_ViT)}
+        self.model_args, parent = {name: getattr(args, name) for name in MODEL_FLAGS}, None
+        self.start = args.init_from and read_weights(args.init_from, MAE_ViT, sizes=vars(args))
+        if self.start:
+            parent = parent_of(self.start)
+            self.model_args |= not_flags(self.start)
         with torch.device("meta"):
             MAE_ViT(**self.model_args)  # bad sizes and masks end here, before the images are read
-        self.identity = {"kind": "mae", "name": run_name(args), "settings": utils.settings_of(args), "parent": None}
+        self.identity = {"kind": "mae", "name": run_name(args), "settings": utils.settings_of(args), "parent": parent}
 
     def load(self, device):
         args = self.args
-        train, test = load_dataset(args.dataset, args.data_dir, args.img_size, args.train_images, labelled=False)
+        where = args.dataset, args.data_dir, args.img_size
+        train, test = load_dataset(*where, labelled=False, in_chans=args.in_chans)
         shuffle = PatchShuffle(args.img_size // args.patch_size, args.mask_ratio, args.mask_strategy)
         masks = digest({"masks": shuffle(100, generator("cpu", "digest"))})  # another where the strategy was edited
         self.digests = {"images": train.digest(), "test_set": test.digest(), "masks": masks}
+        train, _ = draw(train, args.train_images, args.seed)
         sizes = ((train, 5000), (test, 1000))
         self.banks = [sample(images, count, generator("cpu", "probe")).to(device) for images, count in sizes]
         self.shown = normalize(sample(test, 16, generator("cpu", "shown")).images.to(device))
@@ -123,6 +148,8 @@ class Pretraining:
 
     def build(self):
         self.model = MAE_ViT(**self.model_args)
+        if self.start:
+            start_from(self.model, self.start)
         return self.model
 
     def parameter_groups(self):
@@ -200,6 +227,7 @@ def reconstruction_grid(model, images):
     """
     ids_shuffle = model.shuffle(len(images), generator(images.device, "shown"), images.device)
     rows = to_pixels(torch.cat([*model.reconstruct(images, ids_shuffle), images]))
+    rows = rows[:, : 3 if rows.shape[1] >= 3 else 1]  # one channel is shown grey
     times = math.ceil(96 / rows.shape[-1])
     rows = rows.repeat_interleave(times, 2).repeat_interleave(times, 3)
     return make_grid(rows, nrow=len(images), padding=4)

@@ -3,10 +3,12 @@
 He et al. 2021, "Masked Autoencoders Are Scalable Vision Learners" (arXiv:2111.06377), at CIFAR size:
 an encoder that sees only the visible patches, a light decoder that sees them all, a loss on the hidden pixels.
 
-Axes in the comments: B images, N patches, V visible patches, D width, P = 3 * patch_size**2 numbers in a patch.
+Axes in the comments: B images, C channels, N patches, V visible patches, D width, P = C * patch_size**2 numbers in a
+patch.
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +24,12 @@ from masks import MASK_STRATEGIES
 
 
 def patchify(images, patch_size):
-    """Cut images (B, 3, H, W) into patches (B, N, P): raster order, a patch's numbers as (channel, row, column)."""
+    """Cut images (B, C, H, W) into patches (B, N, P): raster order, a patch's numbers as (channel, row, column)."""
     return rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=patch_size, q=patch_size)
 
 
 def unpatchify(patches, patch_size):
-    """Put patches (B, N, P) of square images back together: (B, 3, H, W). The inverse of `patchify`."""
+    """Put patches (B, N, P) of square images back together: (B, C, H, W). The inverse of `patchify`."""
     grid_size = math.isqrt(patches.shape[1])
     return rearrange(patches, "b (h w) (c p q) -> b c (h p) (w q)", h=grid_size, p=patch_size, q=patch_size)
 
@@ -107,12 +109,13 @@ class PatchShuffle(nn.Module):
 # --- model ---
 
 
-def transformer(embed_dim, depth, num_heads):
-    """Pre-norm blocks (Dosovitskiy et al. 2020) as the reference has them: LayerNorm eps 1e-5, qkv without bias."""
+def transformer(embed_dim, depth, num_heads, qkv_bias=False, norm_eps=1e-5):
+    """Pre-norm blocks (Dosovitskiy et al. 2020); the defaults are the reference's."""
     if embed_dim % num_heads:
         divisors = ", ".join(str(n) for n in range(1, min(embed_dim, 32) + 1) if embed_dim % n == 0)
         raise UserError(f"num_heads {num_heads} does not divide embed_dim {embed_dim}; these do: {divisors}.")
-    return nn.Sequential(*(Block(embed_dim, num_heads, norm_layer=nn.LayerNorm) for _ in range(depth)))
+    how = {"qkv_bias": qkv_bias, "norm_layer": partial(nn.LayerNorm, eps=norm_eps)}
+    return nn.Sequential(*(Block(embed_dim, num_heads, **how) for _ in range(depth)))
 
 
 POSITIONS = ("learned", "sincos")
@@ -147,24 +150,29 @@ def init_positions(positions, grid_size, embed_dim, cls=False):
 
 
 class MAE_Encoder(nn.Module):
-    """ViT without head; given ids_keep, it computes the visible patches only."""
+    """ViT without head; given ids_keep, it computes the visible patches only.
 
-    def __init__(self, img_size, patch_size, embed_dim, encoder_depth, num_heads, positions="learned"):
+    Args: as `MAE_ViT` takes them.
+    """
+
+    def __init__(
+        self, img_size, patch_size, embed_dim, encoder_depth, num_heads, positions, in_chans, qkv_bias, norm_eps
+    ):
         super().__init__()
         if img_size % patch_size:
             raise UserError(f"patch_size {patch_size} does not divide img_size {img_size}.")
-        self.img_size, self.patch_size = img_size, patch_size
+        self.img_size, self.patch_size, self.in_chans = img_size, patch_size, in_chans
         self.cls_token = init_token(1, 1, embed_dim)
         self.pos_embedding = init_positions(positions, img_size // patch_size, embed_dim)
-        self.patchify = nn.Conv2d(3, embed_dim, kernel_size=patch_size, stride=patch_size)
-        self.transformer = transformer(embed_dim, encoder_depth, num_heads)
-        self.layer_norm = nn.LayerNorm(embed_dim)
+        self.patchify = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+        self.transformer = transformer(embed_dim, encoder_depth, num_heads, qkv_bias, norm_eps)
+        self.layer_norm = nn.LayerNorm(embed_dim, eps=norm_eps)
 
     def embed(self, images, ids_keep=None):
-        """Images (B, 3, H, W) to tokens (B, 1 + V, D), cls first; all N patches where ids_keep is None."""
-        if images.shape[1:] != (3, self.img_size, self.img_size):
-            size = self.img_size
-            raise ValueError(f"img_size is {size}: images must be (B, 3, {size}, {size}), not {tuple(images.shape)}.")
+        """Images (B, C, H, W) to tokens (B, 1 + V, D), cls first; all N patches where ids_keep is None."""
+        if images.shape[1:] != (self.in_chans, self.img_size, self.img_size):
+            size, found = self.img_size, tuple(images.shape)
+            raise ValueError(f"img_size is {size}: images must be (B, {self.in_chans}, {size}, {size}), not {found}.")
         patches = patchify(images, self.patch_size)  # (B, N, P)
         count = images.shape[0]  # len(images) would be a fixed number in an exported program
         position = self.pos_embedding.transpose(0, 1).expand(count, -1, -1)  # (B, N, D)
@@ -174,7 +182,7 @@ class MAE_Encoder(nn.Module):
         return torch.cat([self.cls_token.expand(count, -1, -1), tokens], dim=1)  # (B, 1 + V, D)
 
     def forward(self, images, ids_keep=None):
-        """Encode images (B, 3, H, W) to features (B, 1 + V, D), cls first."""
+        """Encode images (B, C, H, W) to features (B, 1 + V, D), cls first."""
         return self.layer_norm(self.transformer(self.embed(images, ids_keep)))
 
 
@@ -188,7 +196,7 @@ class MAE_Decoder(nn.Module):
     """
 
     def __init__(
-        self, img_size, patch_size, embed_dim, decoder_depth, num_heads, decoder_embed_dim=None, positions="learned"
+        self, img_size, patch_size, embed_dim, decoder_depth, num_heads, decoder_embed_dim, positions, in_chans
     ):
         super().__init__()
         width, head_width = decoder_embed_dim or embed_dim, embed_dim // num_heads
@@ -204,7 +212,7 @@ class MAE_Decoder(nn.Module):
         self.mask_token = init_token(1, 1, width)
         self.pos_embedding = init_positions(positions, img_size // patch_size, width, cls=True)
         self.transformer = transformer(width, decoder_depth, num_heads)
-        self.head = nn.Linear(width, 3 * patch_size**2)
+        self.head = nn.Linear(width, in_chans * patch_size**2)
 
     def forward(self, features, ids_restore):
         """Features (B, 1 + V, D) and each patch's place among [visible, hidden] (B, N) to pixels (B, N, P)."""
@@ -221,7 +229,7 @@ class MAE_ViT(nn.Module):
     """Masked autoencoder; attributes keep the reference's names, so weights move both ways.
 
     Args:
-        img_size, patch_size: pixels along an edge; images are square with 3 channels.
+        img_size, patch_size: pixels along an edge; images are square.
         embed_dim, num_heads: of the encoder; of the decoder, too, where decoder_embed_dim is None.
         encoder_depth, decoder_depth: transformer blocks.
         mask_ratio: fraction of patches hidden, in (0, 1); int(N * (1 - mask_ratio)) stay visible.
@@ -229,6 +237,9 @@ class MAE_ViT(nn.Module):
         norm_pix_loss: predict each patch's pixels normalised by their mean and variance (MAE paper, table 1d).
         decoder_embed_dim: as `MAE_Decoder` takes it (table 1b).
         positions: "learned", or "sincos" for a fixed table (appendix A.1), of encoder and decoder.
+        in_chans: channels of the images.
+        qkv_bias, norm_eps: of the encoder: whether q, k and v have biases, and eps of the LayerNorms. The defaults are
+            the reference's; weights from elsewhere bring their own.
 
     Raises:
         UserError: the sizes do not fit each other, or the mask leaves nothing to see or to predict.
@@ -247,20 +258,25 @@ class MAE_ViT(nn.Module):
         norm_pix_loss=False,
         decoder_embed_dim=None,
         positions="learned",
+        in_chans=3,
+        qkv_bias=False,
+        norm_eps=1e-5,
     ):
         super().__init__()
         self.patch_size, self.norm_pix_loss = patch_size, norm_pix_loss
-        self.encoder = MAE_Encoder(img_size, patch_size, embed_dim, encoder_depth, num_heads, positions)
+        self.encoder = MAE_Encoder(
+            img_size, patch_size, embed_dim, encoder_depth, num_heads, positions, in_chans, qkv_bias, norm_eps
+        )
         self.shuffle = PatchShuffle(img_size // patch_size, mask_ratio, mask_strategy)
         self.decoder = MAE_Decoder(
-            img_size, patch_size, embed_dim, decoder_depth, num_heads, decoder_embed_dim, positions
+            img_size, patch_size, embed_dim, decoder_depth, num_heads, decoder_embed_dim, positions, in_chans
         )
 
     def forward(self, images, ids_shuffle=None):
         """Hide patches and predict them.
 
         Args:
-            images: (B, 3, H, W) in [-1, 1].
+            images: (B, C, H, W) in [-1, 1].
             ids_shuffle: (B, N) int64 from `self.shuffle`, which patches are hidden; None draws new ones.
 
         Returns:
@@ -295,7 +311,7 @@ class MAE_ViT(nn.Module):
         variance.
 
         Returns:
-            masked: (B, 3, H, W), the images with hidden patches grey (0); reconstructed: the same, hidden patches
+            masked: (B, C, H, W), the images with hidden patches grey (0); reconstructed: the same, hidden patches
             predicted, visible ones as they were (the loss leaves predictions of visible patches untrained).
         """
         pred, mask = self(images, ids_shuffle)
@@ -335,12 +351,18 @@ def block_output(block, tokens, scales=None, cls_only=False):
     return tokens + scaled(block.mlp(block.norm2(tokens)), 1)
 
 
+def cls_qkv(attn, tokens):
+    """The query of the first of tokens (B, N, D), (B, heads, 1, D / heads), and keys and values of all."""
+    heads, parts = attn.num_heads, [tokens.shape[-1], 2 * tokens.shape[-1]]
+    to_q, to_kv = attn.qkv.weight.split(parts)
+    q_bias, kv_bias = (None, None) if attn.qkv.bias is None else attn.qkv.bias.split(parts)
+    q = rearrange(F.linear(tokens[:, :1], to_q, q_bias), "b n (h d) -> b h n d", h=heads)
+    return q, *rearrange(F.linear(tokens, to_kv, kv_bias), "b n (two h d) -> two b h n d", two=2, h=heads)
+
+
 def attend_from_cls(attn, tokens):
-    """What timm's Attention, without bias of q, k and v, gives for the first of tokens (B, N, D) only: (B, 1, D)."""
-    dim, heads = tokens.shape[-1], attn.num_heads
-    to_q, to_kv = attn.qkv.weight.split([dim, 2 * dim])
-    q = rearrange(F.linear(tokens[:, :1], to_q), "b n (h d) -> b h n d", h=heads)  # (B, heads, 1, D / heads)
-    k, v = rearrange(F.linear(tokens, to_kv), "b n (two h d) -> two b h n d", two=2, h=heads)
+    """What timm's Attention gives for the first of tokens (B, N, D) only: (B, 1, D)."""
+    q, k, v = cls_qkv(attn, tokens)
     return attn.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
 
 
@@ -355,9 +377,21 @@ class ViT_Classifier(MAE_Encoder):
     """
 
     def __init__(
-        self, img_size=32, patch_size=2, embed_dim=192, encoder_depth=12, num_heads=3, num_classes=10, pool="cls"
+        self,
+        img_size=32,
+        patch_size=2,
+        embed_dim=192,
+        encoder_depth=12,
+        num_heads=3,
+        num_classes=10,
+        pool="cls",
+        in_chans=3,
+        qkv_bias=False,
+        norm_eps=1e-5,
     ):
-        super().__init__(img_size, patch_size, embed_dim, encoder_depth, num_heads)
+        super().__init__(
+            img_size, patch_size, embed_dim, encoder_depth, num_heads, "learned", in_chans, qkv_bias, norm_eps
+        )
         self.pool = pool
         self.head = nn.Linear(embed_dim, num_classes)
 
@@ -379,7 +413,7 @@ class ViT_Classifier(MAE_Encoder):
         assert not unexpected, unexpected
 
     def pooled(self, images, scales=None):
-        """What the head takes, (B, D), of images (B, 3, H, W) in [-1, 1]: the pooled token after the final LayerNorm.
+        """What the head takes, (B, D), of images (B, C, H, W) in [-1, 1]: the pooled token after the final LayerNorm.
 
         Args:
             scales: (B, depth, 2) from `drop_path_scales`, in training; None: no drop path.

@@ -53,6 +53,13 @@ def positive_int(text):
     return int(text)
 
 
+def channels(text):
+    """An argparse type: 1 to 16."""
+    if positive_int(text) > MOST_CHANNELS:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than {MOST_CHANNELS} channels")
+    return int(text)
+
+
 def seed(text):
     """An argparse type: a whole number that PyTorch takes as a seed."""
     if not re.fullmatch(r"-?\d+", text, re.ASCII) or not -(2**63) <= int(text) < 2**63:
@@ -114,7 +121,8 @@ def add_data_arguments(parser, pretrained=False):
     group.add_argument("--dataset", choices=DATASETS, default=default["dataset"], help=text)
     text = "directory of the files, or to download them to; for npz the file" + note.format(DATA_DEFAULTS["data_dir"])
     group.add_argument("--data_dir", default=default["data_dir"], help=text)
-    group.add_argument("--train_images", type=positive_int, help="train on this many, equally many of each class")
+    text = "train on this many, drawn by --seed: equally many of each class, or its share where classes are uneven"
+    group.add_argument("--train_images", type=positive_int, help=text)
     group.add_argument(
         "--augment",
         choices=AUGMENTATIONS,
@@ -124,9 +132,19 @@ def add_data_arguments(parser, pretrained=False):
     return group
 
 
+def add_label_seed(group):
+    group.add_argument("--label_seed", type=seed, help="draws --train_images (and --val_images); default: --seed")
+
+
+def label_seed(args):
+    return args.seed if args.label_seed is None else args.label_seed
+
+
+MOST_CHANNELS = 16  # of images
 SIZE_HELP = {
     "img_size": "pixels along an image's edge",
     "patch_size": "pixels along a patch's edge",
+    "in_chans": f"channels of the images, up to {MOST_CHANNELS}; 1: colour becomes grey",
     "embed_dim": "width of the tokens",
     "encoder_depth": "transformer blocks of the encoder",
     "num_heads": "attention heads of a block",
@@ -138,7 +156,8 @@ def add_size_arguments(group, names, from_scratch=None):
     """Args: from_scratch: the default sizes without a pretrained model; None: the caller sets the defaults."""
     for name in names:
         note = f"; default: as in the pretrained model, {from_scratch[name]} from scratch" if from_scratch else ""
-        group.add_argument(f"--{name}", type=positive_int, help=SIZE_HELP[name] + note)
+        kind = channels if name == "in_chans" else positive_int
+        group.add_argument(f"--{name}", type=kind, help=SIZE_HELP[name] + note)
 
 
 def add_optimisation_arguments(parser, warmup, device_batch_size):
@@ -159,6 +178,8 @@ def add_optimisation_arguments(parser, warmup, device_batch_size):
     group.add_argument(
         "--base_learning_rate", type=non_negative_float, help="peak for a batch of 256; scales with --batch_size"
     )
+    text = "where the cosine ends, whatever the batch"
+    group.add_argument("--end_rate", type=non_negative_float, default=0.0, help=text)
     group.add_argument("--weight_decay", type=non_negative_float, default=0.05, help="weight decay (AdamW)")
     group.add_argument(
         "--optimizer",
@@ -208,12 +229,13 @@ def add_run_arguments(parser, log_dir):
 # --- presets and defaults ---
 
 
-def add_presets(parser, presets, argv):
+def add_presets(parser, presets, argv, inherited=None):
     """Add --preset, whose row gives the other flags' defaults, so that a flag given by hand wins.
 
     Args:
         presets: {name: {flag: value}}; what a row leaves out is as in the first.
         argv: the command line, to see now which row; None: sys.argv's.
+        inherited: {flag: value}, which go before the first row, but not before another.
     """
     first = next(iter(presets))
     rows = ", ".join(f"{name}: {as_flags(presets[name])}" for name in presets if name != first)
@@ -221,7 +243,7 @@ def add_presets(parser, presets, argv):
     for each in (parser, early):
         each.add_argument("--preset", choices=presets, default=first, help=f"defaults of the other flags; {rows}")
     chosen = early.parse_known_args(argv)[0].preset
-    parser.set_defaults(**{**presets[first], **presets[chosen]})
+    parser.set_defaults(**{**presets[first], **(inherited or {}), **(presets[chosen] if chosen != first else {})})
 
 
 def as_flags(values):
@@ -264,12 +286,18 @@ def shrunk_if_dry(args):
 # --precision auto comes to is compared all the same, among the facts of a run.
 FREE = {"data_dir", "device", "precision", "compile", "max_device_batch_size", "probe_every", "preset"}
 FREE |= {"log_dir", "overwrite", "dry_run", "pretrained_model_path", "output_model_path"}
+FILES_OF_A_MODEL = {"model.pt", "checkpoint.pt", "model.safetensors"}  # which goes by its directory's name
+WEIGHTS = {".pt", ".pth", ".bin", ".safetensors"}
 LONGEST_NAME = 255  # bytes, of file systems
 
 
 def settings_of(args):
-    """What is computed: {flag: value} of the arguments that are not FREE; a folder or file of images by its name."""
+    """What is computed: {flag: value} of the arguments that are not FREE; a folder or file by its name."""
     settings = {flag: value for flag, value in vars(args).items() if flag not in FREE}
+    if settings.get("init_from"):
+        path = Path(settings["init_from"]).resolve()
+        path = path.parent if path.name in FILES_OF_A_MODEL else path
+        settings["init_from"] = path.stem if path.suffix in WEIGHTS else path.name
     return settings | {"dataset": data_name(args.dataset, args.data_dir)}
 
 

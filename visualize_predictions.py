@@ -1,9 +1,11 @@
-"""See what a model does: a MAE's reconstructions, a classifier's predictions, or the masks themselves.
+"""See what a model does: a MAE's reconstructions, a classifier's predictions, attention, or the masks themselves.
 
 python visualize_predictions.py --model_path logs/pretrain/<run>
 python visualize_predictions.py --model_path logs/pretrain/<run> --mask_ratio 0.5 0.75 0.9 --mask_strategy random block
 python visualize_predictions.py --model_path logs/classifier/<run>
+python visualize_predictions.py --model_path logs/classifier/<run> --by_class --dataset folder --data_dir data/pets
 python visualize_predictions.py --model_path logs/classifier/<run> --images cat.jpg holiday/*.png
+python visualize_predictions.py --model_path logs/pretrain/<run> --attention --images cat.jpg
 python visualize_predictions.py --masks
 """
 
@@ -15,13 +17,14 @@ import torch
 import utils
 from engine import figures
 from engine.checkpoints import load_model
-from engine.device import generator
+from engine.device import generator, pick_device, pick_precision
 from engine.errors import UserError, as_user_error, exit_in_one_line
 from engine.figures import draw_rows, draw_title, plt, save
 from engine.files import check_writable
-from images.load import DATASETS, load_dataset
-from images.pixels import normalize, read_image, to_pixels
-from model import MASK_STRATEGIES, MAE_ViT, PatchShuffle, ViT_Classifier
+from engine.predictions import predict, read_predictions, table_by_class, write_predictions
+from images.load import DATASETS, data_name, load_dataset, load_test_set
+from images.pixels import in_channels, normalize, read_image, to_pixels
+from model import MASK_STRATEGIES, MAE_ViT, PatchShuffle, ViT_Classifier, cls_qkv
 
 DRAWS = 1000  # masks behind a strategy's visibility map
 MOST_IMAGES = 100  # in a picture
@@ -32,6 +35,9 @@ def parse_args(argv=None):
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model_path", help="model.pt or run directory, of a MAE or a classifier")
     what.add_argument("--masks", action="store_true", help="draw a gallery of all mask strategies; needs no model")
+    group = parser.add_argument_group("attention")
+    group.add_argument("--attention", action="store_true", help="draw where the cls token looks, by head")
+    group.add_argument("--block", type=utils.positive_int, help="in which block of the encoder; default: the last")
     group = parser.add_argument_group("masking")
     strategy = "one or several; default: the one the MAE was trained with; all for --masks"
     group.add_argument("--mask_strategy", nargs="+", choices=MASK_STRATEGIES, help=strategy)
@@ -40,11 +46,13 @@ def parse_args(argv=None):
     group.add_argument("--grid_size", type=utils.positive_int, default=16, help="patches along an edge, for --masks")
     group = parser.add_argument_group("images")
     group.add_argument("--images", nargs="+", metavar="FILE", help="pictures of your own, in place of test images")
-    count = f"at most {MOST_IMAGES}; default: 8 of a MAE, 32 of a classifier"
+    count = f"at most {MOST_IMAGES}; default: 32 for a classifier's predictions, else 8"
     group.add_argument("--num_images", type=utils.positive_int, help=count)
     group.add_argument("--seed", type=utils.seed, default=42, help="which test images and masks are drawn")
     group.add_argument("--dataset", choices=DATASETS, help="default: the one the model was trained on")
     group.add_argument("--data_dir", help="default: where that was")
+    text = "of a classifier, also predict all test images, and print the accuracy of each class"
+    group.add_argument("--by_class", action="store_true", help=text)
     parser.add_argument(
         "--output", type=utils.picture_path, help="PNG, PDF or SVG to write; default: beside the model, or masks.png"
     )
@@ -53,8 +61,12 @@ def parse_args(argv=None):
         parser.error(f"--num_images {args.num_images} is more than the {MOST_IMAGES} that fit in a picture")
     if args.images and len(args.images) > MOST_IMAGES:
         parser.error(f"--images has {len(args.images)} files, more than the {MOST_IMAGES} that fit in a picture")
-    if args.images and (args.masks or args.num_images or args.dataset or args.data_dir):
-        parser.error("--images goes with --model_path, and without --num_images, --dataset and --data_dir")
+    if args.block and not args.attention:
+        parser.error("--block goes with --attention")
+    if args.attention and (args.masks or args.mask_strategy or args.mask_ratio):
+        parser.error("--attention goes with --model_path, and without --mask_*: it shows the model all patches")
+    if args.images and (args.masks or args.num_images or args.dataset or args.data_dir or args.by_class):
+        parser.error("--images goes with --model_path, and without --num_images, --dataset, --data_dir and --by_class")
     if args.output and args.output.is_dir():
         parser.error(f"--output {args.output} is a directory; name a file")
     if args.masks and len(args.mask_ratio or []) > 1:
@@ -62,22 +74,25 @@ def parse_args(argv=None):
     return args
 
 
-def images_to_draw(args, content, is_mae):
-    """Images (B, 3, H, W) uint8, a title for each, and their labels, None for pictures of the user's own.
+def images_to_test_on(args, content, sizes):
+    """The test images of --dataset and --data_dir, by default those of the model with this content of its file."""
+    place = args.dataset or content["dataset"], args.data_dir or content["data_dir"], sizes["img_size"]
+    if "classes" in content:
+        return load_test_set(*place, content["classes"], args.model_path, sizes["in_chans"])
+    return load_dataset(*place, labelled=False, in_chans=sizes["in_chans"])[1]
+
+
+def images_to_draw(args, sizes, test, count):
+    """Images (B, C, H, W) uint8, a title for each, and their labels, None for pictures of the user's own.
 
     Args:
-        content: of the model's file.
+        test: the ImageSet to draw from, where there are none of the user's; count: how many, by default.
     """
-    img_size = content["model_args"]["img_size"]
     if args.images:
-        images = torch.stack([read_image(path, img_size) for path in args.images])
-        return images, [Path(path).name for path in args.images], None
-    dataset, data_dir = args.dataset or content["dataset"], args.data_dir or content["data_dir"]
-    _, test = load_dataset(dataset, data_dir, img_size, labelled=not is_mae)
-    if not is_mae and test.classes != content["classes"]:
-        raise UserError(f"{args.model_path} tells {content['classes']} apart, {dataset} has {test.classes}.")
+        images = torch.stack([read_image(path, sizes["img_size"]) for path in args.images])
+        return in_channels(images, sizes["in_chans"], args.images[0]), [Path(path).name for path in args.images], None
     chosen = torch.randperm(len(test.images), generator=generator("cpu", args.seed, "images"))
-    chosen = chosen[: args.num_images or (8 if is_mae else 32)]
+    chosen = chosen[: args.num_images or count]
     return test.images[chosen], [""] * len(chosen), test.labels[chosen]
 
 
@@ -86,7 +101,7 @@ def draw_reconstructions(model, images, names, args):
     """Masked input and reconstruction under each mask strategy and ratio, a row each, and the original below them.
 
     Args:
-        images: (B, 3, H, W) uint8; names: a title for each.
+        images: (B, C, H, W) uint8; names: a title for each.
     """
     pixels, images, trained = images, normalize(images), model.shuffle
     strategies, ratios = args.mask_strategy or [trained.mask_strategy], args.mask_ratio or [trained.mask_ratio]
@@ -104,8 +119,7 @@ def draw_reconstructions(model, images, names, args):
         }
         draw_rows(axes[2 * i : 2 * i + 2], shown, fontsize=10)
     draw_rows(axes[-1:], {"original": pixels}, fontsize=10)
-    for place, name in zip(axes[0], names, strict=True):
-        place.set_title(figures.short(name, 14), fontsize=9, parse_math=False)
+    title_columns(axes[0], names)
     borrowed = ", normalised (hidden patches shown with their true mean and variance)" if model.norm_pix_loss else ""
     draw_title(
         figure,
@@ -113,6 +127,49 @@ def draw_reconstructions(model, images, names, args):
         f"Error: mean square over hidden pixels{borrowed}. Seed {args.seed}",
     )
     return figure
+
+
+@torch.no_grad()
+def cls_attention(encoder, images, block):
+    """Where the cls token looks in a block, from 1: weights of the patches (B, heads, g, g), the rest of 1 its own."""
+    tokens = encoder.embed(images)  # (B, 1 + N, D)
+    for before in encoder.transformer[: block - 1]:
+        tokens = before(tokens)
+    last, grid_size = encoder.transformer[block - 1], encoder.img_size // encoder.patch_size
+    q, k, _ = cls_qkv(last.attn, last.norm1(tokens))  # (B, heads, 1, d), (B, heads, 1 + N, d)
+    weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(dim=-1)
+    return weights[:, :, 0, 1:].unflatten(2, (grid_size, grid_size))
+
+
+def draw_attention(model, images, names, args):
+    """Each image, where the cls token looks in it on the mean over heads, and each head's own map, in a column.
+
+    Args:
+        images: (B, C, H, W) uint8; names: a title for each.
+    """
+    encoder = getattr(model, "encoder", model)
+    depth = len(encoder.transformer)
+    block = args.block or depth
+    if block > depth:
+        raise UserError(f"{args.model_path} has no block {block}: --block takes 1 to {depth}.")
+    maps = cls_attention(encoder, normalize(images), block)
+    maps = torch.cat([maps.mean(1, keepdim=True), maps], dim=1)
+    maps = maps / maps.amax((2, 3), keepdim=True)  # so that show draws each from black to white
+    labels = ["mean of heads", *(f"head {i + 1}" for i in range(maps.shape[1] - 1))]
+    rows = {"image": images} | dict(zip(labels, maps.unbind(1), strict=True))
+    figure, axes = plt.subplots(
+        len(rows), len(images), figsize=(1.3 * len(images) + 1, 1.3 * len(rows) + 0.6), squeeze=False
+    )
+    draw_rows(axes, rows, fontsize=10)
+    title_columns(axes[0], names)
+    untrained = ", which this classifier does not use" if getattr(model, "pool", "") == "mean" else ""
+    draw_title(figure, f"Where the cls token{untrained} looks in block {block} of {depth}; white: most")
+    return figure
+
+
+def title_columns(axes, names):
+    for place, name in zip(axes, names, strict=True):
+        place.set_title(figures.short(name, 14), fontsize=9, parse_math=False)
 
 
 @torch.no_grad()
@@ -125,6 +182,22 @@ def draw_classified(model, classes, images, names, labels, args):
     return figures.draw_predictions(images, classes, labels, predicted, confidence, f", seed {args.seed}")
 
 
+def print_by_class(model, content, test, args):
+    """Print the accuracy by class: of what a finished run has kept, or of another test set, which is written beside."""
+    place = Path(args.model_path)
+    path, ours = place / "predictions.csv", not (args.dataset or args.data_dir)
+    if not (ours and path.exists()):
+        device, name = (
+            pick_device("auto"),
+            data_name(args.dataset or content["dataset"], args.data_dir or content["data_dir"]),
+        )
+        precision = pick_precision("auto", device, content["model_args"]["embed_dim"])
+        predicted, _ = predict(model.to(device), test.to(device), normalize, precision, at_once=100)
+        path = (place if place.is_dir() else place.parent) / f"predictions_{name}.csv"
+        write_predictions(path, content["classes"], test.labels, predicted)
+    print(path, *table_by_class(read_predictions(path)), sep="\n")
+
+
 def draw_model(args):
     """What the model of --model_path makes of some images: (figure, the path beside the model to write it to)."""
     model, content = load_model(args.model_path, MAE_ViT, ViT_Classifier)
@@ -133,13 +206,22 @@ def draw_model(args):
     check_writable(args.output.parent if args.output else place, "--output")
     if not is_mae and (args.mask_strategy or args.mask_ratio):
         raise UserError(f"{args.model_path} is a classifier, which masks nothing: leave out --mask_*.")
-    images, names, labels = images_to_draw(args, content, is_mae)
-    if is_mae:
+    if args.by_class and (is_mae or args.attention):
+        raise UserError("--by_class is for a classifier, and without --attention.")
+    sizes, count = {"in_chans": 3} | content["model_args"], 8 if is_mae or args.attention else 32
+    test = None if args.images else images_to_test_on(args, content, sizes)
+    images, names, labels = images_to_draw(args, sizes, test, count)
+    if args.attention:
+        figure, words = draw_attention(model, images, names, args), ["attention"]
+        words += [f"block{args.block}"] if args.block else []
+    elif is_mae:
         figure = draw_reconstructions(model, images, names, args)
         words = ["reconstructions", *(args.mask_strategy or []), *(f"r{ratio}" for ratio in args.mask_ratio or [])]
     else:
         figure, words = draw_classified(model, content["classes"], images, names, labels, args), ["predictions"]
     words += ["images"] if args.images else []
+    if args.by_class:
+        print_by_class(model, content, test, args)
     return figure, place / f"{'_'.join(words)}.png"
 
 

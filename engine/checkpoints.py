@@ -1,5 +1,6 @@
 """The .pt files: dictionaries of tensors and plain values, written whole or not at all, read without unpickling."""
 
+import argparse
 import hashlib
 import io
 import pickle
@@ -16,7 +17,11 @@ from engine.files import replacing
 DIRECTORY = 0x10  # of the attributes of a zip archive's records
 FIELDS = {"MAE_ViT": {"name", "settings", "dataset", "data_dir"}}  # of a finished model's file, beside the model
 FIELDS["ViT_Classifier"] = FIELDS["MAE_ViT"] | {"classes"}
-ELSEWHERE = 'README.md, "Weights from elsewhere", tells how to bring its weights in.'
+PLAINLY = (
+    "If you trust it, save its weights: torch.save(torch.load(FILE, weights_only=False)['model'], 'plain.pt'); of "
+    "a module .state_dict() in place of ['model']."
+)
+ELSEWHERE = "mae_pretrain.py --init_from and train_classifier.py --pretrained_model_path take others' weights."
 OLD_FORMAT = b"\x80\x02\x8a\nl\xfc\x9cF\xf9"
 
 
@@ -39,11 +44,34 @@ def on_cpu(value):
     return value.cpu() if isinstance(value, torch.Tensor) else value
 
 
-def load_file(path, *kinds):
-    """Read a .pt file onto the CPU without unpickling objects.
+def read_file(path):
+    """Read a .pt or .safetensors file of any program onto the CPU without unpickling objects.
 
     torch.load checks no checksum, so a flipped bit would load as a wrong weight; the zip archive that torch.save
-    writes has a CRC-32 for each of its records, which zipfile checks.
+    writes has a CRC-32 for each of its records, which zipfile checks. argparse.Namespace, in which the official MAE
+    keeps its flags, is no more than a dictionary.
+
+    Raises:
+        UserError: it is damaged, or needs unpickling.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file as load_safetensors  # timm brings it
+
+            return load_safetensors(path)
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"checksum of {damaged} is wrong")
+            if any(record.external_attr & DIRECTORY for record in archive.infolist()):
+                raise zipfile.BadZipFile("a tensor is marked as a directory")  # torch would leave its memory unfilled
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damage shows in many ways, and all of them mean the same
+        raise UserError(f"Cannot read {path}: {reason_of(path, error)}") from error
+
+
+def load_file(path, *kinds):
+    """The content of a .pt file of ours.
 
     Args:
         path: the file, or a run directory, as `file_of` takes it.
@@ -53,15 +81,7 @@ def load_file(path, *kinds):
         UserError: no such file, damaged, or not the kind asked for.
     """
     path = file_of(Path(path))
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():
-                raise zipfile.BadZipFile(f"checksum of {damaged} is wrong")
-            if any(record.external_attr & DIRECTORY for record in archive.infolist()):
-                raise zipfile.BadZipFile("a tensor is marked as a directory")  # torch would leave its memory unfilled
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damage shows in many ways, and all of them mean the same
-        raise UserError(f"Cannot read {path}: {reason_of(path, error)}") from error
+    content = read_file(path)
     found = content.get("kind") if isinstance(content, dict) else None
     needed = f"needed here: {' or '.join(kinds) or 'one'}"
     if found is None:
@@ -72,17 +92,17 @@ def load_file(path, *kinds):
 
 
 def file_of(path):
-    """The file that a path stands for: of a run directory its model.pt or, where the run was stopped, checkpoint.pt."""
+    """The file that a path stands for: of a run directory its model.pt or, where the run was stopped, checkpoint.pt; of
+    one that transformers or timm wrote, model.safetensors.
+    """
     with as_user_error(OSError):  # a name too long, say
         if path.is_dir():
-            model, checkpoint = path / "model.pt", path / "checkpoint.pt"
-            path = checkpoint if checkpoint.exists() and not model.exists() else model
-        found, for_transformers = path.exists(), path.with_name("model.safetensors").exists()
-        is_run = path.with_name("config.json").exists()
+            names = "model.pt", "checkpoint.pt", "model.safetensors"
+            path = path / next((name for name in names if (path / name).exists()), names[0])
+        found, is_run = path.exists(), path.with_name("config.json").exists()
     if not found:
         again = " Give its run's command again, with --overwrite where the run is finished." if is_run else ""
-        hint = f" {path.parent} holds a model of transformers. {ELSEWHERE}" if for_transformers else again
-        raise UserError(f"No file {path}.{hint}")
+        raise UserError(f"No file {path}.{again}")
     return path
 
 
@@ -93,12 +113,10 @@ def reason_of(path, error):
     if isinstance(error, pickle.UnpicklingError):
         names = re.search(r"GLOBAL ([\w.]+)", str(error))
         named = f" ({names[1]})" if names else ""
-        return f"it holds a pickled Python object{named}, which could run any code. {ELSEWHERE}"
+        return f"it holds a pickled Python object{named}, which could run any code. {PLAINLY}"
     start = path.open("rb").read(9)
-    if start[8:] == b"{":
-        return f"it is a safetensors file. {ELSEWHERE}"
     if start.startswith(OLD_FORMAT):
-        return f"it is in the format of PyTorch before 1.6. {ELSEWHERE}"
+        return f"it is in the format of PyTorch before 1.6. {PLAINLY}"
     return f"{error}. Copy it again, or make it again (--overwrite)."
 
 

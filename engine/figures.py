@@ -46,9 +46,11 @@ def is_share(metric):
 
 
 def show(axes, image):
-    """Draw one image, pixels (3, H, W) uint8 or grey (H, W) in [0, 1], without axes."""
+    """Draw one image, pixels (C, H, W) uint8 or grey (H, W) in [0, 1], without axes; of many channels the first 3, of
+    one or two the first.
+    """
     if image.ndim == 3:
-        image = image.permute(1, 2, 0)
+        image = image[:3].permute(1, 2, 0) if len(image) >= 3 else image[0] / 255
     axes.imshow(image.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([])
@@ -188,23 +190,15 @@ def draw_blocks(measures):
     return figure
 
 
-def draw_cells(axes, values, rows, columns, xlabel, ylabel, form="{:.3f}"):
-    """A matrix (rows, columns) as coloured cells with their numbers, written as `form` says; nan is an empty cell."""
-    values = np.asarray(values)
-    axes.imshow(values, cmap="viridis")
+def draw_matrix(values, rows, columns, xlabel, ylabel):
+    """A matrix (rows, columns) of shares in % as coloured cells with their numbers; all colours are from 0 to 100."""
+    figure, axes = plt.subplots(figsize=(1.0 * len(columns) + 2.6, 0.75 * len(rows) + 1.6))
+    axes.imshow(values, cmap="viridis", vmin=0, vmax=100)
     axes.set_xticks(range(len(columns)), columns, rotation=35, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(rows)), rows)
     axes.set(xlabel=xlabel, ylabel=ylabel)
-    middle = (np.nanmin(values) + np.nanmax(values)) / 2
-    for i, j in zip(*np.nonzero(np.isfinite(values)), strict=True):
-        colour = "white" if values[i, j] < middle else "black"
-        axes.text(j, i, form.format(values[i, j]), ha="center", va="center", fontsize=8, color=colour)
-
-
-def draw_matrix(values, rows, columns, xlabel, ylabel, form="{:.3f}"):
-    """As `draw_cells`, in a figure of its own."""
-    figure, axes = plt.subplots(figsize=(1.0 * len(columns) + 2.6, 0.75 * len(rows) + 1.6))
-    draw_cells(axes, values, rows, columns, xlabel, ylabel, form)
+    for (i, j), value in np.ndenumerate(values):
+        axes.text(j, i, f"{value:.0f}", ha="center", va="center", color="white" if value < 50 else "black")
     return figure
 
 

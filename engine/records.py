@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from engine.errors import UserError
 
-PARENT = dict.fromkeys(("name", "digest", "settings"))  # of the MAE that a classifier's encoder comes from
+PARENT = dict.fromkeys(("name", "digest", "settings"))  # of the model that a run starts from
 
 
 class Record(NamedTuple):
@@ -21,7 +21,7 @@ class Record(NamedTuple):
     kind: str  # "mae" or "classifier"
     name: str
     settings: dict  # what is computed: {flag: value}
-    parent: dict | None  # of the MAE that a classifier's encoder comes from: name, digest, settings
+    parent: dict | None  # of the model that it starts from: name, digest, settings
     facts: dict  # what follows from the settings and the images
     starts: list  # one for each time that it was started or continued
     finished: bool
@@ -68,6 +68,7 @@ def record_of(directory, config):
         raise UserError(f"{path} is damaged: {wrong}. Copy the file again, or start again (--overwrite).")
     features = [read_json(path) for path in sorted(directory.glob("*features*.json"))]
     features = [stored for stored in features if "rows" in stored and stored.get("name") in (None, config["name"])]
+    features = [stored for stored in features if not stored.get("settings", {}).get("img_size")]  # of another task
     return Record(directory, **fields, metrics=read_metrics(directory), features=features)
 
 

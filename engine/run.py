@@ -1,7 +1,8 @@
 """One run on disk: its config, metrics, TensorBoard events and checkpoints; continuing it.
 
 A run is a directory `<log_dir>/<name>/` with config.json, metrics.csv, events.out.tfevents.*, checkpoint.pt and, at
-the end, model.pt. The name says what sets the run apart, so the same command again finds its run and continues it.
+the end, model.pt and a classifier's predictions.csv. The name says what sets the run apart, so the same command again
+finds its run and continues it.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ from engine import processes
 from engine.checkpoints import load_file, save_file
 from engine.errors import UserError, as_user_error, counted
 from engine.files import check_writable, locked, replacing, sync
+from engine.predictions import write_predictions
 from engine.records import csv_text, read_config, read_metrics, read_run
 
 # What must be as it was, beside the settings, as digests: of a finished run, too
@@ -25,7 +27,7 @@ DIGESTS = {"images": "training images", "test_set": "test images", "parent": "we
 DIGESTS |= {"masks": "masks, because the code of the strategy has changed"}
 SAVE_INTERVAL = 50  # times as long as a save takes; so saving takes under 2 % of the time
 LEAST_SAVE_INTERVAL = 60  # seconds: files of 100 MB would else wear the disk
-SHOWN = ("train/loss", "test/loss", "val/acc", "test/acc", "probe/knn_acc")  # after each epoch
+SHOWN = ("train/loss", "test/loss", "val/acc", "test/acc", "test/balanced_acc", "probe/knn_acc")  # after each epoch
 STEPS_BETWEEN_AGREEMENTS = 10  # of processes with a GPU each on whether to save; each waits for the GPUs
 
 
@@ -36,8 +38,8 @@ class Run:
 
     Args:
         identity: what config.json says of it from the first start to the end: kind ("mae" or "classifier"), name,
-            settings (what is computed, by flag), parent (None, or name, digest and settings of the MAE whose encoder it
-            starts from).
+            settings (what is computed, by flag), parent (None, or name, digest and settings of the model whose weights
+            it starts from).
         arguments: the other flags by name: where and how it computes. log_dir is where its directory is made,
             overwrite starts it again, dropping what an earlier run of this name left, output_model_path gets a copy of
             the finished model.
@@ -145,7 +147,7 @@ class Run:
         if path := self.arguments.get("output_model_path"):
             check_writable(Path(path).parent, "--output_model_path")
         if self.overwrite:
-            for pattern in ("*.pt", "metrics.csv", "*features*", "events.out.tfevents.*", "config.json"):
+            for pattern in ("*.pt", "metrics.csv", "predictions*.csv", "*features*", "events.out.tf*", "config.json"):
                 for path in self.directory.glob(pattern):
                     path.unlink()
         self.write_config({**self.identity, "finished": False, "facts": facts, "starts": starts})
@@ -417,7 +419,9 @@ class Session:
         return {**self.content, **images, **own, "model": self.model.state_dict()}
 
     def finish(self):
-        """Write model.pt, then that the run is finished; to TensorBoard its settings as hyper-parameters."""
+        """Write model.pt, any predictions (2, N: labels, predicted), then that the run is finished; to TensorBoard its
+        settings as hyper-parameters.
+        """
         if not processes.is_first():
             return
         known = self.run.identity
@@ -426,4 +430,7 @@ class Session:
         with self.writing():
             self.board.add_hparams({name: v for name, v in told.items() if v is not None}, {}, run_name=".")
             save_file(self.run.directory / "model.pt", self._file())
+            if "predictions" in self.progress:
+                path = self.run.directory / "predictions.csv"
+                write_predictions(path, self.content["classes"], *self.progress["predictions"])
             self.run.write_config(read_config(self.run.directory) | {"finished": True})

@@ -34,15 +34,15 @@ SMALLEST_SCALE = 2.0**-14  # of a loss in fp16: 30 halvings after the first, no 
 # --- the plan ---
 
 
-def cosine_lr(step, *, peak, warmup_steps, total_steps):
-    """Learning rate of update `step` (from 0): linear warm-up, then half a cosine towards 0 at total_steps.
+def cosine_lr(step, *, peak, warmup_steps, total_steps, end=0.0):
+    """Learning rate of update `step` (from 0): linear warm-up, then half a cosine towards `end` at total_steps.
 
     The last warm-up step has the peak exactly; without warm-up, step 0 has.
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     start = max(warmup_steps - 1, 0)
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - start) / (total_steps - start)))
+    return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * (step - start) / (total_steps - start)))
 
 
 def micro_batches(start, count, largest):
@@ -61,6 +61,7 @@ class Plan(NamedTuple):
     warmup_steps: int
     total_steps: int
     peak_lr: float
+    end_lr: float
 
     @property
     def num_images(self):
@@ -68,7 +69,9 @@ class Plan(NamedTuple):
         return self.total_steps * (self.slices[-1].stop - self.slices[0].start)
 
     def lr(self, step):
-        return cosine_lr(step, peak=self.peak_lr, warmup_steps=self.warmup_steps, total_steps=self.total_steps)
+        return cosine_lr(
+            step, peak=self.peak_lr, warmup_steps=self.warmup_steps, total_steps=self.total_steps, end=self.end_lr
+        )
 
     def facts(self):
         """What config.json tells of it."""
@@ -87,7 +90,8 @@ def plan_training(args, num_images, warmup, at_once, rank, world_size):
     2017, arXiv:1706.02677).
 
     Args:
-        args: with batch_size, total_epoch, base_learning_rate and warmup_epoch, where None stands for `warmup`.
+        args: with batch_size, total_epoch, base_learning_rate, end_rate and warmup_epoch, where None stands
+            for `warmup`.
         warmup: fraction of all epochs.
         at_once: the most images at once on this device.
 
@@ -115,6 +119,7 @@ def plan_training(args, num_images, warmup, at_once, rank, world_size):
         warmup_steps=round(warmup_epochs * steps_per_epoch),
         total_steps=args.total_epoch * steps_per_epoch,
         peak_lr=args.base_learning_rate * batch_size / 256,
+        end_lr=args.end_rate,
     )
 
 

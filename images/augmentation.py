@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms.v2 import functional as tv
 
+from engine.errors import UserError
+
 PART = 512  # images in floating point at once; bounds the memory
 GREY = 128.0  # fills what a geometric operation of RandAugment uncovers
 ERASED = (124.0, 58.0)  # mean and standard deviation of the noise in an erased rectangle
@@ -112,6 +114,8 @@ def rand_augment(images, generator):
     fine-tuned with: magnitude 9 of 10, standard deviation 0.5. torchvision's functions take one magnitude for all
     images, so those that drew the same operation and sign share it.
     """
+    if images.shape[1] not in (1, 3):
+        raise UserError(f"RandAugment takes 1 or 3 channels, not {images.shape[1]}; use another --augment.")
     random, images = np.random.default_rng(generator.initial_seed()), images.clone()  # NumPy: groups without waiting
     for _ in range(2):
         chosen = random.integers(2 * len(OPERATIONS), size=len(images))  # operation and sign

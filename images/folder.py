@@ -50,21 +50,33 @@ def read_folder(data_dir, img_size, labelled=True):
     Without `labelled`, any other tree will do, without classes then: all images in train/, or in data_dir where there
     is no train/.
     """
-    trees = find_trees(Path(data_dir), labelled)
+    sets = read_trees(Path(data_dir), find_trees(Path(data_dir), labelled), img_size, labelled)
+    return sets["train"], sets.get("test")
+
+
+def read_test_folder(data_dir, img_size):
+    """The test set of a tree that may have nothing else: test/<class>/** or, where there is no test/, <class>/**."""
+    root = Path(data_dir)
+    tree = list_images(root / "test" if (root / "test").is_dir() else root, labelled=True)
+    return read_trees(root, {"test": tree}, img_size, labelled=True)["test"]
+
+
+def read_trees(root, trees, img_size, labelled):
+    """{part: ImageSet} of {part: Tree}, cached in `root`."""
     folders = {part: [class_of(path) for path in tree.files.values()] for part, tree in trees.items()}
     classes = find_classes(trees, folders, labelled)
     key = hashlib.blake2b(f"{DECODER}{[(part, tree.key) for part, tree in trees.items()]}".encode(), digest_size=8)
-    decoded = decoded_once(Path(data_dir, f".cache-{img_size}-{key.hexdigest()}.npz"), trees, img_size)
+    decoded = decoded_once(root / f".cache-{img_size}-{key.hexdigest()}.npz", trees, img_size)
     index, sets = {name: label for label, name in enumerate(classes)}, {}
     for part, tree in trees.items():
         done = [*decoded[f"{part}_done"].tolist(), *filter(None, [str(tree)])]
-        if part == "train" and "test" in trees and not classes:
+        if len(trees) == 2 and part == "train" and not classes:
             done.append("No classes are read, as train/ and test/ do not have the same class folders.")
         labels = torch.tensor([index.get(folder, 0) for folder in folders[part]])
         sets[part] = ImageSet(torch.from_numpy(decoded[part]), labels, classes, tuple(done))
         if labelled and "" in folders[part]:
             sets[part] = sets[part].where(torch.tensor([folder != "" for folder in folders[part]]))
-    return sets["train"], sets.get("test")
+    return sets
 
 
 def find_trees(root, labelled):
@@ -92,10 +104,10 @@ def find_classes(trees, folders, labelled):
     train, test = (set(folders.get(part, ())) for part in ("train", "test"))
     if not labelled:
         return sorted(train) if train == test and "" not in train else []
-    if others := (train ^ test) - {""}:
+    if len(trees) == 2 and (others := (train ^ test) - {""}):
         told = ", ".join(f"'{name}'" for name in sorted(others))
         raise UserError(f"{trees['train'].directory}, ../test: only one has {told}; both need the same classes.")
-    return sorted(train - {""})
+    return sorted((train | test) - {""})
 
 
 def list_images(directory, labelled):

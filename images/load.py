@@ -6,6 +6,7 @@ A set is one tensor on the training device; a batch is an index, a cast and a no
 import math
 import re
 import socket
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,11 +14,12 @@ import torch
 from torchvision import datasets
 
 from engine import processes
+from engine.device import generator
 from engine.errors import UserError, as_user_error
 from engine.files import locked
-from images.folder import read_folder, readable
+from images.folder import read_folder, read_test_folder, readable
 from images.npz import read_npz
-from images.pixels import ImageSet, flatness, to_images
+from images.pixels import ImageSet, flatness, in_channels, to_images
 from images.shapes import shapes
 
 
@@ -80,12 +82,12 @@ NO_LABEL = re.compile(r"-\d+|nan|unlabell?ed", re.IGNORECASE)  # a class of this
 FAKE = {"fake": lambda _, img_size, labelled: (shapes(1000, img_size, seed=0), shapes(20, img_size, seed=1))}
 
 
-def load_dataset(name, data_dir, img_size, train_images=None, labelled=True):
+def load_dataset(name, data_dir, img_size, *, labelled=True, in_chans=3):
     """The training and the test set of one of DATASETS, or of fake: images of img_size x img_size.
 
     Args:
         data_dir: where torchvision's are, or are downloaded to; of folder the directory, of npz the file.
-        train_images: keep this many training images, as in `first_of_each_class`; None: all.
+        in_chans: channels of the images, see `in_channels`.
         labelled: whether classes are needed, as for all but pretraining. Where not, a folder may be any tree of
             images, and where there is no test set, training images are held out for it.
     """
@@ -95,24 +97,55 @@ def load_dataset(name, data_dir, img_size, train_images=None, labelled=True):
     with as_user_error(OSError, ImportError):  # torchvision reads SVHN with SciPy
         train, test = load(data_dir, img_size, labelled)
     place, count = readable(str(data_dir)) if name in ("folder", "npz") else name, len(train.images)
+
+    def fitted(images):  # those of a dry run have any number of channels
+        return images[:, torch.arange(in_chans) % 3] if name == "fake" else in_channels(images, in_chans, place)
+
+    train, test = (part and part._replace(images=fitted(part.images)) for part in (train, test))
     if nameless := [name for name in train.classes if NO_LABEL.fullmatch(name)]:
         if labelled:
             raise UserError(f"{place}: {', '.join(nameless)} is no class but the lack of a label; remove its images.")
         train, test = (part and part._replace(labels=part.labels * 0, classes=[]) for part in (train, test))
     if labelled and len(train.labels.unique()) < 2:
         raise UserError(f"{place} has 1 class, nothing to tell apart; is train/<class>/ right?")
-    if processes.is_first():
-        for part, images in ("training images", train), ("test images", test):
-            if images and (done := (*images.done, *flatness(images.images))):
-                print(f"{place}, {part}: {' '.join(done)}")
+    say_done(train, f"{place}, training images")
+    say_done(test, f"{place}, test images")
     if test is None:
         train, test = split_off_test(train)
         if processes.is_first():
             held_out = f"{len(test.images)} of its {count} images, always the same ones, are not trained on"
             print(f"{place} has no test set: {held_out}.")
-    train = train if train_images is None else first_of_each_class(train, train_images)
     say_copies(train, test, place, "test")
     return train, test
+
+
+def load_test_set(name, data_dir, img_size, classes, whose, in_chans=3):
+    """The test images of a set for a classifier that tells `classes` apart, labelled by place in them, by name.
+
+    A folder needs no train/ here, and some classes may be missing.
+
+    Raises:
+        UserError: the set has other classes; whose: what to call the classifier then.
+    """
+    if name == "folder" and not Path(data_dir, "train").is_dir():
+        with as_user_error(OSError):
+            test = read_test_folder(data_dir, img_size)
+        place = readable(str(data_dir))
+        test = test._replace(images=in_channels(test.images, in_chans, place))
+        say_done(test, f"{place}, test images")
+    else:
+        test = load_dataset(name, data_dir, img_size, in_chans=in_chans)[1]
+    if others := [one for one in test.classes if one not in classes]:
+        others, known = (textwrap.shorten(", ".join(names), 300) for names in (others, classes))
+        raise UserError(f"{whose} tells {known} apart; {name} in {data_dir} has {others}. Give images of its classes.")
+    places = torch.tensor([classes.index(one) for one in test.classes])
+    return test._replace(labels=places[test.labels], classes=classes)
+
+
+def say_done(images, what):
+    """Print what was done to the pictures of a set, if there is one, and what was left out."""
+    if processes.is_first() and images and (done := (*images.done, *flatness(images.images))):
+        print(f"{what}: {' '.join(done)}")
 
 
 def say_copies(train, other, place, other_name):
@@ -147,40 +180,51 @@ def sample(images, count, generator):
     return images.where(torch.randperm(len(images.images), generator=generator)[:count])
 
 
-def first_of_each_class(images, count, flag="--train_images"):
-    """The first count / classes images of each class, in file order, so that a larger set contains a smaller one.
+def draw(images, train_images, seed, val_images=None):
+    """Draw the images to train on and those to hold out: two ImageSets in file order, the second None without any.
 
-    Unlabelled images are the first `count` of a fixed random order: file order would take one folder before another.
+    In one order of all images, drawn from the seed, the first of each class are trained on, the last held out. So of
+    one seed, a larger set contains a smaller one, and holding out does not change the others.
+
+    Args:
+        train_images: how many; None: all that are not held out. val_images: how many, which leave some of each class.
     """
-    if images.classes:
-        return images.where(of_each_class(images, count, flag))
-    if count > len(images.images):
-        raise UserError(f"{flag} {count} is more than the {len(images.images)} training images.")
-    return sample(images, count, torch.Generator().manual_seed(0))
-
-
-def hold_out(images, count, train_images=None):
-    """Hold out the last count / classes images of each class: (training images, held out).
-
-    Training images are the same `train_images` as in `load_dataset`, or all the rest.
-    """
-    held_out = of_each_class(images, count, "--val_images", last=True)
-    train = images.where(~held_out)
+    order, held_out, given = torch.randperm(len(images.labels), generator=generator("cpu", seed, "labels")), None, ""
+    if val_images is not None:
+        last = of_each_class(images, order.flip(0), val_images, "--val_images", leave=1)
+        held_out, order = images.where(last.sort().values), order[~torch.isin(order, last)]
+        given = f"With --val_images {val_images}, "
     if train_images is not None:
-        train = first_of_each_class(train, train_images, f"With --val_images {count}, --train_images")
-    val = images.where(held_out)
-    say_copies(train, val, f"--val_images {count}", "held-out")
-    return train, val
+        order = of_each_class(images, order, train_images, f"{given}--train_images")
+    train = images if len(order) == len(images.labels) else images.where(order.sort().values)
+    if held_out:
+        say_copies(train, held_out, f"--val_images {val_images}", "held-out")
+    return train, held_out
 
 
-def of_each_class(images, count, flag, last=False):
-    """(N,) bool: the first count / classes images of each class, or the last ones, which must leave some of each."""
-    sizes = images.labels.bincount(minlength=len(images.classes))
-    per_class, rest = divmod(count, len(sizes))
-    most = int(sizes.min()) - last
-    if rest or not 0 < per_class <= most:
-        way_out = f"try {len(sizes) * min(max(per_class, 1), most)}" if most else "leave it out"
-        raise UserError(f"{flag} {count} is not {len(sizes)} classes times 1 to {most} images; {way_out}.")
-    places = images.labels.argsort(stable=True).argsort()  # of each image, class by class, each in file order
-    ranks = places - (sizes.cumsum(0) - sizes)[images.labels]  # within its class, from 0
-    return ranks >= (sizes - per_class)[images.labels] if last else ranks < per_class
+def of_each_class(images, order, count, flag, leave=0):
+    """The first `count` of an order of images, by class: equally many of each, its share where classes are uneven.
+
+    One of each class comes first, then always one of the class that is the furthest behind its share (Webster's
+    method), so that a larger count contains a smaller one.
+
+    Args:
+        order: (M,) int64, places in `images`; leave: so many of each class are not taken.
+
+    Raises:
+        UserError: the images are too few, or classes are even and the count is not the same number of each.
+    """
+    labels, classes = images.labels[order], max(len(images.classes), 1)
+    sizes, there = (some.bincount(minlength=classes) for some in (images.labels, labels))
+    even, free = sizes.min() == sizes.max(), (there - leave).clamp(min=0)
+    step, most = classes if even else 1, int(free.sum())
+    if count % step or not classes <= count <= most or not free.all():
+        equally = f", equally many of {classes} classes" if step > 1 else ""
+        way_out = f"try {min(max(count // step * step, classes), most)}" if free.all() else "leave it out"
+        raise UserError(f"{flag} {count} is not {classes} to {most} images{equally}; {way_out}.")
+    places = labels.argsort(stable=True).argsort()  # of each image, class by class, each in this order
+    ranks = places - (there.cumsum(0) - there)[labels]  # within its class, from 0
+    turns = (ranks + 0.5).double() / sizes[labels]
+    turns[ranks == 0] = 0
+    turns[ranks >= free[labels]] = math.inf
+    return order[turns.argsort(stable=True)[:count]]

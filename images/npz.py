@@ -10,8 +10,9 @@ from images.pixels import ImageSet, to_images
 def read_npz(path, img_size, labelled=True):
     """The arrays (train|test)_images and _labels of a file: the training and the test set, None without test images.
 
-    Images are uint8, (N, H, W), (N, H, W, 1) or (N, H, W, 3); labels one whole number each, (N,) or (N, 1). No other
-    array is used. Without `labelled`, test images may be missing, and labels too, or be others: no classes then.
+    Images are uint8, (N, H, W) or (N, H, W, C) of up to 16 channels; labels one whole number each, (N,) or
+    (N, 1). No other array is used. Without `labelled`, test images may be missing, and labels too, or be others: no
+    classes then.
     """
     names = [f"{part}_{kind}" for part in ("train", "test") for kind in ("images", "labels")]
     try:
@@ -23,10 +24,9 @@ def read_npz(path, img_size, labelled=True):
         raise UserError(f"Cannot read {path}: {error}. --data_dir must name an .npz file.") from error
     found = f"{path} has {', '.join(f'{name} {v.dtype} {v.shape}' for name, v in arrays.items()) or 'none of them'}"
     images = {part: arrays[f"{part}_images"] for part in ("train", "test") if f"{part}_images" in arrays}
-    images = {part: v[..., 0] if v.shape[3:] == (1,) else v for part, v in images.items()}
-    are_pixels = [v.dtype == np.uint8 and v.size and (v.ndim == 3 or v.shape[3:] == (3,)) for v in images.values()]
+    are_pixels = [v.dtype == np.uint8 and v.size and v.ndim in (3, 4) and v.shape[3:] <= (16,) for v in images.values()]
     if "train" not in images or not all(are_pixels):
-        raise UserError(f"train_images and test_images must be uint8, (N, H, W) or (N, H, W, 3); {found}.")
+        raise UserError(f"train_images and test_images must be uint8, (N, H, W) or (N, H, W, 1 to 16); {found}.")
     labels = {part: as_numbers(arrays.get(f"{part}_labels"), len(pixels)) for part, pixels in images.items()}
     by_class = all(numbers is not None for numbers in labels.values())
     if labelled and not (by_class and "test" in images):

@@ -23,7 +23,7 @@ FLAT = 16  # levels: an image with fewer in each channel is of one colour, or ne
 
 
 class ImageSet(NamedTuple):
-    images: torch.Tensor  # (N, 3, H, W) uint8
+    images: torch.Tensor  # (N, C, H, W) uint8
     labels: torch.Tensor  # (N,) int64
     classes: list  # names, by label; empty for unlabelled images, whose labels are all 0
     done: tuple = ()  # in words what was done to the pictures, and what was left out: a sentence each
@@ -121,14 +121,14 @@ def read_image(source, img_size):
 
 
 def to_images(pixels, img_size):
-    """uint8 (N, H, W), (N, H, W, 3) or (N, 3, H, W) as RGB (N, 3, img_size, img_size): middle squares, antialiased.
+    """uint8 (N, H, W), (N, H, W, C) or (N, 3, H, W) as (N, C, img_size, img_size): middle squares, antialiased.
 
     Also returns in words what was done, as `resizing`.
     """
     images = torch.as_tensor(pixels)
     if images.ndim == 3:
         images = images[:, None]
-    elif images.shape[3] == 3:
+    elif images.shape[3] == 3 or images.shape[1] != 3:
         images = images.permute(0, 3, 1, 2)
     height, width = images.shape[2:]
     if (height, width) != (img_size, img_size):
@@ -137,7 +137,26 @@ def to_images(pixels, img_size):
         images, size = images[..., top : top + side, left : left + side], (img_size, img_size)
         parts = (part.contiguous() for part in images.split(1000))  # another memory format would round other ways
         images = torch.cat([F.interpolate(part, size, mode="bilinear", antialias=True) for part in parts])
-    return images.expand(-1, 3, -1, -1).contiguous(), resizing([(width, height)] * len(images), img_size)
+    return images.contiguous(), resizing([(width, height)] * len(images), img_size)
+
+
+def in_channels(images, count, place):
+    """uint8 images (N, C, H, W) with `count` channels: grey ones as that many equal ones, colour as grey (ITU-R 601).
+
+    Raises:
+        UserError: they have another number of channels; place: whose they are.
+    """
+    channels = images.shape[1]
+    if channels == count:
+        return images
+    if channels == 1:
+        return images.expand(-1, count, -1, -1).contiguous()
+    if (channels, count) != (3, 1):
+        raise UserError(
+            f"{place} has images of {channels} channels, and the model takes {count}: --in_chans {channels}."
+        )
+    weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+    return torch.cat([(part * weights).sum(1, keepdim=True).round().byte() for part in images.split(1000)])
 
 
 def resizing(sizes, img_size):
@@ -149,7 +168,7 @@ def resizing(sizes, img_size):
 
 
 def flatness(images):
-    """In words how many of the images (N, 3, H, W) uint8 show next to nothing: one sentence or none."""
+    """In words how many of the images (N, C, H, W) uint8 show next to nothing: one sentence or none."""
     parts = [part.flatten(2) for part in images.split(1000)]
     levels = torch.cat([(part.amax(2) - part.amin(2)).amax(1) for part in parts])  # uint8: amax >= amin
     flat = int((levels < FLAT).sum())

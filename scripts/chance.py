@@ -25,34 +25,31 @@ def critical(correlation, degrees, errors=0.05):
     return optimize.brentq(lambda t: tail((t / largest) ** 2 / rank).mean() - errors, 0.99 * one, 1.01 * bonferroni)
 
 
-def power_of(sd, settings, points, n, comparisons=None):
+def power_of(sd, settings, points, n):
     """Probability that n seeds of each setting show one that is `points` above or below the baseline as such.
 
-    Args:
-        sd: of the noise, as judge() pools it over this number of settings.
-        comparisons: the intervals that hold together; default: of all with the baseline, by which judge() words its
-            verdicts. 1: the interval of one difference.
+    By the intervals of all with the baseline together, on which judge() stands; sd: of the noise that it pools.
     """
     if settings < 2 or not (sd > 0 and points > 0):
         raise ValueError(f"Needs 2 settings, an s.d. and a difference above 0, not {settings}, {sd:g} and {points:g}.")
-    m, degrees = comparisons or settings - 1, (settings - 1) * (n - 1)
+    m, degrees = settings - 1, (settings - 1) * (n - 1)
     correlation = tuple(tuple(1.0 if i == j else 0.5 for j in range(m)) for i in range(m))
     return stats.nct.sf(critical(correlation, degrees), degrees, points / (sd * math.sqrt(2 / n)))
 
 
-def seeds_needed(sd, settings, points, power=0.8, comparisons=None):
+def seeds_needed(sd, settings, points, power=0.8):
     """The smallest number of seeds with this power."""
     n = 2
-    while power_of(sd, settings, points, n, comparisons) < power:
+    while power_of(sd, settings, points, n) < power:
         n *= 2
-    return bisect.bisect_left(range(n), power, n // 2 + 1, key=lambda n: power_of(sd, settings, points, n, comparisons))
+    return bisect.bisect_left(range(n), power, n // 2 + 1, key=lambda n: power_of(sd, settings, points, n))
 
 
-def detectable(sd, settings, n, power=0.8, comparisons=None):
+def detectable(sd, settings, n, power=0.8):
     """The smallest difference that n seeds show with this power; infinite with one seed."""
     if n < 2:
         return math.inf
-    return sd * optimize.brentq(lambda x: power_of(sd, settings, x * sd, n, comparisons) - power, 1e-9, 100)
+    return sd * optimize.brentq(lambda x: power_of(sd, settings, x * sd, n) - power, 1e-9, 100)
 
 
 def variance_parts(values):

@@ -15,11 +15,12 @@ import pandas as pd
 
 import utils
 from engine.errors import UserError, as_user_error, exit_in_one_line
+from engine.figures import save
 from engine.records import find_runs
 from scripts import chance, verdicts
-from scripts.compare_figures import draw_all_curves, draw_measures
+from scripts.compare_figures import CAPTION, draw_all_curves, draw_measures, draw_tuning
 from scripts.cost import gflop_per_image
-from scripts.results import MEASURES, markdown_table, table_of
+from scripts.results import MEASURES, markdown_table, origins, table_of
 from scripts.settings import TUNED, entries_of, label_all, pick_baseline, where, without_doubles, written
 
 TESTED = ("dataset", "img_size", "test_set")  # which images a run was tested on
@@ -44,6 +45,8 @@ def parse_args(argv=None):
     parser.add_argument("--where", nargs="+", metavar="NAME=VALUE", help="compare only runs with these values")
     parser.add_argument("--margin", type=float, help="also say what is equal within so many points")
     parser.add_argument("--output", type=Path, help="where to write; default: compare/ in the first directory")
+    parser.add_argument("--format", choices=("png", "pdf", "svg"), default="png", help="of the pictures")
+    parser.add_argument("--latex", action="store_true", help="print the means as a LaTeX table (package booktabs), too")
     return parser.parse_args(argv)
 
 
@@ -134,16 +137,19 @@ def best_of(measure, units):
     return f"{measure}: best is {best}; {told if close else 'all others are told from it'}."
 
 
-def spread_of_tuning(runs, entries):
-    """Where MAEs were fine-tuned with several seeds, how much of the spread is pretraining's: one sentence or none."""
+def tuned_often(runs, entries):
+    """What the classifiers of MAEs reach, and how far it spreads where MAEs have several.
+
+    Returns:
+        The sentence, "" where there is no such MAE; a table with columns setting, mae (its seed), seed, value (in %).
+    """
     tuned = entries[entries.classifier.notna() & entries.pretrained.astype(bool)]
     values = pd.DataFrame({"setting": tuned.setting, "mae": tuned.seed, "seed": tuned.tuning_seed})
     values["value"] = 100 * runs["test/acc"].reindex(tuned.classifier).to_numpy() if len(tuned) else []
     between, within = chance.variance_parts(values)
-    text = (
-        f"fine-tuned: s.d. {within:.2f} between classifiers of one MAE, {between:.2f} more between MAEs of a setting."
-    )
-    return [text] if within >= 0 and between >= 0 else []
+    text = f"fine-tuned: s.d. {within:.2f} between classifiers of one MAE"
+    text += f", {between:.2f} more between MAEs of a setting." if between >= 0 else "."
+    return text if within >= 0 else "", values
 
 
 def notes_of(found, entries, values, usual, left_out):
@@ -219,7 +225,7 @@ def curves_of(records, entries):
 def markdown(title, baseline, tables, notes, captions):
     """The content of compare.md."""
     means, differences, costs = map(markdown_table, tables)
-    figures = "\n".join(f"![{caption}]({name}.png)\n\n{caption}\n" for name, caption in captions.items())
+    figures = "\n".join(f"![{caption}]({name})\n\n{caption}\n" for name, caption in captions.items())
     return f"""# {title}
 
 {means}
@@ -260,24 +266,32 @@ def main(argv=None):
     first, known = found.measure.iloc[0], found if args.baseline else found[found.measure == found.measure.iloc[0]]
     baseline = pick_baseline(args.baseline, {label: values[label] for label in known.setting.unique()})
     judged, notes = judge_all(found, values, baseline, args.margin)
-    notes += spread_of_tuning(runs, entries) + notes_of(found, entries, values, usual, left_out)
+    tuning, several = tuned_often(runs, entries)
+    notes += [tuning] * bool(tuning) + notes_of(found, entries, values, usual, left_out)
+    notes += origins(records, entries)
     means = judged[judged.measure == first].set_index("setting")["mean"]
     means = means.sort_values(ascending=not MEASURES[first].percent, kind="stable")
     order = list(dict.fromkeys([*means.index, *found.setting]))
 
     output = args.output or args.directories[0] / "compare"
     shown = {label: values[label] for label in values if label in order}
-    captions = draw_measures(found, judged, shown, baseline, output / "measures.png")
+    figures = {"measures": (draw_measures(found, judged, shown, baseline), CAPTION)}
+    figures |= {"fine_tuning": (draw_tuning(several, tuning), tuning)} if tuning else {}
     running = running.assign(setting=running.setting + ", not finished")
-    captions |= draw_all_curves(curves_of(records, pd.concat([entries, running])), output)
+    figures |= draw_all_curves(curves_of(records, pd.concat([entries, running])))
+    for name, (figure, _) in figures.items():
+        save(figure, output / f"{name}.{args.format}")
     judged.to_csv(output / "compare.csv", index=False)
     means, differences = mean_table(found).loc[order], difference_table(judged).loc[order]
     tables = means, differences, means.iloc[:, :1].join(cost_table(runs, records, entries))
+    captions = {f"{name}.{args.format}": caption for name, (_, caption) in figures.items()}
     text = markdown(", ".join(map(str, args.directories)), baseline, tables, notes, captions)
     (output / "compare.md").write_text(text)
     print(means.to_string(), f"{first}: difference from {baseline}", sep="\n\n", end="\n\n")
     print(differences[[first]].to_string(header=False), end="\n\n")
-    print(*notes, *(output / name for name in ("compare.md", "compare.csv", "*.png")), sep="\n")
+    print(*notes, *(output / name for name in ("compare.md", "compare.csv", f"*.{args.format}")), sep="\n")
+    if args.latex:
+        print("", means.to_latex(escape=True).replace("±", r"$\pm$"), sep="\n", end="")
 
 
 if __name__ == "__main__":

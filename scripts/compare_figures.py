@@ -4,7 +4,7 @@ import functools
 import math
 import textwrap
 
-from engine.figures import STYLES, WRAP, MaxNLocator, draw_seeds, name_of, plt, save
+from engine.figures import STYLES, WRAP, MaxNLocator, draw_seeds, name_of, plt
 from scripts.results import MEASURES, common_accuracy
 from scripts.settings import SCRATCH
 
@@ -95,14 +95,11 @@ def draw_lines(axes, rows, baseline, values, over, lines):
         axes.legend(fontsize=8, frameon=False)
 
 
-def draw_measures(found, judged, values, baseline, path):
+def draw_measures(found, judged, values, baseline):
     """Each measure in a part of its own: lines over a number that varies, else a row for each setting.
 
     Args:
         found, judged: compare's long table and its judged one; values: {setting: {name: value}} of what varies.
-
-    Returns:
-        {file name: caption}.
     """
     measures, axis = list(found.measure.unique()), axis_of(values)
     columns = min(3, len(measures))
@@ -116,31 +113,43 @@ def draw_measures(found, judged, values, baseline, path):
     for place, measure in zip(axes.flat, measures, strict=False):
         rows = judged[judged.measure == measure].set_index("setting")
         rows = rows.reindex(columns=["mean", "low_all", "high_all"]).astype(float)
-        level, seeds = (
-            rows["mean"].get(baseline, math.nan),
-            found[found.measure == measure].groupby("setting").value.agg(list),
-        )
+        level = rows["mean"].get(baseline, math.nan)
         rows["low"], rows["high"] = rows.low_all + level, rows.high_all + level
-        draw(place, rows.assign(seeds=seeds), baseline)
+        rows["seeds"] = found[found.measure == measure].groupby("setting").value.agg(list)
+        draw(place, rows, baseline)
         place.set_title(f"{measure}, %" if MEASURES[measure].percent else measure, fontsize=11)
     for place in axes.flat[len(measures) :]:
         place.axis("off")
-    save(figure, path)
-    return {path.stem: CAPTION}
+    return figure
 
 
-def draw_all_curves(groups, output):
-    """Training loss and accuracy by epoch, of MAEs and of classifiers; {file name: caption}.
+def draw_tuning(values, title):
+    """A row for each MAE: its classifiers' accuracies as small points, their mean as a large one.
+
+    Args:
+        values: a pandas.DataFrame with columns setting, mae (its seed) and value, a row a classifier.
+    """
+    names = values.setting + ", MAE of seed " + values.mae.astype(str)
+    rows = values.groupby(names, sort=False).value.agg(mean="mean", seeds=list).assign(low=math.nan, high=math.nan)
+    figure, axes = plt.subplots(figsize=(7, 0.35 * len(rows) + 1.2))
+    draw_names(axes, rows, None, list(rows.index))
+    axes.set_xlabel("fine-tuned, %")
+    axes.set_title(title, fontsize=9)
+    return figure
+
+
+def draw_all_curves(groups):
+    """Training loss and accuracy by epoch, of MAEs and of classifiers; {file name: (figure, caption)}.
 
     Args:
         groups: {kind: {label: metrics of a run each}}.
     """
-    captions = {}
+    drawn = {}
     for kind, found in groups.items():
         tables = {label: [*filter(None, some)] for label, some in found.items() if any(some)}
         flat = [table for some in tables.values() for table in some]
         for metric in filter(None, ("train/loss", common_accuracy(flat))) if flat else ():
-            name, what = f"{kind}_{metric.replace('/', '_')}", f"{kind.replace('mae', 'MAE')}: {name_of(metric)}"
-            save(draw_seeds(tables, metric, what), output / f"{name}.png")
-            captions[name] = f"{what} by epoch: mean, band: range of the seeds."
-    return captions
+            what = f"{kind.replace('mae', 'MAE')}: {name_of(metric)}"
+            caption = f"{what} by epoch: mean, band: range of the seeds."
+            drawn[f"{kind}_{metric.replace('/', '_')}"] = draw_seeds(tables, metric, what), caption
+    return drawn

@@ -25,8 +25,8 @@ def gflop_per_image(settings, kind):
 def count_gflop(constructor, model_args):
     """As above; the same sizes are counted once."""
     model = constructor(**dict(model_args))
-    img_size = getattr(model, "encoder", model).img_size
+    encoder = getattr(model, "encoder", model)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # fused attention is not counted
-        output = model(torch.zeros(1, 3, img_size, img_size))
+        output = model(torch.zeros(1, encoder.in_chans, encoder.img_size, encoder.img_size))
         (output[0] if constructor is MAE_ViT else output).sum().backward()
     return counter.get_total_flops() / 1e9

@@ -14,23 +14,8 @@ import torch
 import utils
 from engine.checkpoints import load_model, save_file
 from engine.errors import UserError, as_user_error, exit_in_one_line
+from engine.weights import HF, HF_BLOCK, HF_QKV, TIMM
 from model import MAE_ViT, ViT_Classifier
-
-# names: ours to timm's, and timm's to transformers', which has q, k and v apart
-TIMM = {"pos_embedding": "pos_embed", "patchify": "patch_embed.proj", "transformer": "blocks", "layer_norm": "norm"}
-HF = {
-    "cls_token": "embeddings.cls_token",
-    "pos_embed": "embeddings.position_embeddings",
-    "patch_embed.proj": "embeddings.patch_embeddings.projection",
-    "norm": "layernorm",
-}
-HF_BLOCK = {
-    "norm1": "layernorm_before",
-    "norm2": "layernorm_after",
-    "attn.proj": "attention.output.dense",
-    "mlp.fc1": "intermediate.dense",
-    "mlp.fc2": "output.dense",
-}
 
 
 def parse_args(argv=None):
@@ -49,8 +34,8 @@ def to_timm(model):
     """The encoder of a MAE_ViT or a ViT_Classifier for timm's VisionTransformer.
 
     Returns:
-        model_args: plain arguments of timm.models.vision_transformer.VisionTransformer, beside qkv_bias=False and
-        norm_layer=torch.nn.LayerNorm; state: what its load_state_dict takes.
+        model_args: plain arguments of timm.models.vision_transformer.VisionTransformer, beside norm_layer, a LayerNorm
+        of the encoder's eps; state: what its load_state_dict takes.
     """
     encoder = model.encoder if isinstance(model, MAE_ViT) else model
     pools_mean, state = getattr(encoder, "pool", "cls") == "mean", {}
@@ -61,12 +46,14 @@ def to_timm(model):
     position = state["pos_embed"].transpose(0, 1)  # (1, N, D)
     state["pos_embed"] = torch.cat([torch.zeros_like(position[:, :1]), position], dim=1)  # cls has none: (1, 1 + N, D)
     model_args = {
-        "img_size": encoder.patch_size * round(position.shape[1] ** 0.5),
+        "img_size": encoder.img_size,
         "patch_size": encoder.patch_size,
+        "in_chans": encoder.in_chans,
         "num_classes": model.head.out_features if isinstance(model, ViT_Classifier) else 0,
         "embed_dim": position.shape[2],
         "depth": len(encoder.transformer),
         "num_heads": encoder.transformer[0].attn.num_heads,
+        "qkv_bias": encoder.transformer[0].attn.qkv.bias is not None,
     }
     return model_args | ({"global_pool": "avg"} if pools_mean else {}), state
 
@@ -74,11 +61,12 @@ def to_timm(model):
 # --- transformers ---
 
 
-def to_hf(model, classes):
+def to_hf(model, classes, norm_eps):
     """The encoder for transformers' ViTModel, or the classifier for its ViTForImageClassification.
 
     Args:
         classes: a classifier's class names, in order; None for a MAE.
+        norm_eps: of the encoder's LayerNorms.
 
     Returns:
         config: of config.json; state: of model.safetensors, under the names that files on the Hub have.
@@ -96,7 +84,7 @@ def to_hf(model, classes):
             _, block, part = module.split(".", 2)
             layer = f"{prefix}encoder.layer.{block}"
             if part == "attn.qkv":
-                for which, third in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+                for which, third in zip(HF_QKV, tensor.chunk(3), strict=True):
                     state[f"{layer}.attention.attention.{which}.{kind}"] = third.contiguous()
             else:
                 state[f"{layer}.{HF_BLOCK[part]}.{kind}"] = tensor
@@ -114,8 +102,9 @@ def to_hf(model, classes):
         "num_hidden_layers": model_args["depth"],
         "num_attention_heads": model_args["num_heads"],
         "hidden_act": "gelu",
-        "layer_norm_eps": 1e-5,
-        "qkv_bias": False,
+        "num_channels": model_args["in_chans"],
+        "layer_norm_eps": norm_eps,
+        "qkv_bias": model_args["qkv_bias"],
         "id2label": dict(enumerate(classes or [])),
     }
     return config, state
@@ -130,7 +119,7 @@ def write_hf(config, state, directory):
     size = {"height": config["image_size"], "width": config["image_size"]}
     processor = {"image_processor_type": "ViTImageProcessor", "size": size, "resample": 2, "rescale_factor": 1 / 255}
     processor |= {"do_resize": True, "do_rescale": True, "do_normalize": True}
-    processor |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    processor |= dict.fromkeys(("image_mean", "image_std"), [0.5] * config["num_channels"])
     (directory / "preprocessor_config.json").write_text(json.dumps(processor, indent=1) + "\n")
     save_safetensors({name: tensor.contiguous() for name, tensor in state.items()}, directory / "model.safetensors")
 
@@ -140,9 +129,10 @@ def main(argv=None):
     place = Path(args.path) if Path(args.path).is_dir() else Path(args.path).parent
     with exit_in_one_line(), as_user_error(OSError):
         model, content = load_model(args.path, MAE_ViT, ViT_Classifier)
+        norm_eps = getattr(model, "encoder", model).layer_norm.eps
         if args.to == "hf":
             output = args.output or place / "hf"
-            config, state = to_hf(model, content.get("classes"))
+            config, state = to_hf(model, content.get("classes"), norm_eps)
             write_hf(config, state, output)
             (name,) = config["architectures"]
             without = ", add_pooling_layer=False" if name == "ViTModel" else ""  # its weights would be drawn
@@ -150,9 +140,11 @@ def main(argv=None):
         else:
             output = args.output or place / "timm.pt"
             model_args, state = to_timm(model)
-            save_file(output, {**content, "kind": "timm", "model_args": model_args, "model": state})
+            content |= {"kind": "timm", "norm_eps": norm_eps, "model_args": model_args, "model": state}
+            save_file(output, content)
             arguments = ", ".join(f"{name}={value!r}" for name, value in model_args.items())
-            print(f"model = VisionTransformer({arguments}, qkv_bias=False, norm_layer=torch.nn.LayerNorm)")
+            print(f"norm_layer = functools.partial(torch.nn.LayerNorm, eps={norm_eps})")
+            print(f"model = VisionTransformer({arguments}, norm_layer=norm_layer)")
             print(f'model.load_state_dict(torch.load("{output}")["model"])')
         print(output)
 

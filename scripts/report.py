@@ -15,21 +15,17 @@ from pathlib import Path
 import pandas as pd
 
 import utils
-from engine.device import pick_device
 from engine.errors import UserError, as_user_error, exit_in_one_line
 from engine.records import find_runs
 from scripts import verdicts
 from scripts.compare import COSTS, cost_table, difference_text, long_table, mean_table
 from scripts.report_figures import BASE, DEPTHS, MASKS, SCRATCH, SETTINGS, Runs, draw_all
-from scripts.results import MEASURES, Measure, common_accuracy, markdown_table, table_of
+from scripts.results import MEASURES, Measure, common_accuracy, markdown_table, origins, table_of
 from scripts.settings import entries_of, what_varies, without_doubles
 
 KEPT = ("config.json", "metrics.csv", "features.csv", "features.json")  # of a run, beside the report
 COMPARED = {name: MEASURES[name] for name in ("fine-tuned", "linear probe", "k-NN")}
-AS_REPORTED = {  # fine-tuned, as the course report counts
-    "fine-tuned, mean of batch means": Measure("test/acc_mean_of_batches", "classifier"),
-    "best epoch, chosen on the test set": Measure("best/acc", "classifier"),
-}
+AS_REPORTED = {"fine-tuned, mean of batch means": Measure("test/acc_mean_of_batches", "classifier")}  # as they count
 EARLY = {"early": Measure("early/acc", "classifier"), "early loss": Measure("early/loss", "classifier", percent=False)}
 # The course report's accuracies in %, one seed each: means of batch means
 SOURCE = {"depth 2, random": "79.61", "depth 4, random": "79.76", "depth 8, random": "81.03"}
@@ -49,8 +45,6 @@ def parse_args(argv=None):
     parser.add_argument(
         "--output", type=Path, default=Path("logs/report"), help="where to write REPORT.md, figures and numbers"
     )
-    parser.add_argument("--images", type=utils.positive_int, default=500, help="test images for masks_crossed.png")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     return parser.parse_args(argv)
 
 
@@ -81,7 +75,8 @@ def collect(directory):
         raise UserError(f"The runs in {directory} differ in {name} ({values}); move those of other sweeps away.")
     entries, twice = without_doubles(entries.assign(setting=entries.run.map(names), unit=entries.run.map(names)))
     watched = common_accuracy([records[run].metrics for run in entries.run])
-    return Runs(records, table.join(early_and_best(records, entries.run, watched)), entries, watched), left_out | twice
+    first = pd.DataFrame.from_dict({run: early(records[run].metrics, watched) for run in entries.run}, orient="index")
+    return Runs(records, table.join(first), entries, watched), left_out | twice
 
 
 def setting_of(record):
@@ -92,22 +87,17 @@ def setting_of(record):
         )
 
 
-def early_and_best(records, runs, watched):
-    """Columns for the table: means over the first fifth of the epochs; the best epoch, where all are tested."""
-    rows = {}
-    for run in runs:
-        metrics = records[run].metrics
-        early = pd.DataFrame(metrics[: max(1, len(metrics) // 5)]).mean()
-        best = max(row["test/acc"] for row in metrics) if watched != "val/acc" else math.nan
-        rows[run] = {"early/acc": early[watched], "early/loss": early["train/loss"], "best/acc": best}
-    return pd.DataFrame.from_dict(rows, orient="index")
+def early(metrics, watched):
+    """Of the first fifth of the epochs, the means: columns for the table."""
+    mean = pd.DataFrame(metrics[: max(1, len(metrics) // 5)]).mean()
+    return {"early/acc": mean[watched], "early/loss": mean["train/loss"]}
 
 
 # --- tables ---
 
 
 def accuracy_table(found, settings):
-    """A row a setting: each measure; fine-tuned also as the course report counts, at the best epoch, and there."""
+    """A row a setting: each measure; fine-tuned also as the course report counts, and there."""
     cells = mean_table(found[found.measure.isin([*COMPARED, *AS_REPORTED])]).add_suffix(", %")
     cells["course report (n 1, mean of batch means), %"] = cells.index.map(SOURCE).fillna("")
     labels = {setting: label for label, setting in settings.items() if setting in cells.index}
@@ -126,35 +116,10 @@ def judged_pairs(found, pairs):
 
 def difference_table(found, pairs):
     """A row a pair: the difference in each measure, its interval and a verdict; no table without any."""
-    judged, names = judged_pairs(found, pairs), {pair: "{} minus {}".format(*pair) for pair in pairs}
-    cells = {(m, names[pair]): difference_text(row, m) for (m, *pair), row in judged.items() for pair in [tuple(pair)]}
-    table = pd.Series(cells).unstack(0, "") if cells else pd.DataFrame()
-    rows, columns = (
-        [name for name in some if name in part] for some, part in ((names.values(), table.index), (COMPARED, table))
-    )
-    return markdown_table(table.loc[rows, columns]) if cells else ""
-
-
-def commands(runs):
-    """What was run, where and for how long: a list of machines and a table."""
-    lines, machines = [], {}
-    for entry in runs.entries.itertuples():
-        for record in (runs.records[run] for run in (entry.mae, entry.classifier) if run):
-            minutes = runs.table.minutes[str(record.directory)]
-            starts = [(minutes, start) for start in record.starts] + [(s["seconds"] / 60, s) for s in record.features]
-            machines |= {machine(start): None for _, start in starts}
-            for minutes, start in starts[len(record.starts) - 1 :]:
-                lines.append((entry.setting, entry.seed, f"{minutes:.1f}", f"`{start['command']}`"))
-    table = pd.DataFrame(lines, columns=["", "seed", "minutes (training: of steps)", "command"]).set_index("")
-    return "\n".join(f"- {name}" for name in machines) + "\n\n" + markdown_table(table)
-
-
-def machine(start):
-    """Where and by which version a run was started."""
-    commit = f"commit {start['commit']}{'' if start['clean'] else ' with changes'}" if start["commit"] else "no commit"
-    threads = f"{start['threads']} thread{'s' if start['threads'] > 1 else ''} a run"
-    versions = "Python {python}, PyTorch {torch}, timm {timm}".format(**start)
-    return f"{start['processor']}, {threads}; {versions}; {commit}"
+    rows = {}
+    for (measure, *pair), row in judged_pairs(found, pairs).items():
+        rows.setdefault("{} minus {}".format(*pair), {})[measure] = difference_text(row, measure)
+    return markdown_table(pd.DataFrame.from_dict(rows, orient="index").fillna("")) if rows else ""
 
 
 # --- findings ---
@@ -232,59 +197,29 @@ the words after it stand on wider intervals, which hold for all differences of t
 """
 
 
-def missing_features(runs):
-    """A sentence with the command that measures what the report lacks."""
-    maes = [runs.records[run] for run in runs.entries.mae.dropna().unique()]
-    missing = [
-        str(Path(record.starts[-1]["arguments"]["log_dir"], record.name)) for record in maes if not record.features
-    ]
-    command = f"python evaluate_features.py --layers all --model_path {' '.join(missing)}"
-    said = f"No linear probe and k-NN of {len(missing)} of {len(maes)} MAEs. This measures them: `{command}`"
-    return [said] if missing else []
-
-
 def write_report(runs, notes, output, captions):
     """REPORT.md, with the figures under their captions."""
     found = long_table(runs.table, runs.entries, COMPARED | AS_REPORTED | EARLY)
-    depths = list(itertools.combinations(list(DEPTHS.values())[::-1], 2))
     masks = [(one, other) for other, one in itertools.combinations(MASKS.values(), 2)]
+    sections = {  # labels of settings; pairs to compare
+        "Pretraining": ({"with pretraining": BASE, SCRATCH: SCRATCH}, [(BASE, SCRATCH)]),
+        "Table 1: decoder depth": (DEPTHS, [*itertools.combinations([*DEPTHS.values()][::-1], 2)]),
+        "Table 2: mask strategy": (MASKS, masks),
+    }
     order = [setting for setting in SETTINGS if setting in set(runs.entries.setting)]
     costs = mean_table(found)[["fine-tuned"]].join(cost_table(runs.table, runs.records, runs.entries)).loc[order]
-    figures = ""
+    text = f"# What decoder depth and masking do\n\n{introduction(runs)}"
+    text += "".join(f"\n- {note}\n" for note in notes)
+    text += f"\n## Findings of the course report\n\n{findings(found)}"
+    for title, (settings, pairs) in sections.items():
+        text += f"\n## {title}\n\n{accuracy_table(found, settings)}\n{difference_table(found, pairs)}"
+    text += f"\n## What it costs\n\n{markdown_table(costs)}\n{COSTS}\n\n## Figures\n\n"
     for name, caption in captions.items():
         title = name.replace("figure", "Figure ").replace(" 0", " ").replace("_", " ")
-        figures += f"### {title}\n\n![{caption}]({name}.png)\n\n{caption}\n\n"
+        text += f"### {title}\n\n![{caption}]({name}.png)\n\n{caption}\n\n"
+    text += "## Runs\n\nIn `runs/`, each with its command, commit and machine in config.json.\n\n"
     (output / "REPORT.md").write_text(
-        f"""# What decoder depth and masking do
-
-{introduction(runs)}{"".join(f"{chr(10)}- {note}{chr(10)}" for note in notes)}
-## Findings of the course report
-
-{findings(found)}
-## Pretraining
-
-{accuracy_table(found, {"with pretraining": BASE, SCRATCH: SCRATCH})}
-{difference_table(found, [(BASE, SCRATCH)])}
-## Table 1: decoder depth
-
-{accuracy_table(found, DEPTHS)}
-{difference_table(found, depths)}
-## Table 2: mask strategy
-
-{accuracy_table(found, MASKS)}
-{difference_table(found, masks)}
-## What it costs
-
-{markdown_table(costs)}
-{COSTS}
-
-## Figures
-
-{figures}## Commands
-
-As they were typed, at these commits:
-
-{commands(runs)}"""
+        text + "".join(f"- {line}\n" for line in origins(runs.records, runs.entries, least=1))
     )
 
 
@@ -294,40 +229,37 @@ def copies(runs, output):
     return {path: output / "runs" / path.parent.name / path.name for path in map(Path, used)}
 
 
-def kept_pictures(runs, output):
-    """{name: caption} of the pictures beside an earlier report of the same runs; nothing beside one of other runs."""
-    for path, target in ((path / "config.json", copy / "config.json") for path, copy in copies(runs, output).items()):
-        if not target.exists() or target.read_bytes() != path.read_bytes():
-            return {}
+def kept_pictures(output):
+    """{name: caption} of the pictures of an earlier report."""
     report = output / "REPORT.md"
     found = re.findall(r"^!\[(.*)\]\((\w+)\.png\)$", report.read_text(), re.MULTILINE) if report.exists() else []
     return {name: caption for caption, name in found if (output / f"{name}.png").exists()}
 
 
-def keep_numbers(runs, output):
+def keep_numbers(targets, output):
     """Copy the CSV and JSON behind the report beside it, in place of what an earlier report has kept there."""
-    targets = copies(runs, output)
     for old in (output / "runs").glob("*/*"):  # a run that holds more is not ours
         if old not in targets.values() and old.is_dir() and all(path.name in KEPT for path in old.iterdir()):
             shutil.rmtree(old)
     for directory, target in targets.items():
         target.mkdir(parents=True, exist_ok=True)
         for path in (directory / name for name in KEPT if (directory / name).exists()):
-            if path.resolve() != (target / path.name).resolve():
-                shutil.copyfile(path, target / path.name)
+            shutil.copyfile(path, target / path.name)
 
 
 @exit_in_one_line()
 @as_user_error(OSError)
 def main(argv=None):
     args = parse_args(argv)
-    device = pick_device(args.device)
     runs, left_out = collect(args.runs)
-    notes = [*missing_features(runs), *(f"Left out: {run}: {reason}." for run, reason in left_out.items())]
+    notes = [f"Left out: {run}: {reason}." for run, reason in left_out.items()]
     args.output.mkdir(parents=True, exist_ok=True)
-    captions = draw_all(runs, args.output, args.images, device, kept_pictures(runs, args.output))
+    targets = copies(runs, args.output)
+    again = all(path.resolve() == target.resolve() for path, target in targets.items())  # from the kept numbers
+    captions = draw_all(runs, args.output, kept_pictures(args.output) if again else {})
     write_report(runs, notes, args.output, captions)
-    keep_numbers(runs, args.output)
+    if not again:
+        keep_numbers(targets, args.output)
     print(*notes, args.output / "REPORT.md", sep="\n")
 
 

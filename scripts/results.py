@@ -7,14 +7,17 @@ In a notebook that was started in the root of the repository:
     runs[runs.kind == "classifier"].groupby(["mae/mask_strategy", "mae/decoder_depth"])["test/acc"].agg(["mean", "std"])
 """
 
+import collections
 from typing import NamedTuple
 
 import pandas as pd
 
 import mae_pretrain
 import train_classifier
+import utils
 from engine.errors import UserError
 from engine.records import find_runs
+from model import ViT_Classifier
 
 NONE = {"train_images": "all", "warmup_epoch": "default"}  # what None stands for; elsewhere "none"
 FACTS = ("precision", "images", "test_set", "masks")  # that tell runs apart as settings do
@@ -36,6 +39,7 @@ class Measure(NamedTuple):
 
 MEASURES = {
     "fine-tuned": Measure("test/acc", "classifier"),
+    "balanced accuracy": Measure("test/balanced_acc", "classifier"),
     "linear probe": Measure("linear/acc", "features"),
     "k-NN": Measure("knn/acc", "features"),
     "k-NN while pretraining": Measure("probe/knn_acc", "mae"),
@@ -69,14 +73,15 @@ def table_of(records):
     complete["classifier"] = completer(train_classifier, [record for record in records if record.kind != "mae"])
     rows = {}
     for record in records:
-        mae = mae_of(record, maes) if record.parent else None
+        parent = record.parent if record.kind == "classifier" else None
+        mae = mae_of(record, maes) if parent else None
         row = {"kind": record.kind, "name": record.name, "seed": record.settings["seed"], "finished": record.finished}
         row |= {"epochs": len(record.metrics), "minutes": sum(row["seconds"] for row in record.metrics) / 60}
         row |= {"parameters": record.facts.get("parameters"), "mae": str(mae.directory) if mae else None}
         row |= complete[record.kind](record.settings)
         row |= {name: record.facts[name] for name in FACTS if name in record.facts}
-        if record.parent:
-            row |= {f"mae/{name}": value for name, value in complete["mae"](record.parent["settings"]).items()}
+        if parent:
+            row |= {f"mae/{name}": value for name, value in complete["mae"](parent["settings"]).items()}
         numbers = {name: value for name, value in (record.metrics or [{}])[-1].items() if name != "epoch"}
         rows[str(record.directory)] = row, numbers | frozen(record)
     names = pd.Index(rows, name="directory")
@@ -90,7 +95,7 @@ def completer(script, records):
 
     None is told by a word, so that it is not a value that is missing.
     """
-    defaults = vars(script.parse_args([]))
+    defaults = vars(utils.fill_in(script.parse_args([]), utils.defaults(ViT_Classifier)))
     known = dict.fromkeys(name for record in records for name in record.settings)
 
     def complete(settings):
@@ -130,6 +135,28 @@ def by_block(stored):
     """{encoder block, from 1: {column: value}} of stored features: a trained encoder's, mean of the patches' tokens."""
     rows = [row for row in stored["rows"] if (row["encoder"], row["pool"]) == ("trained", "mean")]
     return {row["layer"]: row for row in rows}
+
+
+def origins(records, entries, least=2):
+    """What the runs of entries come from: a line each for commits, versions and machines, where at least so many."""
+    told = {
+        "Commits": lambda start: f"{str(start['commit'])[:7]}{changes(start)}",
+        "Versions": lambda start: "Python {python}, PyTorch {torch}, timm {timm}".format(**start),
+        "Machines": lambda start: "{processor}, threads of a run: {threads}".format(**start),
+    }
+    used = [records[run] for run in entries[["mae", "classifier"]].melt().value.dropna().unique()]
+    lines = []
+    for what, of in told.items():
+        values = [value for record in used for value in {of(start) for start in record.starts + record.features}]
+        counts = collections.Counter(sorted(values))
+        runs = "; ".join(f"{value} ({n} run{'s' if n > 1 else ''})" for value, n in counts.items())
+        lines += [f"{what}: {runs}."] if len(counts) >= least else []
+    return lines
+
+
+def changes(start):
+    """Whether it was with changes that are not committed, and which, by the digest of the source."""
+    return "" if start["clean"] in (True, None) else f" with changes {start.get('source') or ''}".rstrip()
 
 
 def common_accuracy(tables):

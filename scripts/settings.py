@@ -1,5 +1,7 @@
 """In what runs differ: each run's setting is a MAE and how it is fine-tuned (finetune/...), named by what varies."""
 
+from typing import NamedTuple
+
 import numpy as np
 import pandas as pd
 
@@ -17,23 +19,28 @@ MANY = 3  # where more settings vary, a label has only those that differ from mo
 AS_MOST = "as most"  # a label without any
 
 
-def entries_of(runs):
-    """What is compared: each classifier, with its MAE, and each MAE (and number of labels) that none comes from.
+class Entry(NamedTuple):
+    """What is compared: a classifier with its MAE, or a MAE (and a number of labels) that none comes from."""
 
-    Args:
-        runs: as `scripts.results.table` makes it.
+    run: str
+    classifier: str | None  # a row of the table of runs
+    mae: str | None  # a row of it, where the MAE is among them
+    labels: str  # the suffix of its features' columns
+    pretrained: bool  # whether there is a MAE, here or not
+    seed: int  # the MAE's, where there is one
+    tuning_seed: int | None  # the classifier's
+    finished: bool
+
+
+def entries_of(runs):
+    """What there is to compare, of a table as `scripts.results.table` makes it.
 
     Returns:
-        entries: a row each: run; classifier and mae (rows of `runs` or None); labels (the suffix of its features'
-            columns); pretrained (whether there is a MAE, here or not); seed (the MAE's, where there is one);
-            tuning_seed (the classifier's); finished.
-        settings: a row each: the MAE's settings by name, the classifier's as finetune/name; or by name, where no
-            classifier has another value of it than its MAE.
+        entries: a row for each Entry; settings: a row each: the MAE's settings by name, the classifier's as
+            finetune/name; or by name, where no classifier has another value of it than its MAE.
     """
-    told = {
-        run: row.dropna().to_dict()
-        for run, row in runs.select_dtypes("object").drop(columns=[*ABOUT], errors="ignore").iterrows()
-    }
+    objects = runs.select_dtypes("object").drop(columns=[*ABOUT], errors="ignore")
+    told = {run: row.dropna().to_dict() for run, row in objects.iterrows()}
     plain = {run: {name: v for name, v in values.items() if "/" not in name} for run, values in told.items()}
     measured = [name.removeprefix("knn/acc") for name in runs if name.startswith("knn/acc")]
     done = runs[(runs.kind == "classifier") & runs.finished.astype(bool)]
@@ -42,19 +49,20 @@ def entries_of(runs):
     for run, row in runs[runs.kind == "classifier"].iterrows():
         mae = {name.removeprefix("mae/"): v for name, v in told[run].items() if name.startswith("mae/")}
         labels = f"@{row.train_images}" if by_labels and row.train_images != "all" else ""
-        entries.append((run, run, row.mae, labels, bool(mae), mae.pop("seed", row.seed), row.seed, row.finished))
+        seed = mae.pop("seed", row.seed)
+        entries.append(Entry(run, run, row.mae, labels, bool(mae), seed, row.seed, row.finished))
         tuning = {TUNED + name: value for name, value in plain[run].items()}
         settings.append((plain[row.mae] if row.mae else mae) | tuning)
-    used = {(mae, labels) for _, _, mae, labels, *_, finished in entries if finished}
+    used = {(entry.mae, entry.labels) for entry in entries if entry.finished}
     for run, row in runs[runs.kind == "mae"].iterrows():
         ends = [end for end in (measured if by_labels else [""]) if row.get(f"knn/acc{end}", np.nan) >= 0]
         ends = [end for end in ends if (run, end) not in used]
         for end in ends or ([] if run in {mae for mae, _ in used} else [""]):
-            entries.append((run, None, run, end, True, row.seed, None, row.finished))
+            entries.append(Entry(run, None, run, end, True, row.seed, None, row.finished))
             labels = {f"{TUNED}train_images": int(end[1:]) if end else "all"} if by_labels else {}
             settings.append(plain[run] | labels)
-    columns = ["run", "classifier", "mae", "labels", "pretrained", "seed", "tuning_seed", "finished"]
-    return pd.DataFrame(entries, columns=columns, dtype=object), without_twins(pd.DataFrame(settings, dtype=object))
+    entries = pd.DataFrame(entries, columns=Entry._fields, dtype=object)
+    return entries, without_twins(pd.DataFrame(settings, dtype=object))
 
 
 def without_twins(settings):

@@ -64,13 +64,17 @@ def combinations(parser, words, refused):
 
     The first seed comes with all other settings, then the second. Of a flag that is given twice, the last counts.
     """
-    values, flag = {}, None
+    values = {}
     for word in words:
-        begins = word.startswith("--") or flag is None
-        flag, *value = word.split("=", 1) if begins else (flag, *values[flag], word)
-        values[flag] = value
-        if flag[2:] in refused or (len(values[flag]) > 1 and flag[2:] in utils.FREE - {"data_dir", "preset"}):
-            parser.error(f"{flag} is set by the sweep, or cannot differ between its runs; leave out {word}.")
+        if word.startswith("--") or not values:
+            flag, *value = word.split("=", 1)
+            values[flag] = value
+        else:
+            values[flag].append(word)
+    for flag, some in values.items():
+        if flag[2:] in refused or (len(some) > 1 and flag[2:] in utils.FREE - {"data_dir", "preset"}):
+            said = " ".join([flag, *some])
+            parser.error(f"{flag} is set by the sweep, or cannot differ between its runs; leave out {said}.")
     if values.get("--mask_strategy") == ["all"]:
         values["--mask_strategy"] = list(MASK_STRATEGIES)
     choices = [
@@ -83,11 +87,13 @@ def combinations(parser, words, refused):
 def parsed(module, flags):
     """A script's words and arguments; a bad flag ends here, with the script's own message."""
     words = [word for flag, value in flags.items() for word in (flag, value) if word is not None]
-    sys.argv[0] = f"{module.__name__}.py"  # which begins the message
+    script, own_name = f"{module.__name__}.py", sys.argv[0]
+    sys.argv[0] = script  # begins a message
     args = module.parse_args(words)
-    if module is not evaluate_features:
+    if module is not evaluate_features:  # a batch larger than the images ends here
         plan_training(args, args.train_images or args.batch_size, module.WARMUP, args.batch_size, 0, 1)
-    return [sys.argv[0], *words], args
+    sys.argv[0] = own_name
+    return [script, *words], args
 
 
 def given(args, *names):
@@ -100,18 +106,21 @@ def jobs_of(setting, args):
     words, mae = parsed(mae_pretrain, setting | {"--log_dir": f"{args.log_dir}/pretrain"})
     directory = Path(mae.log_dir, mae_pretrain.Pretraining(mae).identity["name"])  # bad sizes and masks end here
     scratch, job = [], [Step(words, mae, directory)]
+    sources = [(job, {"--pretrained_model_path": str(directory)})]
+    sources += [(scratch, given(mae, *SIZES))] if args.scratch else []
     model = {"--model_path": str(directory)} | given(mae, "data_dir", "device", "precision")
-    for what in [{"--layers": "all"}, *({"--train_images": count} for count in args.labels or [])]:
+    few = ({"--train_images": count, "--label_seed": str(mae.seed)} for count in args.labels or [])
+    for what in [{"--layers": "all"}, *few]:
         job.append(Step(*parsed(evaluate_features, model | what), directory))
     for tuning in args.finetunings:
         data = () if "--dataset" in tuning else ("dataset", "data_dir")
         flags = given(mae, "device", "precision", "seed", *data) | tuning | {"--log_dir": f"{args.log_dir}/classifier"}
-        for steps, source in ((job, {"--pretrained_model_path": str(directory)}), (scratch, given(mae, *SIZES))):
+        for steps, source in sources:
             words, own = parsed(train_classifier, source | flags)
             own = utils.fill_in(own, {name: getattr(mae, name) for name in SIZES} | utils.DATA_DEFAULTS)
             name = train_classifier.run_name(own, directory.name if steps is job else None)
             steps.append(Step(words, own, Path(own.log_dir, name)))
-    return scratch if args.scratch else [], job
+    return scratch, job
 
 
 def unfinished(job):
@@ -185,9 +194,8 @@ def run(jobs, environments):
 
 @exit_in_one_line()
 def main(argv=None):
-    own_name, args = sys.argv[0], parse_args(argv)
+    args = parse_args(argv)
     jobs = {job[0].directory: job for setting in args.settings for job in jobs_of(setting, args) if job}
-    sys.argv[0] = own_name
     left = [(f"{i}/{len(jobs)}", steps) for i, job in enumerate(jobs.values(), 1) if (steps := unfinished(job))]
     print(f"Jobs: {len(jobs)}, finished: {len(jobs) - len(left)}", file=sys.stderr)
     if args.list:

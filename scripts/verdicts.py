@@ -29,7 +29,6 @@ class Verdicts(NamedTuple):
     table: pd.DataFrame  # of each setting: mean, sd, n (seeds), and contrasts() of its difference from the baseline
     sd: float  # of the pooled noise
     degrees: int  # of freedom
-    pooled: bool  # whether it judges all differences
     note: str  # says so
 
 
@@ -157,21 +156,21 @@ def judge(values, baseline, margin=None):
         note += f" Not pooled: {', '.join(own)}."
     if model.apart:
         note += f" The noise of {', '.join(names[i] for i in model.apart)} is larger."
-    return Verdicts(table, model.sd, model.degrees, not len(own), note)
+    return Verdicts(table, model.sd, model.degrees, note)
 
 
-def pairs(values, pairs, margin=None):
+def pairs(values, pairs):
     """contrasts() of one minus other, for each (one, other), after columns with both."""
     grid, names = read(values, [name for pair in pairs for name in pair])
-    found = contrasts(grid, names, fit(grid), [{one: 1, other: -1} for one, other in pairs], margin)
+    found = contrasts(grid, names, fit(grid), [{one: 1, other: -1} for one, other in pairs])
     return pd.DataFrame({"one": [one for one, _ in pairs], "other": [other for _, other in pairs]} | found)
 
 
-def trend(values, x, margin=None):
+def trend(values, x):
     """contrasts() of the slope over {setting: x}; per doubling of a depth where x is its log2."""
     grid, names = read(values, x)
     steps = pd.Series(x, dtype=float) - pd.Series(x, dtype=float).mean()
-    return pd.DataFrame(contrasts(grid, names, fit(grid), [steps / max(steps @ steps, 1e-99)], margin)).iloc[0]
+    return pd.DataFrame(contrasts(grid, names, fit(grid), [steps / max(steps @ steps, 1e-99)])).iloc[0]
 
 
 def spread(values, digits=2):

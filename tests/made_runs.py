@@ -1,7 +1,9 @@
 """Runs on disk, written by hand with known numbers: what scripts.results, compare, report and plot_curves read."""
 
+import functools
 import json
 import math
+import operator
 from pathlib import Path
 
 from engine.records import csv_text
@@ -86,8 +88,8 @@ def make_features(mae, linear, knn, train_images=None, layers=(1, 2), **changes)
     return mae / f"{name}.json"
 
 
-def change(run, part, **values):
+def change(run, *parts, **values):
     """Write other values into config.json, or into one of its parts."""
     config = json.loads((run / "config.json").read_text())
-    (config[part] if part else config).update(values)
+    functools.reduce(operator.getitem, [part for part in parts if part is not None], config).update(values)
     (run / "config.json").write_text(json.dumps(config))

@@ -2,27 +2,25 @@
 
 import csv
 import json
+import shlex
 import statistics
 from pathlib import Path
 
 import pytest
 import torch
 
-from engine.figures import plt
 from scripts import benchmark
-from scripts.benchmark_paths import PATHS, take_steps
+from scripts.benchmark import PATHS, take_steps
 from scripts.cost import gflop_per_image
 
-SIZES = {"img_size": 16, "patch_size": 8, "embed_dim": 12, "encoder_depth": 1, "num_heads": 2, "batch_size": 8}
+FLAGS = "--dataset shapes --device cpu --img_size 16 --patch_size 8 --embed_dim 12 --encoder_depth 1 --num_heads 2"
+FLAGS = [*shlex.split(FLAGS), "--batch_size", "8"]
 SLOW = {"huggingface", "lightly"}  # to import
 
 
 @pytest.fixture(autouse=True)
-def images(monkeypatch, tmp_path):
-    """Work in an empty directory; flags of a tiny model and of images for it."""
-    monkeypatch.chdir(tmp_path)
-    benchmark.write_images("images.npz", 16)
-    return {**SIZES, "dataset": "npz", "data_dir": str(tmp_path / "images.npz"), "device": "cpu"}
+def elsewhere(empty_directory, few_shapes):
+    """Draw few images."""
 
 
 def matrix_flop(tokens, width, depth):
@@ -43,16 +41,12 @@ def test_the_cost_counts_the_matrix_products_of_a_step(width):
     assert gflop_per_image({**settings, "num_classes": 10}, "classifier") == pytest.approx((whole - last) / 1e9)
 
 
-def as_words(flags):
-    return [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
-
-
 @pytest.mark.parametrize(
     "path",
     [pytest.param(path, marks=[pytest.mark.slow] if path in SLOW else []) for path in PATHS if "compiled" not in path],
 )
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_a_path_takes_steps_that_train_and_tells_what_they_cost(path, images, monkeypatch):
+def test_a_path_takes_steps_that_train_and_tells_what_they_cost(path, monkeypatch):
     pytest.importorskip(PATHS[path].needs)
     models, optimizer = [], torch.optim.AdamW
 
@@ -62,7 +56,7 @@ def test_a_path_takes_steps_that_train_and_tells_what_they_cost(path, images, mo
         return made
 
     monkeypatch.setattr(torch.optim, "AdamW", noting)
-    found = take_steps(path, 0, [*PATHS[path].flags.split(), *as_words(images)])
+    found = take_steps(path, 0, [*PATHS[path].flags.split(), *FLAGS])
     assert len(found["seconds"]) >= 3
     assert min(found["seconds"]) > 0
     assert found["precision"] == "float32"  # at this width
@@ -72,8 +66,10 @@ def test_a_path_takes_steps_that_train_and_tells_what_they_cost(path, images, mo
 
 def answer(path, flags, seconds):
     """What a path may have told, its first step slow."""
-    asked.append((path, flags["batch_size"], seconds))
-    return {"seconds": [9.0, 0.5, 0.1 * len(asked)], "precision": "float32", "gflop_per_image": 2.0, "memory_mb": 7.0}
+    asked.append((path, flags, seconds))
+    batch_size = int(flags[len(flags) - flags[::-1].index("--batch_size")])
+    found = {"precision": "float32", "batch_size": batch_size, "gflop_per_image": 2.0, "memory_mb": 7.0}
+    return {"seconds": [9.0, 0.5, 0.1 * len(asked)], **found}
 
 
 asked = []
@@ -87,15 +83,21 @@ def answers(monkeypatch):
 
 
 def test_the_paths_take_turns_and_each_has_a_row(answers, capsys):
-    benchmark.main(["--paths", "naive", "ours", "--seconds", "6", "--device", "cpu", "--output", "deep/b"])
-    assert asked == [(path, 64, 2.0) for _ in range(3) for path in ("naive", "ours")]
+    flags = ["--patch_size", "4", "--batch_size", "48"]
+    benchmark.main(["--paths", "naive", "ours", "--seconds", "6", "--device", "cpu", "--output", "deep/b", *flags])
+    assert [(path, seconds) for path, _, seconds in asked] == [
+        (path, 2.0) for _ in range(3) for path in ("naive", "ours")
+    ]
+    assert all(
+        words[-6:] == [*flags, "--device", "cpu"] for _, words, _ in asked
+    )  # after a path's own, so that they count
     with open("deep/b/steps.csv", newline="") as file:
         rows = {row["path"]: row for row in csv.DictReader(file)}
     assert list(rows) == ["naive", "ours"]
     for i, row in enumerate(rows.values()):
         median = statistics.median([0.5] * 3 + [0.1 * (2 * turn + i + 1) for turn in range(3)])
-        assert float(row["images_per_sec"]) == pytest.approx(64 / median)
-        assert float(row["share_of_peak"]) == pytest.approx(64 / median * 2 / 100)
+        assert float(row["images_per_sec"]) == pytest.approx(48 / median)
+        assert float(row["share_of_peak"]) == pytest.approx(48 / median * 2 / 100)
         assert (row["steps"], float(row["first_step_s"]), float(row["memory_mb"])) == ("6", 9, 7)
     assert json.loads(Path("deep/b/steps.json").read_text())["torch"] == torch.__version__
     assert "share_of_peak" in capsys.readouterr().out
@@ -107,17 +109,6 @@ def test_a_path_whose_package_is_missing_is_left_out(answers, capsys, monkeypatc
     benchmark.main(["--paths", "lightly", "ours", "--device", "cpu", "--output", "b"])
     assert {path for path, _, _ in asked} == {"ours"}
     assert "pip install lightly" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_the_growth_of_the_cost_is_a_table_and_a_picture(answers):
-    benchmark.main(["--growth", "--device", "cpu", "--output", "b"])
-    with open("b/growth.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == len(asked) == 16
-    assert [int(row["batch_size"]) for row in rows if row["varied"] == "batch_size"] == [2**n for n in range(3, 11)]
-    assert all(float(row["ms_per_image"]) == pytest.approx(1000 / float(row["images_per_sec"])) for row in rows)
-    assert plt.imread("b/growth.png").shape[1] > 1000
 
 
 def test_a_place_that_cannot_be_written_is_told_before_anything_is_timed(answers, capsys):
@@ -135,15 +126,22 @@ def test_the_machines_arithmetic_is_measured():
 
 
 @pytest.mark.slow
-def test_a_path_of_several_processes_is_one_turn(images):
+def test_a_path_of_several_processes_is_one_turn():
     torch.set_num_threads(2)  # a process each
-    found = benchmark.take_turn("ours float32, a process a core", images, 0)
-    assert found.keys() == {"seconds", "precision", "gflop_per_image", "memory_mb"}
+    found = benchmark.take_turn("ours_float32_per_core", FLAGS, 0)
+    assert found.keys() == {"seconds", "precision", "batch_size", "gflop_per_image", "memory_mb"}
     assert len(found["seconds"]) >= 3
 
 
 @pytest.mark.slow
-def test_a_path_that_ends_is_named(images, capfd):
-    with pytest.raises(ValueError, match=r"'naive' has ended.*--batch_size.*--paths"):
-        benchmark.take_turn("naive", {**images, "data_dir": "nowhere.npz"}, 0)
-    assert "nowhere.npz" in capfd.readouterr().err
+def test_a_path_that_ends_is_named(capfd):
+    with pytest.raises(ValueError, match=r"naive has ended.*--batch_size.*--paths"):
+        benchmark.take_turn("naive", [*FLAGS, "--embed_dim", "13"], 0)
+    assert "embed_dim" in capfd.readouterr().err
+
+
+def test_a_flag_that_one_path_does_not_have_is_told_before_anything_is_timed(answers, capsys):
+    with pytest.raises(SystemExit):
+        benchmark.main(["--paths", "ours", "tuning", "--device", "cpu", "--decoder_depth", "4"])
+    assert "unrecognized arguments: --decoder_depth" in capsys.readouterr().err
+    assert not asked

@@ -70,6 +70,7 @@ def changed(action):
 
 @pytest.mark.parametrize("script", [MAE, CLS])
 def test_every_flag_is_in_the_name_of_a_run_or_in_the_list_of_free_ones(script, monkeypatch):
+    monkeypatch.setattr(MAE, "inherited", lambda argv: {})  # there is no model to read
     words = set(script.NAME_WORDS) | set(getattr(script, "SIZE_WORDS", ()))
     flags = flags_of(script, monkeypatch)
     assert set(flags) == words | (utils.FREE & set(flags))
@@ -95,10 +96,14 @@ def test_names_tell_what_sets_runs_apart():
     assert named(CLS) == "cls_cifar10_ep100_s42_scratch"
     assert named(CLS, "--patch_size 4 --embed_dim 96") == "cls_cifar10_ep100_s42_scratch_p4_w96"
     assert named(CLS, "", "mae_cifar10") == "cls_cifar10_ep100_s42_from_mae_cifar10"
+    assert named(CLS, "", "mae_cifar10", {"img_size": 32}) == "cls_cifar10_ep100_s42_from_mae_cifar10"
+    name = named(CLS, "--img_size 48 --in_chans 1", "mae_cifar10", {"img_size": 32})  # what differs from the MAE's
+    assert name == "cls_cifar10_ep100_s42_i48_c1_from_mae_cifar10"
     flags = "--train_images 500 --val_images 100 --augment shift --pool mean --decay_matrices_only --layer_decay 0.75"
     flags += " --clip_grad 1 --drop_path 0.1 --label_smoothing 0.1 --mixup 0.8 --cutmix 1"
     name = "cls_cifar10_n500_val100_augshift_ep100_poolmean_matrices_ld0.75_clip1_dp0.1_ls0.1_mixup0.8_cutmix1_s42"
     assert named(CLS, flags) == f"{name}_scratch"
+    assert named(CLS, "--train_images 500 --label_seed 0") == "cls_cifar10_n500_draw0_ep100_s42_scratch"
 
 
 @pytest.mark.parametrize("script", [MAE, CLS])
@@ -262,6 +267,8 @@ BAD = [  # what is given, and what the answer must have in it: flag or file, val
     (MAE, "--max_device_batch_size 0", "--max_device_batch_size '0'"),
     (MAE, "--train_images 41", "--train_images 41 40"),
     (MAE, "--train_images 0", "--train_images '0'"),
+    (MAE, "--in_chans 17", "--in_chans '17' 16"),
+    (MAE, "--in_chans 4", "shapes 3 4 --in_chans"),
     (MAE, "--seed x", "--seed 'x'"),
     (MAE, "--seed 9223372036854775808", "--seed '9223372036854775808' 63"),
     (MAE, "--probe_every -1", "--probe_every '-1'"),
@@ -285,7 +292,7 @@ BAD = [  # what is given, and what the answer must have in it: flag or file, val
     (CLS, "--warmup_epoch 9", "--warmup_epoch 9 --total_epoch 3"),
     (CLS, "--pretrained_model_path nowhere.pt", "nowhere.pt"),
     (CLS, "--pretrained_model_path text.pt", "text.pt"),
-    (CLS, "--pretrained_model_path foreign.pt", "foreign.pt MAE_ViT"),
+    (CLS, "--pretrained_model_path foreign.pt", "foreign.pt encoder timm"),
     (CLS, "--pretrained_model_path nothing", "nothing/model.pt"),
     (CLS, "--decoder_depth 2", "--decoder_depth 2"),
     (CLS, "--epoch=5 --learning_rate 1", "--total_epoch? --base_learning_rate?"),
@@ -327,7 +334,7 @@ def test_pretrained_models_that_do_not_fit_are_named(mae, classifier, capsys, mo
     (mae / "cut.pt").write_bytes((mae / "model.pt").read_bytes()[:-2000])
     for path, flags, facts in [
         (classifier, "", ["ViT_Classifier", "MAE_ViT"]),
-        (mae, "--patch_size 4", ["patch_size=8", "--patch_size", "4"]),
+        (mae, "--embed_dim 24", ["embed_dim=12", "--embed_dim", "24"]),
         (mae / "cut.pt", "", ["cut.pt"]),
     ]:
         told(CLS, ["--pretrained_model_path", path, *flags.split()], [str(path), *facts], capsys, monkeypatch)
@@ -346,7 +353,7 @@ def test_a_mae_with_a_strategy_that_is_gone_is_told_in_one_line(monkeypatch, cap
 @pytest.mark.parametrize(
     ("script", "more"),
     [
-        (MAE, []),
+        (MAE, ["--in_chans", "5"]),
         (MAE, ["--compile", "--norm_pix_loss"]),
         (CLS, []),
         (CLS, ["--compile", "--val_images", "5000"]),

@@ -8,7 +8,7 @@ import pytest
 from made_runs import change, make_classifier, make_features, make_mae, make_pair
 
 from engine.figures import plt
-from scripts import compare, compare_figures
+from scripts import compare
 from scripts.settings import pick_baseline
 
 DEPTHS = (2, 4)
@@ -41,7 +41,7 @@ def settings_of(rows, measure="fine-tuned"):
 def drawn(monkeypatch):
     """{file name: the figure that was to be saved}."""
     figures = {}
-    monkeypatch.setattr(compare_figures, "save", lambda figure, path: figures.setdefault(path.stem, figure))
+    monkeypatch.setattr(compare, "save", lambda figure, path: figures.setdefault(path.stem, figure))
     Path("out").mkdir()
     return figures
 
@@ -120,6 +120,25 @@ def test_runs_of_another_precision_or_on_other_labels_are_never_averaged():
     change(make_classifier(3, make_mae(3)), "settings", train_images=100)
     labels = {(row["precision"], row["finetune/train_images"]) for row in compared().values()}
     assert labels == {("bf16", "all"), ("float32", "all"), ("float32", "100")}
+
+
+def test_commits_versions_and_changed_trees_are_told_where_they_differ(capsys):
+    runs = [make_mae(seed) for seed in (1, 2, 3)]
+    compared()
+    assert "Commits" not in capsys.readouterr().out
+    for run, commit, clean, source in zip(runs, ("a" * 40,) * 2 + ("b" * 40,), (True, False, True), "xyz", strict=True):
+        change(run, "starts", 0, commit=commit, clean=clean, source=source)
+    change(make_mae(4, finished=False), "starts", 0, torch="9")  # not compared
+    compared()
+    said = capsys.readouterr().out
+    assert "Commits: aaaaaaa (1 run); aaaaaaa with changes y (1 run); bbbbbbb (1 run).\n" in said
+    assert "Versions" not in said
+    change(runs[0], "starts", 0, torch="9")
+    compared()
+    assert (
+        "Versions: Python 3, PyTorch 2, timm 1 (2 runs); Python 3, PyTorch 9, timm 1 (1 run).\n"
+        in capsys.readouterr().out
+    )
 
 
 # --- settings ---
@@ -215,7 +234,7 @@ def test_seeds_are_the_maes_where_all_classifiers_have_one():
 
 
 @pytest.mark.parametrize("seeds_of_maes", [(1,), (1, 2, 3)])
-def test_several_classifiers_of_a_mae_are_one_value_their_mean(seeds_of_maes):
+def test_several_classifiers_of_a_mae_are_one_value_their_mean(seeds_of_maes, drawn):
     for seed in (1, 2, 3):
         make_pair(seed, 0.5 + seed / 1000, decoder_depth=4)
     for mae_seed in seeds_of_maes:
@@ -231,6 +250,12 @@ def test_several_classifiers_of_a_mae_are_one_value_their_mean(seeds_of_maes):
     assert tuned["sd"] == (None if len(means) == 1 else pytest.approx(1))
     assert knn["mean"] == pytest.approx(10 + sum(seeds_of_maes) / len(seeds_of_maes))
     assert "s.d. 0.10 between classifiers of one MAE" in Path("out/compare.md").read_text()
+    names = [tick.get_text() for tick in drawn["fine_tuning"].axes[0].get_yticklabels()]
+    assert names == [
+        f"decoder_depth={d}, MAE of seed {seed}" for d, some in ((2, seeds_of_maes), (4, (1, 2, 3))) for seed in some
+    ]
+    points = [list(line.get_xdata()) for line in drawn["fine_tuning"].axes[0].lines]
+    assert [pytest.approx([40.1 + seed, 40.2 + seed, 40.3 + seed]) in points for seed in seeds_of_maes]
 
 
 @pytest.mark.slow
@@ -334,6 +359,16 @@ def test_nothing_finished_is_said(capsys):
 
 
 # --- figures ---
+
+
+def test_a_paper_gets_pictures_as_pdf_and_the_means_as_latex(capsys):
+    for seed in (1, 2):
+        make_pair(seed, 0.5 + seed / 100)
+    compare.main(["runs", "--output", "out", "--format", "pdf", "--latex"])
+    assert r"all runs & 51.50 $\pm$ 0.71 (n 2) &" in capsys.readouterr().out.partition(r"\toprule")[2]
+    assert Path("out/measures.pdf").read_bytes().startswith(b"%PDF")
+    assert "(measures.pdf)" in Path("out/compare.md").read_text()
+    assert not Path("out/fine_tuning.pdf").exists()  # no MAE has several classifiers
 
 
 def test_one_number_is_drawn_as_a_line_with_bars_and_from_scratch_as_a_level(drawn):

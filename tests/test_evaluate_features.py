@@ -88,7 +88,7 @@ def test_the_table_is_of_the_models_features_and_stands_beside_it(capsys):
     assert facts["rows"][1]["knn/acc"] == float(rows[1]["knn/acc"])
     assert facts.keys() >= {"command", "commit", "precision", "device", "seconds", "memory/peak_mb", "test_set"}
     settings = {"dataset": "shapes", "train_images": None, "layers": "last", "pool": ["cls", "mean"]}
-    assert facts["settings"] == settings | {"untrained": False, "seed": 42}
+    assert facts["settings"] == settings | {"untrained": False, "seed": 42, "label_seed": None, "img_size": None}
     assert not Path("run/features.png").exists()
 
 
@@ -167,6 +167,17 @@ def test_several_models_of_both_kinds_have_their_own_files():
     assert mae["train_images"] == classifier["train_images"] == 20
     assert [row["pool"] for row in classifier["rows"]] == ["mean"]
     assert mae["model_digest"] != classifier["model_digest"]
+
+
+def test_few_labels_are_drawn_by_the_seed_unless_a_label_seed_fixes_them():
+    save_model("mae/model.pt")
+
+    def measured(*flags):
+        main(["--model_path", "mae", "--pool", "mean", "--train_images", "20", *flags])
+        return json.loads(Path("mae/features_20.json").read_text())["images"]
+
+    assert measured() == measured("--label_seed", "42") == measured("--seed", "1", "--label_seed", "42")
+    assert len({measured(), measured("--seed", "1"), measured("--label_seed", "2")}) == 3
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Encoders and classifiers taken to timm and transformers compute what they did here."""
 
+import functools
 import json
 import re
 from functools import partial
@@ -16,6 +17,7 @@ from model import MAE_ViT, ViT_Classifier
 from scripts import export
 
 SIZES = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "encoder_depth": 2, "num_heads": 3}
+OTHER = {"num_classes": 3, "in_chans": 1, "qkv_bias": True, "norm_eps": 1e-6}  # as from weights from elsewhere
 NAMES = ["cat", "dog", "eel"]
 close = partial(torch.testing.assert_close, rtol=0, atol=1e-5)
 
@@ -31,6 +33,7 @@ def models(monkeypatch, tmp_path):
         ("sincos", MAE_ViT(**SIZES, **sincos), sincos),
         ("classifier", ViT_Classifier(**SIZES, num_classes=3), {"num_classes": 3}),
         ("mean", ViT_Classifier(**SIZES, num_classes=3, pool="mean"), {"num_classes": 3, "pool": "mean"}),
+        ("grey", ViT_Classifier(**SIZES, **OTHER), OTHER),
     ):
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
@@ -45,7 +48,7 @@ def images():
 
 def in_timm(path):
     content = load_file(path, "timm")
-    model = VisionTransformer(**content["model_args"], qkv_bias=False, norm_layer=torch.nn.LayerNorm)
+    model = VisionTransformer(**content["model_args"], norm_layer=partial(torch.nn.LayerNorm, eps=content["norm_eps"]))
     model.load_state_dict(content["model"])
     return model.eval()
 
@@ -61,9 +64,12 @@ def test_a_mae_and_a_classifier_compute_the_same_in_timm(capsys):
     classifier, _ = load_model("classifier.pt", ViT_Classifier)
     close(in_timm("there/c.pt")(images()), classifier(images()))
     said = capsys.readouterr().out
-    assert "VisionTransformer(img_size=16, patch_size=4, num_classes=3, embed_dim=24, depth=2, num_heads=3, " in said
-    names = {"torch": torch, "VisionTransformer": VisionTransformer}
-    exec("\n".join(said.splitlines()[-3:-1]), names)
+    assert (
+        "VisionTransformer(img_size=16, patch_size=4, in_chans=3, num_classes=3, embed_dim=24, depth=2, num_heads=3, "
+        in said
+    )
+    names = {"functools": functools, "torch": torch, "VisionTransformer": VisionTransformer}
+    exec("\n".join(said.splitlines()[-4:-1]), names)
     close(names["model"](images()), classifier(images()))
 
 
@@ -71,8 +77,18 @@ def test_a_mae_and_a_classifier_compute_the_same_in_timm(capsys):
 def test_a_classifier_that_pools_the_mean_computes_the_same_in_timm(capsys):
     export.main(["mean.pt", "--to", "timm"])
     close(in_timm("timm.pt")(images()), load_model("mean.pt", ViT_Classifier)[0](images()))
-    (call,) = re.findall(r"VisionTransformer\(.*\)", capsys.readouterr().out)
-    assert eval(call).global_pool == "avg"
+    assert "global_pool='avg'" in capsys.readouterr().out
+
+
+@torch.no_grad()
+def test_one_channel_biases_and_eps_go_with_an_encoder():
+    export.main(["grey.pt", "--to", "timm"])
+    grey, classifier = images()[:, :1], load_model("grey.pt", ViT_Classifier)[0]
+    close(in_timm("timm.pt")(grey), classifier(grey))
+    export.main(["grey.pt", "--to", "hf"])
+    config = json.loads(Path("hf/config.json").read_text())
+    assert [config[name] for name in ("num_channels", "layer_norm_eps", "qkv_bias")] == [1, 1e-6, True]
+    assert json.loads(Path("hf/preprocessor_config.json").read_text())["image_mean"] == [0.5]
 
 
 @pytest.mark.slow
@@ -120,13 +136,27 @@ def test_a_processor_is_written_beside_an_exported_model():
 @pytest.mark.filterwarnings("ignore")
 @torch.no_grad()
 def test_an_exported_program_takes_any_number_of_images():
+    for model in (load_model("classifier.pt", ViT_Classifier)[0], load_model("mae.pt", MAE_ViT)[0].encoder):
+        sizes = ({0: torch.export.Dim("count", min=1, max=64)},)
+        program = torch.export.export(model.eval(), (images(),), dynamic_shapes=sizes).module()
+        traced = torch.jit.trace(model, images()[:1])
+        for count in (1, 3, 5):
+            for exported in (program, traced):
+                close(exported(images()[:count]), model(images()[:count]))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_onnx_takes_any_number_of_images():
+    onnxruntime, _ = pytest.importorskip("onnxruntime"), pytest.importorskip("onnxscript")
     model, _ = load_model("classifier.pt", ViT_Classifier)
     sizes = ({0: torch.export.Dim("count", min=1, max=64)},)
-    program = torch.export.export(model.eval(), (images(),), dynamic_shapes=sizes).module()
-    traced = torch.jit.trace(model, images()[:1])
+    torch.onnx.export(model.eval(), (images(),), "classifier.onnx", dynamic_shapes=sizes, verbose=False)
+    session = onnxruntime.InferenceSession("classifier.onnx")
     for count in (1, 3, 5):
-        for exported in (program, traced):
-            close(exported(images()[:count]), model(images()[:count]))
+        given = {session.get_inputs()[0].name: images()[:count].numpy()}
+        close(torch.from_numpy(session.run(None, given)[0]), model(images()[:count]))
 
 
 @pytest.mark.parametrize(

@@ -124,13 +124,14 @@ def test_25_lines_differ_in_colour_or_dashes_the_first_ones_in_both():
     plt.close()
 
 
-def test_a_matrix_shows_its_numbers_readable_on_their_colours():
-    figure = figures.draw_matrix(torch.tensor([[1.0, 5.0, 9.0], [2.0, 3.0, 4.0]]), "ab", "xyz", "to", "from", "{:.0f}")
+def test_a_matrix_shows_its_numbers_readable_on_colours_that_do_not_stretch():
+    figure = figures.draw_matrix(torch.tensor([[11.0, 5.0, 90.0], [12.0, 3.0, 4.0]]), "ab", "xyz", "to", "from")
     (axes,) = figure.axes
     cells = {text.get_position(): (text.get_text(), text.get_color()) for text in axes.texts}
-    assert cells[0, 0] == ("1", "white")
-    assert cells[2, 0] == ("9", "black")
-    assert cells[0, 1] == ("2", "white")
+    assert cells[0, 0] == ("11", "white")
+    assert cells[2, 0] == ("90", "black")
+    assert cells[0, 1] == ("12", "white")
+    assert axes.images[0].get_clim() == (0, 100)  # 11 and 12 look alike
     assert [label.get_text() for label in axes.get_xticklabels()] == list("xyz")
     assert [label.get_text() for label in axes.get_yticklabels()] == list("ab")
     plt.close(figure)

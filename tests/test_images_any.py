@@ -21,7 +21,7 @@ from PIL import Image
 
 from engine.errors import UserError
 from images import load
-from images.load import data_name, hold_out, load_dataset
+from images.load import data_name, draw, load_dataset
 from images.pixels import ImageSet, read_image
 
 quickly = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -340,8 +340,8 @@ def test_copies_of_training_images_among_those_to_test_on_are_counted_and_said(t
     (root / "test" / "cat" / "copy.png").write_bytes((root / "train" / "dog" / "0.png").read_bytes())
     train, _ = load_dataset("folder", str(root), 8)
     assert f"{root}: 1 of 7 test images are training images, too, pixel for pixel." in capsys.readouterr().out
-    double = ImageSet(train.images[[0, 1, 2, 0, 3, 4]], torch.tensor([0, 0, 0, 0, 1, 1]), ["cat", "dog"])
-    hold_out(double, 2)
+    double = ImageSet(train.images[[0, 0, 3, 4]], torch.tensor([0, 0, 1, 1]), ["cat", "dog"])
+    draw(double, None, 0, 2)
     assert "1 of 2 held-out images are training images, too" in capsys.readouterr().out
     (root / "train" / "dog" / "copy.png").write_bytes((root / "train" / "dog" / "0.png").read_bytes())
     load_dataset("folder", str(root), 8)

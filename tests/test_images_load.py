@@ -12,7 +12,7 @@ from torchvision import datasets
 from engine import files
 from engine.errors import UserError
 from images import load
-from images.load import ImageSet, data_name, first_of_each_class, hold_out, load_dataset, sample, split_off_test
+from images.load import ImageSet, data_name, draw, load_dataset, sample, split_off_test
 from images.shapes import shapes
 
 # --- parts of a set ---
@@ -36,26 +36,70 @@ def test_a_set_moves_to_a_device_with_images_and_labels():
     assert moved.classes == ["cat", "dog"]
 
 
-def test_train_images_takes_the_first_ones_of_each_class():
-    everything = shapes(100, 8, seed=0)
-    some = first_of_each_class(everything, 30)
+def numbered(*sizes):
+    """Images that are their own place in the file, of classes of these sizes, in mixed order."""
+    labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(5))]
+    return ImageSet(torch.arange(len(labels)), labels, [f"class{i}" for i in range(len(sizes))])
+
+
+def drawn(images, *args, **more):
+    return [part and part.images.tolist() for part in draw(images, *args, **more)]
+
+
+def test_train_images_are_drawn_by_the_seed_equally_many_of_each_class_in_file_order():
+    everything = numbered(*[10] * 10)
+    some, _ = draw(everything, 30, seed=1)
     assert (some.labels.bincount() == 3).all()
-    for label in range(10):
-        expected = everything.images[everything.labels == label][:3]
-        assert torch.equal(some.images[some.labels == label], expected)
+    assert torch.equal(some.labels, everything.labels[some.images])
+    (one, _), (again, _), (other, _) = (drawn(everything, 30, seed) for seed in (1, 1, 2))
+    assert one == again == sorted(one) == some.images.tolist()
+    assert len({*one} & {*other}) < 20
+    assert drawn(everything, None, 1) == [list(range(100)), None]
+
+
+def test_over_many_seeds_every_image_is_drawn_equally_often():
+    everything = numbered(5, 5)
+    often = torch.zeros(10)
+    for seed in range(500):
+        often[draw(everything, 4, seed)[0].images] += 1
+    assert (often - 200).abs().max() < 45  # 4 standard deviations of 11
+
+
+@pytest.mark.parametrize("sizes", [[10] * 10, [100, 40, 9, 2, 1]])
+def test_of_one_seed_fewer_images_are_some_of_more(sizes):
+    everything, last = numbered(*sizes), set()
+    for count in range(len(sizes), sum(sizes) + 1, 10 if sizes[0] == 10 else 1):
+        (some, _), last = drawn(everything, count, 3), set() if count == len(sizes) else last
+        assert len(some) == count
+        assert last <= {*some}
+        last = {*some}
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"), [(5, [1] * 5), (15, [9, 3, 1, 1, 1]), (76, [50, 20, 4, 1, 1]), (152, [100, 40, 9, 2, 1])]
+)
+def test_uneven_classes_keep_their_shares_and_none_is_left_out(count, expected):
+    assert draw(numbered(100, 40, 9, 2, 1), count, 0)[0].labels.bincount().tolist() == expected
 
 
 @pytest.mark.parametrize(("count", "way_out"), [(25, 20), (1010, 100), (5, 10), (0, 10), (-10, 10)])
 def test_train_images_that_do_not_fit_are_an_error_with_a_way_out(count, way_out):
-    with pytest.raises(UserError, match=f"--train_images {count} .* 10 classes .* try {way_out}"):
-        first_of_each_class(shapes(100, 8, seed=0), count)
-    assert len(first_of_each_class(shapes(100, 8, seed=0), way_out).images) == way_out
+    with pytest.raises(UserError, match=f"--train_images {count} .* 10 classes; try {way_out}"):
+        draw(numbered(*[10] * 10), count, 0)
+    assert len(draw(numbered(*[10] * 10), way_out, 0)[0].images) == way_out
+
+
+@pytest.mark.parametrize(("count", "way_out"), [(2, 3), (17, 16)])
+def test_of_uneven_classes_only_too_few_or_too_many_are_an_error(count, way_out):
+    with pytest.raises(UserError, match=f"--train_images {count} is not 3 to 16 images; try {way_out}"):
+        draw(numbered(10, 5, 1), count, 0)
 
 
 def test_many_images_of_many_classes_need_no_table_of_images_times_classes():
     labels = torch.arange(10**6) % 999_998  # such a table would have 8 TB
     everything = ImageSet(torch.arange(10**6), labels, range(999_998))
-    assert torch.equal(first_of_each_class(everything, 999_998).images, torch.arange(999_998))
+    assert len(draw(everything, 999_998, 0)[0].labels.unique()) == 999_998
 
 
 def test_a_sample_has_no_image_twice_and_follows_from_the_generator():
@@ -71,34 +115,32 @@ def test_a_sample_has_no_image_twice_and_follows_from_the_generator():
     assert torch.equal(too_many.images.sort().values, everything.images)
 
 
-def test_fewer_unlabelled_images_are_some_of_more():
+def test_unlabelled_images_are_drawn_from_all_over_the_set():
     images = torch.arange(100)
     everything = ImageSet(images, torch.zeros_like(images), [])
-    few, more = (first_of_each_class(everything, count).images.tolist() for count in (30, 60))
+    (few, _), (more, _) = (drawn(everything, count, 0) for count in (30, 60))
     assert (len(few), len(more)) == (30, 60)
     assert set(few) < set(more)
     assert max(few) > 60
-    with pytest.raises(UserError, match=r"--train_images 101 .* 100 training images"):
-        first_of_each_class(everything, 101)
+    with pytest.raises(UserError, match=r"--train_images 101 is not 1 to 100 images; try 100"):
+        draw(everything, 101, 0)
 
 
-@pytest.mark.parametrize("train_images", [None, 60, 70])
-def test_held_out_images_are_the_last_ones_of_each_class_and_training_has_none_of_them(train_images):
-    everything = shapes(100, 8, seed=0)
-    train, val = hold_out(everything, 30, train_images)
-    assert (val.labels.bincount() == 3).all()
-    for label in range(10):
-        expected = everything.images[everything.labels == label]
-        assert torch.equal(train.images[train.labels == label], expected[: (train_images or 70) // 10])
-        assert torch.equal(val.images[val.labels == label], expected[-3:])
-    assert torch.equal(hold_out(everything, 30, 60)[0].images, first_of_each_class(everything, 60).images)
+@pytest.mark.parametrize(("sizes", "held"), [([10] * 10, [3] * 10), ([100, 40, 9, 2], [19, 8, 2, 1])])
+def test_held_out_images_are_of_all_classes_and_the_others_are_drawn_as_without_them(sizes, held):
+    everything = numbered(*sizes)
+    train, val = draw(everything, None, 1, sum(held))
+    assert val.labels.bincount().tolist() == held
+    assert torch.cat([train.images, val.images]).sort().values.tolist() == list(range(sum(sizes)))
+    assert drawn(everything, 60, 1, sum(held)) == [drawn(everything, 60, 1)[0], val.images.tolist()]
+    assert drawn(everything, None, 2, sum(held))[1] != val.images.tolist()
 
 
-def test_all_the_rest_is_trained_on_where_classes_differ_in_size():
-    everything = ImageSet(torch.arange(7), torch.tensor([0, 1, 0, 0, 1, 0, 0]), ["cat", "dog"])
-    train, val = hold_out(everything, 2)
-    assert train.images.tolist() == [0, 1, 2, 3, 5]
-    assert val.images.tolist() == [4, 6]
+def test_some_of_each_class_is_left_to_train_on():
+    train, _ = draw(numbered(9, 2, 2), None, 0, 10)
+    assert train.labels.bincount().tolist() == [1, 1, 1]
+    with pytest.raises(UserError, match="--val_images 11 is not 3 to 10 images; try 10"):
+        draw(numbered(9, 2, 2), None, 0, 11)
 
 
 @pytest.mark.parametrize(
@@ -113,12 +155,13 @@ def test_all_the_rest_is_trained_on_where_classes_differ_in_size():
 )
 def test_held_out_images_that_do_not_fit_are_an_error_with_a_way_out(count, train_images, message):
     with pytest.raises(UserError, match=message):
-        hold_out(shapes(100, 8, seed=0), count, train_images)
+        draw(shapes(100, 8, seed=0), train_images, 0, count)
 
 
-def test_nothing_can_be_held_out_of_one_image_a_class():
+@pytest.mark.parametrize("sizes", [[1] * 10, [5, 1]])
+def test_nothing_can_be_held_out_of_one_image_a_class(sizes):
     with pytest.raises(UserError, match=r"--val_images 10 .* leave it out"):
-        hold_out(shapes(10, 8, seed=0), 10)
+        draw(numbered(*sizes), None, 0, 10)
 
 
 def test_held_out_images_are_a_tenth_at_most_1000_and_spread_over_all():
@@ -151,8 +194,8 @@ def test_an_unknown_data_set_is_refused_with_those_there_are():
 def test_a_data_set_is_added_by_one_line(monkeypatch):
     sets = shapes(100, 16, seed=5), shapes(50, 16, seed=6)
     monkeypatch.setitem(load.DATASETS, "mine", lambda data_dir, img_size, labelled: sets)
-    train, test = load_dataset("mine", "data", 16, train_images=20)
-    assert torch.equal(train.images, first_of_each_class(sets[0], 20).images)
+    train, test = load_dataset("mine", "data", 16)
+    assert torch.equal(train.images, sets[0].images)
     assert torch.equal(test.images, sets[1].images)
 
 

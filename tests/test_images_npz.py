@@ -27,8 +27,21 @@ def test_npz_is_read_as_medmnist_stores_it(tmp_path):
     _, test = load_dataset("npz", write_npz(tmp_path / "few.npz", test_labels=np.array([3, 0, 3, 3])), 28)
     assert test.labels.tolist() == [2, 0, 2, 2]
     colour = np.zeros((6, 40, 30, 3), np.uint8) + np.array([10, 20, 30], np.uint8)
-    train, _ = load_dataset("npz", write_npz(tmp_path / "b.npz", train_images=colour), 16, train_images=3)
-    assert train.images[:, :, 5, 5].tolist() == [[10, 20, 30]] * 3
+    train, _ = load_dataset("npz", write_npz(tmp_path / "b.npz", train_images=colour), 16)
+    assert train.images[:, :, 5, 5].tolist() == [[10, 20, 30]] * 6
+
+
+def test_an_npz_may_have_up_to_16_channels(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 28, 28, 16), dtype=np.uint8)
+    path = write_npz(tmp_path / "a.npz", train_images=pixels[:6], test_images=pixels[6:])
+    train, _ = load_dataset("npz", path, 28, in_chans=16)
+    assert torch.equal(train.images, torch.from_numpy(pixels[:6]).permute(0, 3, 1, 2))
+    with pytest.raises(UserError, match="16 channels, and the model takes 3: --in_chans 16"):
+        load_dataset("npz", path, 28)
+    for shape in ((10, 28, 28), (10, 28, 28, 1)):
+        grey = write_npz(tmp_path / "b.npz", train_images=pixels[..., 0].reshape(shape), train_labels=None)
+        train, test = load_dataset("npz", grey, 28, labelled=False, in_chans=1)
+        assert (train.images.shape, test.images.shape) == ((10, 1, 28, 28), (4, 1, 28, 28))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import torch
 from PIL import ExifTags, Image
 
 from engine.errors import UserError
-from images.pixels import normalize, open_image, read_image, to_images, to_pixels
+from images.pixels import in_channels, normalize, open_image, read_image, to_images, to_pixels
 
 
 def test_normalize_spans_minus_1_to_1_and_comes_back():
@@ -20,6 +20,19 @@ def test_predictions_beyond_the_range_become_black_and_white():
     assert to_pixels(torch.tensor([-3, -1.01, 1.01, 3])).tolist() == [0, 0, 255, 255]
 
 
+def test_images_get_the_channels_that_the_model_takes():
+    colour = torch.randint(256, (3, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    grey = in_channels(colour, 1, "set")
+    for image, other in zip(colour, grey, strict=True):
+        pil = np.asarray(Image.fromarray(image.permute(1, 2, 0).numpy()).convert("L"), int)
+        assert abs(pil - other[0].numpy()).max() <= 1  # PIL rounds the weights, too
+    assert torch.equal(in_channels(grey.expand(-1, 3, -1, -1), 1, "set"), grey)
+    assert torch.equal(in_channels(grey, 5, "set"), grey.expand(-1, 5, -1, -1))
+    assert in_channels(colour, 3, "set") is colour
+    with pytest.raises(UserError, match="set has images of 3 channels, and the model takes 4: --in_chans 3"):
+        in_channels(colour, 4, "set")
+
+
 def test_resizing_reaches_the_size_loses_no_line_and_leaves_what_fits_alone():
     images = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
     images[..., ::4] = 200  # one column in four
@@ -32,14 +45,14 @@ def test_resizing_reaches_the_size_loses_no_line_and_leaves_what_fits_alone():
     assert (small[..., 1:3].int() - 50).abs().max() < 10  # plain bilinear sampling would miss the lines: 0
 
 
-def test_arrays_of_pixels_become_rgb_images_of_their_middle_square():
+def test_arrays_of_pixels_become_images_of_their_middle_square():
     colour = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 3, 20, 16), dtype=np.uint8))
     middle = colour[..., 2:18, :]
     for pixels, expected in [
         (colour, middle),
         (colour.permute(0, 2, 3, 1), middle),
         (colour.mT, middle.mT),
-        (colour[:, 0], middle[:, :1].expand(-1, 3, -1, -1)),
+        (colour[:, 0], middle[:, :1]),
     ]:
         images, _ = to_images(pixels.numpy(), 16)
         assert torch.equal(images, expected)

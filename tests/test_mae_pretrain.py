@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from starting import classify, pretrain, pretrain_with_switches, same_weights, weights
 
+import evaluate_features
 import mae_pretrain
+import visualize_predictions
 from engine import processes, training
 from engine.checkpoints import load_file, load_model
 from engine.records import read_metrics, read_run
@@ -66,7 +68,8 @@ def test_probes_look_at_test_images_now_and_then_and_change_nothing(mae):
 
 def test_a_probe_measures_what_a_plain_loop_does(mae):
     row, (model, _) = read_metrics(mae)[-1], load_model(mae, MAE_ViT)
-    train, test = load.load_dataset("shapes", "data", 32, 40)
+    train, test = load.load_dataset("shapes", "data", 32)
+    train, _ = load.draw(train, 40, seed=42)
     with torch.no_grad():
         bank, asked = (
             F.normalize(model.encoder(normalize(images.images))[:, 1:].mean(1), dim=1) for images in (train, test)
@@ -91,7 +94,7 @@ def some_parts(which, count, size):
 
 def test_a_probe_is_the_same_by_two_processes_or_in_small_parts_and_its_k_nn_in_float32(monkeypatch):
     model = MAE_ViT(patch_size=8, embed_dim=12, encoder_depth=1, num_heads=2, decoder_depth=1)
-    sets, knn_predict = load.load_dataset("shapes", "data", 32, 40), mae_pretrain.knn_predict
+    sets, knn_predict = load.load_dataset("shapes", "data", 32), mae_pretrain.knn_predict
 
     def in_float32(*inputs):
         assert not torch.is_autocast_enabled("cpu")
@@ -159,3 +162,17 @@ def test_a_mistake_in_a_new_strategy_keeps_its_traceback(monkeypatch):
         monkeypatch.setitem(mae_pretrain.MASK_STRATEGIES, "new", strategy)
         with pytest.raises(error):
             pretrain("--mask_strategy", "new")
+
+
+def test_grey_images_are_trained_on_measured_and_drawn_with_one_channel():
+    mae = pretrain("--in_chans", "1")
+    assert "_p8_c1_w12_" in mae.name
+    assert weights(mae)["encoder.patchify.weight"].shape == (12, 1, 8, 8)
+    run = classify("--pretrained_model_path", mae)
+    assert weights(run)["patchify.weight"].shape == (12, 1, 8, 8)
+    assert read_run(run).settings["in_chans"] == 1
+    evaluate_features.main(["--model_path", str(mae), "--train_images", "20"])
+    for model in (mae, run):
+        visualize_predictions.main(["--model_path", str(model), "--num_images", "2"])
+    assert (mae / "reconstructions.png").exists()
+    assert (run / "predictions.png").exists()

@@ -45,6 +45,12 @@ def test_runs_are_named_by_the_settings_and_seeds_in_which_they_differ(drawn):
     assert legend(drawn[-1]) == ["all runs"]
 
 
+def test_the_legend_says_the_number_of_labels_where_it_differs(drawn):
+    few, all_labels = make_classifier(1, make_mae(1), train_images=500), make_classifier(1)
+    plot_curves.main([str(few), str(all_labels)])
+    assert legend(drawn[-1]) == ["finetune/train_images=500", "from scratch finetune/train_images=all"]
+
+
 def test_runs_that_differ_in_nothing_are_named_by_their_paths(drawn):
     one, other = make_mae(1, root="one"), make_mae(1, root="other")
     plot_curves.main([str(one), str(other)])

@@ -120,6 +120,12 @@ def test_a_sweep_without_fine_tuning_only_pretrains_and_measures(listed):
     assert [command[0] for command in job] == ["mae_pretrain.py", "evaluate_features.py"]
 
 
+def test_probes_and_classifiers_of_a_seed_have_the_same_few_labels(listed):
+    jobs = listed("--seed 1 2 --labels 200")
+    for seed, (*_, probe, classifier) in zip((1, 2), jobs, strict=True):
+        assert [utils.label_seed(parsed(command)) for command in (probe, classifier)] == [seed, seed]
+
+
 def test_label_fractions_start_from_one_mae_in_one_job(listed):
     flags = "--patch_size 4 8 --mask_ratio 0.5 0.6 --labels 200 500 --scratch --device cpu --precision float32"
     jobs = listed(f"{flags} --finetune '--train_images 9'")
@@ -141,7 +147,7 @@ def test_label_fractions_start_from_one_mae_in_one_job(listed):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ("--mask_ratio 0.5 75", "mae_pretrain.py: error: mask_ratio 75"),
+        ("--mask_ratio 0.5 75", "error: mask_ratio 75"),
         ("--mask_strategy random rnadom", "mae_pretrain.py: error: argument --mask_strategy: invalid choice: 'rnadom'"),
         ("--decoder_dept 2 4", "mae_pretrain.py: error: unrecognized arguments: --decoder_dept 2"),
         ("--seed", "mae_pretrain.py: error: argument --seed"),

@@ -244,7 +244,7 @@ def test_evaluating_a_classifier_in_bf16_ranks_logits_that_bf16_cannot_tell_apar
         exact = model(normalize(images.images))
     images = images._replace(labels=exact.argmax(1))
     torch.nn.init.constant_(model.head.bias, 1000.0)  # where bf16 counts in steps of 4
-    scores = train_classifier.evaluate(model, images, "bf16", 50)
+    scores, _ = train_classifier.evaluate(model, images, "bf16", 50)
     assert scores["test/acc"] > 0.95
     assert scores["test/loss"] == pytest.approx(F.cross_entropy(exact, images.labels).item(), rel=0.03)
 
@@ -368,7 +368,7 @@ def test_the_logged_rate_is_the_one_that_the_optimizer_used(few_shapes):
 
 
 def plan(num_images=1000, rank=0, world_size=1, **changes):
-    args = {"batch_size": 64, "total_epoch": 10, "warmup_epoch": None}
+    args = {"batch_size": 64, "total_epoch": 10, "warmup_epoch": None, "end_rate": 0.0}
     args = argparse.Namespace(**{**args, "base_learning_rate": 1e-3, **changes})
     return training.plan_training(args, num_images, 0.1, 16, rank, world_size)
 
@@ -408,6 +408,13 @@ def test_schedule_hits_its_end_points():
 
 def test_schedule_without_warm_up_starts_at_the_peak():
     assert training.cosine_lr(0, peak=3.0, warmup_steps=0, total_steps=10) == 3.0
+
+
+def test_schedule_ends_at_the_end_rate():
+    rates = [training.cosine_lr(step, peak=2.0, warmup_steps=5, total_steps=21, end=0.5) for step in range(22)]
+    assert rates[4] == 2.0
+    assert rates[12] == pytest.approx(0.5 + 0.75 * (1 + math.cos(8 / 17 * math.pi)))
+    assert rates[21] == pytest.approx(0.5)
 
 
 def test_plan_scales_the_rate_and_drops_the_last_short_batch():
@@ -486,7 +493,9 @@ UNSCALED = loss_scaler("float32", CPU)
 
 def setup_of(slices, scaler=UNSCALED, clip_grad=0.0, steps_per_epoch=1, total_steps=1):
     """How a toy computes: these micro-batches of batches that end with the last of them, at the full rate."""
-    plan = training.Plan(slices[-1].stop, slices, steps_per_epoch, warmup_steps=0, total_steps=total_steps, peak_lr=1.0)
+    plan = training.Plan(
+        slices[-1].stop, slices, steps_per_epoch, warmup_steps=0, total_steps=total_steps, peak_lr=1, end_lr=0
+    )
     return training.Setup(CPU, "float32", plan, 16, scaler, clip_grad)
 
 
@@ -647,7 +656,7 @@ def draw_folder(root, counts):
                 Image.fromarray(pixels.byte().numpy()).save(root / part / name / f"{i}.png")
 
 
-@pytest.mark.parametrize("held_out", ["", "--val_images 15"])
+@pytest.mark.parametrize("held_out", ["", "--val_images 30"])
 def test_a_classifier_tells_classes_apart_that_differ_plainly(held_out, capsys):
     draw_folder(Path("lights"), {"train": 40, "test": 20})
     size = "--img_size 8 --patch_size 4 --embed_dim 24 --encoder_depth 1 --num_heads 2"

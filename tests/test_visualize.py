@@ -16,10 +16,11 @@ import visualize_predictions
 from engine.checkpoints import digest, load_model, save_file
 from engine.device import generator
 from engine.figures import plt
+from engine.predictions import read_predictions, table_by_class, write_predictions
 from engine.records import read_run
 from images import load
 from images.pixels import normalize, read_image
-from model import MASK_STRATEGIES, MAE_ViT, ViT_Classifier
+from model import MASK_STRATEGIES, MAE_Encoder, MAE_ViT, ViT_Classifier
 from visualize_predictions import main
 
 ROOT = Path(__file__).parents[1]
@@ -164,6 +165,33 @@ def test_a_picture_of_a_classifier_goes_where_it_is_asked_for(classifier):
     assert not list(Path(classifier).glob("*.png"))
 
 
+def test_a_classifier_is_tested_by_class_on_another_test_set_by_name(classifier, capsys):
+    for name, place in (("ring", "other/ring"), ("bar", "other/bar")):  # no train/, and other classes' places
+        Path(place).mkdir(parents=True)
+        for i in range(3):
+            pixels = np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(f"{place}/{name}{i}.png")
+    Path("other/bar/notes.txt").touch()
+    main(["--model_path", classifier, "--by_class", "--dataset", "folder", "--data_dir", "other"])
+    model, content = load_model(classifier, ViT_Classifier)
+    images = torch.stack([read_image(f"other/{name}/{name}{i}.png", 32) for name in ("bar", "ring") for i in range(3)])
+    with torch.no_grad():
+        guesses = [content["classes"][i] for i in model(normalize(images)).argmax(1)]
+    expected = list(zip(["bar"] * 3 + ["ring"] * 3, guesses, strict=True))
+    assert read_predictions("cls/predictions_other.csv") == expected
+    said = capsys.readouterr().out
+    assert "\n".join(table_by_class(expected)) in said
+    assert "other, test images: Not read: 1 x .txt" in said
+    assert Path("cls/predictions.png").exists()
+
+
+def test_what_a_run_has_kept_is_shown_by_class_without_predicting_again(classifier, capsys, monkeypatch):
+    write_predictions(Path("cls/predictions.csv"), ["cat", "dog"], torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1]))
+    monkeypatch.setattr(visualize_predictions, "predict", lambda *_: pytest.fail("predicted"))
+    main(["--model_path", classifier, "--by_class", "--num_images", "1"])
+    assert "cat (50.0%)" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("kind", ["mae", "classifier"])
 def test_a_picture_of_one_image_has_its_whole_title(kind, request, monkeypatch):
     figure = drawn(monkeypatch, request.getfixturevalue(kind), "--num_images", 1)
@@ -204,6 +232,8 @@ def test_gallery_of_masks_needs_no_model():
         ("--model_path checkpoint.pt", "checkpoint.pt.*MAE_ViT or ViT_Classifier"),
         ("--model_path cls --mask_ratio 0.5", "cls.*leave out --mask"),
         ("--model_path cls --dataset folder --data_dir pets", "cls.*circle.*folder.*cat"),
+        ("--model_path run --by_class", "--by_class.*classifier"),
+        ("--model_path cls --by_class --images a.png", "--images.*--by_class"),
         ("--model_path run --images nowhere.png", "nowhere.png"),
         ("--model_path run --images text.png", "text.png"),
     ],
@@ -247,3 +277,42 @@ def test_the_shipped_model_is_what_its_page_tells_of_and_fills_in_a_photo(tmp_pa
     assert [table["model_digest"] for table in record.features] == [digest(content["model"])]
     main(["--model_path", str(shipped), "--images", turned_photo("photo.jpg")])
     assert picture_size(shipped / "reconstructions_images.png")[0] > 200
+
+
+@pytest.mark.parametrize("kind", [MAE_ViT, ViT_Classifier])
+def test_attention_is_the_models_own_in_each_block(kind, monkeypatch):
+    sizes = SIZE | {"encoder_depth": 2}
+    path = save_model("two.pt", kind(**sizes), model_args=sizes, classes=list(load.shapes(10, 8, 0).classes))
+    model, _ = load_model(path, kind)
+    encoder, seen = getattr(model, "encoder", model), []
+    for block in encoder.transformer:
+        block.attn.fused_attn = False  # so that its weights pass the dropout
+        block.attn.attn_drop.register_forward_hook(lambda module, given, result: seen.append(result))
+    MAE_Encoder.forward(encoder, normalize(read_image(turned_photo("photo.jpg"), 32)[None]))
+    for block in (1, 2):
+        figure = drawn(monkeypatch, path, "--attention", "--images", "photo.jpg", "--block", block)
+        shown = [place.images[0].get_array() for place in figure.axes]
+        heads = seen[block - 1][0, :, 0, 1:].unflatten(1, (4, 4)).detach()  # of the cls token
+        for drawn_map, weights in zip(shown[1:], [heads.mean(0), *heads], strict=True):
+            torch.testing.assert_close(torch.tensor(drawn_map), weights / weights.max(), rtol=0, atol=1e-5)
+        assert [place.get_ylabel() for place in figure.axes] == ["image", "mean of heads", "head 1", "head 2"]
+        assert f"block {block} of 2" in figure._suptitle.get_text()
+    main(["--model_path", path, "--attention", "--num_images", "2"])
+    assert picture_size("attention.png")[0] > 400
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--block 1", "--block goes with --attention"),
+        ("--attention --mask_ratio 0.5", "without --mask_"),
+        ("--attention --block 2", "--block takes 1 to 1"),
+    ],
+)
+def test_attention_that_cannot_be_drawn_gets_one_line(flags, message, mae, capsys):
+    with pytest.raises(SystemExit) as leaving:
+        main(["--model_path", mae, *flags.split()])
+    error = capsys.readouterr().err
+    assert (leaving.value.code, error.count("\n")) == (2, 1)
+    assert message in error
+    assert not list(Path(mae).glob("*.png"))
