@@ -1,14 +1,19 @@
 """README.md and its pages: commands have flags that exist, links lead to files, the Python runs."""
 
+import hashlib
 import importlib
+import json
 import re
 import shlex
 import shutil
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 import mae_pretrain
+from engine.checkpoints import digest, load_model
+from model import MAE_ViT
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("logs/report/*.md")), ROOT / "pretrained" / "README.md"]
@@ -37,6 +42,17 @@ def test_links_in_the_readme_and_its_pages_lead_to_files():
         assert links
         for link in links:
             assert (page.parent / link).is_file(), f"{page}: {link}"
+
+
+def test_the_models_to_start_from_are_whole_and_load_in_float32():
+    page = (ROOT / "pretrained" / "README.md").read_text()
+    for directory in (ROOT / "pretrained", ROOT / "pretrained" / "width192"):
+        assert hashlib.sha256((directory / "model.pt").read_bytes()).hexdigest() in page
+        model, content = load_model(directory, MAE_ViT)
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+        features = json.loads((directory / "features.json").read_text())
+        assert features["model_digest"] == digest(content["model"])
+        assert features["name"] == content["name"] == json.loads((directory / "config.json").read_text())["name"]
 
 
 def test_the_readmes_python_runs(empty_directory):
