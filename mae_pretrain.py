@@ -25,7 +25,8 @@ from engine.weights import not_flags, parent_of, read_weights, start_from
 from images.augmentation import AUGMENTATIONS
 from images.load import draw, load_dataset, sample
 from images.pixels import normalize, to_pixels
-from model import MASK_STRATEGIES, POSITIONS, MAE_ViT, PatchShuffle
+from masks import MASK_STRATEGIES
+from model import POSITIONS, MAE_ViT, PatchShuffle
 
 SIZE = ("img_size", "patch_size", "in_chans", "embed_dim", "encoder_depth", "num_heads", "decoder_depth")
 WARMUP = 0.1  # of all epochs

@@ -24,7 +24,8 @@ from engine.files import check_writable
 from engine.predictions import predict, read_predictions, table_by_class, write_predictions
 from images.load import DATASETS, data_name, load_dataset, load_test_set
 from images.pixels import in_channels, normalize, read_image, to_pixels
-from model import MASK_STRATEGIES, MAE_ViT, PatchShuffle, ViT_Classifier, cls_qkv
+from masks import MASK_STRATEGIES
+from model import MAE_ViT, PatchShuffle, ViT_Classifier, cls_qkv
 
 DRAWS = 1000  # masks behind a strategy's visibility map
 MOST_IMAGES = 100  # in a picture

@@ -16,7 +16,8 @@ from engine.errors import UserError
 from engine.figures import NAMES, plt
 from images.load import load_dataset
 from images.pixels import normalize, to_pixels
-from model import MASK_STRATEGIES, MAE_ViT, ViT_Classifier
+from masks import MASK_STRATEGIES
+from model import MAE_ViT, ViT_Classifier
 from scripts.results import MEASURES, by_block
 from scripts.settings import SCRATCH
 

@@ -28,7 +28,7 @@ from engine import processes
 from engine.errors import exit_in_one_line
 from engine.records import read_run
 from engine.training import plan_training
-from model import MASK_STRATEGIES
+from masks import MASK_STRATEGIES
 
 ROOT = Path(__file__).parents[1]
 SIZES = tuple(train_classifier.SIZE_WORDS)

@@ -18,7 +18,8 @@ import train_classifier
 import utils
 from engine.checkpoints import load_model
 from engine.records import read_run
-from model import MASK_STRATEGIES, MAE_ViT, PatchShuffle
+from masks import MASK_STRATEGIES
+from model import MAE_ViT, PatchShuffle
 
 ROOT = Path(__file__).parents[1]
 MAE, CLS = mae_pretrain, train_classifier

@@ -39,7 +39,8 @@ from engine.records import find_runs, read_metrics, read_run
 from engine.run import Session
 from images import load
 from images.shapes import SHAPES
-from model import MASK_STRATEGIES, ViT_Classifier
+from masks import MASK_STRATEGIES
+from model import ViT_Classifier
 from scripts import export
 
 ROOT = Path(__file__).parents[1]

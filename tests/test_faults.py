@@ -32,7 +32,8 @@ from engine.run import Run
 from images import load
 from images.pixels import ImageSet
 from images.shapes import shapes
-from model import MASK_STRATEGIES, MAE_ViT, PatchShuffle, ViT_Classifier
+from masks import MASK_STRATEGIES
+from model import MAE_ViT, PatchShuffle, ViT_Classifier
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow

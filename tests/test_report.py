@@ -13,7 +13,8 @@ from engine.figures import plt
 from images.load import ImageSet
 from images.pixels import normalize
 from images.shapes import shapes
-from model import MASK_STRATEGIES, MAE_ViT, ViT_Classifier
+from masks import MASK_STRATEGIES
+from model import MAE_ViT, ViT_Classifier
 from scripts import report, report_figures
 from scripts.report_figures import PICTURES
 

@@ -11,7 +11,7 @@ import evaluate_features
 import mae_pretrain
 import train_classifier
 import visualize_predictions
-from model import MASK_STRATEGIES
+from masks import MASK_STRATEGIES
 from scripts import plot_curves, sweep
 
 ROOT = Path(__file__).parents[1]

@@ -18,7 +18,7 @@ import mae_pretrain
 import train_classifier
 import utils
 from engine.records import read_run
-from model import MASK_STRATEGIES
+from masks import MASK_STRATEGIES
 from scripts import sweep
 
 ROOT = Path(__file__).parents[1]

@@ -20,7 +20,8 @@ from engine.predictions import read_predictions, table_by_class, write_predictio
 from engine.records import read_run
 from images import load
 from images.pixels import normalize, read_image
-from model import MASK_STRATEGIES, MAE_Encoder, MAE_ViT, ViT_Classifier
+from masks import MASK_STRATEGIES
+from model import MAE_Encoder, MAE_ViT, ViT_Classifier
 from visualize_predictions import main
 
 ROOT = Path(__file__).parents[1]
