@@ -46,6 +46,8 @@ def parse_args(argv=None):
         "--pool", nargs="+", choices=POOLS, default=list(POOLS), help="the cls token, the mean of the patches' tokens"
     )
     group.add_argument("--untrained", action="store_true", help="measure the same encoder with fresh weights, too")
+    text = "of the encoder, where a file from elsewhere does not tell it"
+    group.add_argument("--num_heads", type=utils.positive_int, help=text)
     group = parser.add_argument_group("images")
     group.add_argument("--dataset", choices=DATASETS, help="default: the one the model was trained on")
     group.add_argument("--data_dir", help="default: as in its training")
@@ -125,8 +127,9 @@ def table_path(path, args):
     and what was asked for.
     """
     directory, stem = (path, []) if path.is_dir() else (path.parent, [path.stem])
-    size = args.img_size and f"i{args.img_size}"
-    name = "_".join([*stem, "features", *(str(part) for part in (args.dataset, args.train_images, size) if part)])
+    size, drawn = args.img_size and f"i{args.img_size}", args.label_seed is not None and f"draw{args.label_seed}"
+    asked = (str(part) for part in (args.dataset, args.train_images, drawn, size) if part)
+    name = "_".join([*stem, "features", *asked])
     return (args.output or directory) / name
 
 
@@ -208,7 +211,7 @@ def measure_model(path, content, args):
 def main(argv=None):
     args = parse_args(argv)
     with exit_in_one_line(), as_user_error(OSError):
-        kinds, sizes = MODELS.values(), {"img_size": args.img_size}
+        kinds, sizes = MODELS.values(), {"img_size": args.img_size, "num_heads": args.num_heads}
         contents = [read_weights(path, *kinds, sizes=sizes) for path in args.model_path]  # all, before one is measured
         for path, content in zip(args.model_path, contents, strict=True):
             measure_model(Path(path), content, args)

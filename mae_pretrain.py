@@ -22,7 +22,7 @@ from engine.errors import exit_in_one_line
 from engine.features import extract_features, knn_predict
 from engine.training import train
 from engine.weights import not_flags, parent_of, read_weights, start_from
-from images.augmentation import AUGMENTATIONS
+from images.augmentation import AUGMENTATIONS, check_channels
 from images.load import draw, load_dataset, sample
 from images.pixels import normalize, to_pixels
 from masks import MASK_STRATEGIES
@@ -131,6 +131,7 @@ class Pretraining:
         self.args, self.arguments = args, utils.free_arguments(args)
         self.start = args.init_from and read_weights(args.init_from, MAE_ViT, sizes=vars(args))
         self.model_args = {name: getattr(args, name) for name in MODEL_FLAGS} | not_flags(self.start)
+        check_channels(args.augment, args.in_chans)
         with torch.device("meta"):
             MAE_ViT(**self.model_args)  # bad sizes and masks end here, before the images are read
         name, parent = run_name(args), parent_of(self.start)

@@ -25,7 +25,7 @@ from engine.predictions import accuracies_of, is_uneven, predict
 from engine.records import read_metrics
 from engine.training import train
 from engine.weights import not_flags, parent_of, read_weights, say
-from images.augmentation import AUGMENTATIONS, mix
+from images.augmentation import AUGMENTATIONS, check_channels, mix
 from images.load import draw, load_dataset
 from images.pixels import normalize
 from model import MAE_ViT, ViT_Classifier, drop_path_scales
@@ -163,6 +163,7 @@ class Classification:
         self.pretrained, args = load_pretrained(args)
         self.args, self.arguments, parent = args, utils.free_arguments(args), parent_of(self.pretrained)
         self.model_args = {name: getattr(args, name) for name in (*SIZE_WORDS, "pool")} | not_flags(self.pretrained)
+        check_channels(args.augment, args.in_chans)
         with torch.device("meta"):
             ViT_Classifier(**self.model_args)  # bad sizes end here, before the images are read
         name = run_name(args, parent and parent["name"], parent and parent["settings"])
@@ -207,8 +208,8 @@ class Classification:
             batch, labels = mix(batch, labels, len(self.train.classes), args.mixup, args.cutmix, seed)
         if not args.drop_path:
             return batch, labels
-        draw = generator(device, *key, "drop path")
-        return batch, labels, drop_path_scales(len(batch), args.encoder_depth, args.drop_path, draw, device)
+        random = generator(device, *key, "drop path")
+        return batch, labels, drop_path_scales(len(batch), args.encoder_depth, args.drop_path, random, device)
 
     def loss(self, images, labels, scales=None):
         logits, smoothing = self.model(normalize(images), scales).float(), self.args.label_smoothing

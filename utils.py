@@ -170,7 +170,7 @@ def add_optimisation_arguments(parser, warmup, device_batch_size):
     group.add_argument(
         "--base_learning_rate", type=non_negative_float, help="peak for a batch of 256; scales with --batch_size"
     )
-    text = "where the cosine ends, whatever the batch"
+    text = "where the cosine ends, whatever the batch; of a block times its --layer_decay"
     group.add_argument("--end_rate", type=non_negative_float, default=0.0, help=text)
     group.add_argument("--weight_decay", type=non_negative_float, default=0.05, help="weight decay (AdamW)")
     group.add_argument(

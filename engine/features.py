@@ -32,8 +32,8 @@ def extract_features(encoder, images, prepare, layers, pools, batch_size):
 
     Args:
         encoder: a MAE_Encoder or what is derived from it, in eval mode.
-        images: (N, 3, H, W) uint8.
-        prepare: makes of (B, 3, H, W) uint8 what the encoder takes, on its device.
+        images: (N, C, H, W) uint8.
+        prepare: makes of (B, C, H, W) uint8 what the encoder takes, on its device.
         layers: blocks after which features are taken, from 1; later blocks are not computed.
         pools: keys of POOLS: the cls token, or the mean of the patches' tokens.
 

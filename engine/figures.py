@@ -94,7 +94,7 @@ def draw_predictions(images, classes, labels, predicted, confidence, more=""):
     """Each image with ground truth, prediction and confidence; right and wrong differ in colour, sign and frame.
 
     Args:
-        images: (B, 3, H, W) uint8; labels and predicted: (B,) int64, places in classes; confidence: (B,) in [0, 1].
+        images: (B, C, H, W) uint8; labels and predicted: (B,) int64, places in classes; confidence: (B,) in [0, 1].
         more: the end of the title.
     """
     (figure, axes), classes = grid_of(len(images), 2.1), drawable(classes)
@@ -114,7 +114,7 @@ def draw_most_likely(images, names, classes, probabilities, count=3):
     """Each image of unknown class with its name, and below it the most likely classes with their probability.
 
     Args:
-        images: (B, 3, H, W) uint8; names: B file names; probabilities: (B, C).
+        images: (B, C, H, W) uint8; names: B file names; probabilities: (B, C).
     """
     likely = probabilities.topk(min(count, len(classes)), dim=1)
     (figure, axes), classes = grid_of(len(images), 2.3), drawable(classes)

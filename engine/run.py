@@ -8,6 +8,7 @@ finds its run and continues it.
 import contextlib
 import json
 import math
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -25,6 +26,9 @@ from engine.records import csv_text, read_config, read_metrics, read_run
 # What must be as it was, beside the settings, as digests: of a finished run, too
 DIGESTS = {"images": "training images", "test_set": "test images", "parent": "weights of the pretrained encoder"}
 DIGESTS |= {"masks": "masks, because the code of the strategy has changed"}
+# What --overwrite drops: files of the training, then what other scripts wrote beside them
+OF_A_RUN = ("*.pt", "metrics.csv", "events.out.tfevents.*", "config.json")
+OF_A_RUN += ("*features*", "predictions*", "reconstructions*", "attention*")
 SAVE_INTERVAL = 50  # times as long as a save takes; so saving takes under 2 % of the time
 LEAST_SAVE_INTERVAL = 60  # seconds: files of 100 MB would else wear the disk
 SHOWN = ("train/loss", "test/loss", "val/acc", "test/acc", "test/balanced_acc", "probe/knn_acc")  # after each epoch
@@ -147,7 +151,8 @@ class Run:
         if path := self.arguments.get("output_model_path"):
             check_writable(Path(path).parent, "--output_model_path")
         if self.overwrite:
-            for pattern in ("*.pt", "metrics.csv", "predictions*.csv", "*features*", "events.out.tf*", "config.json"):
+            shutil.rmtree(self.directory / "hf", ignore_errors=True)  # an export
+            for pattern in OF_A_RUN:
                 for path in self.directory.glob(pattern):
                     path.unlink()
         self.write_config({**self.identity, "finished": False, "facts": facts, "starts": starts})

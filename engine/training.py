@@ -111,6 +111,9 @@ def plan_training(args, num_images, warmup, at_once, rank, world_size):
     warmup_epochs = warmup * args.total_epoch if args.warmup_epoch is None else args.warmup_epoch
     if not 0 <= warmup_epochs <= args.total_epoch:
         raise UserError(f"--warmup_epoch {warmup_epochs:g} is not within 0 to --total_epoch {args.total_epoch}.")
+    peak_lr = args.base_learning_rate * batch_size / 256
+    if args.end_rate > peak_lr > 0:
+        raise UserError(f"--end_rate {args.end_rate:g} is above the peak learning rate, {peak_lr:.2g}; give less.")
     steps_per_epoch = num_images // batch_size
     return Plan(
         batch_size=batch_size,
@@ -118,7 +121,7 @@ def plan_training(args, num_images, warmup, at_once, rank, world_size):
         steps_per_epoch=steps_per_epoch,
         warmup_steps=round(warmup_epochs * steps_per_epoch),
         total_steps=args.total_epoch * steps_per_epoch,
-        peak_lr=args.base_learning_rate * batch_size / 256,
+        peak_lr=peak_lr,
         end_lr=args.end_rate,
     )
 

@@ -136,6 +136,8 @@ def from_elsewhere(path, raw, constructor, num_heads):
     untold = ([] if is_told else [f"{heads} heads (--num_heads)"]) + ([] if mean_and_std else ["images in [-1, 1]"])
     said += [f"The file does not tell, so taken to have: {', '.join(untold)}."] if untold else []
     if mean_and_std:
+        if len(mean_and_std[0]) not in (1, sizes["in_chans"]):
+            raise UserError(f"{path} has {sizes['in_chans']} channels, and mean and std of {len(mean_and_std[0])}.")
         fold_in(found, *mean_and_std)
     name = path.parent.name if path.name in FILES else path.stem
     about = {"kind": constructor.__name__, "name": name, "settings": model_args, "layout": layout, "said": said}

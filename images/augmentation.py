@@ -1,5 +1,6 @@
-"""Random changes of a whole batch of images (B, 3, H, W), on its device, drawn from a generator or seed passed in."""
+"""Random changes of a whole batch of images (B, C, H, W), on its device, drawn from a generator or seed passed in."""
 
+import itertools
 import math
 
 import numpy as np
@@ -15,7 +16,7 @@ ERASED = (124.0, 58.0)  # mean and standard deviation of the noise in an erased 
 
 
 def flip_and_shift(images, generator, padding=4):
-    """Mirror half of the images (B, 3, H, W) and shift each by up to `padding` pixels, on their device, any dtype.
+    """Mirror half of the images (B, C, H, W) and shift each by up to `padding` pixels, on their device, any dtype.
 
     The usual CIFAR augmentation (He et al. 2015, arXiv:1512.03385, 4.2), but the edge is repeated, not zeros.
     """
@@ -33,7 +34,7 @@ def flip_and_shift(images, generator, padding=4):
 
 
 def random_resized_crop(images, generator, scale=(0.2, 1), ratio=(3 / 4, 4 / 3), tries=10):
-    """Cut a random part out of each image (B, 3, H, W) uint8, enlarge it to H x W (bicubic), mirror half of them.
+    """Cut a random part out of each image (B, C, H, W) uint8, enlarge it to H x W (bicubic), mirror half of them.
 
     What the official MAE does to an image (He et al. 2021, table 1e), torchvision's RandomResizedCrop and a flip, for
     the whole batch on its device: rows and columns are resampled by two matrix products an image. Of `tries` parts the
@@ -77,7 +78,7 @@ def cubic(distance):
 
 def solarize_add(images, level):
     """Brighten the pixels below 128, by up to 110."""
-    return torch.where(images < 128, (images + int(110 * abs(level))).clamp(max=255), images)  # uint8, at most 237
+    return torch.where(images < 128, images + int(110 * abs(level)), images)  # uint8, at most 237
 
 
 def affine(images, angle=0.0, shift=(0.0, 0.0), shear=(0.0, 0.0), center=None):
@@ -108,29 +109,28 @@ OPERATIONS = {
 
 
 def rand_augment(images, generator):
-    """Two random operations on each of images (B, 3, H, W) uint8, each left out half of the time.
+    """Two random operations on each of images (B, C, H, W) uint8, each left out half of the time.
 
     RandAugment (Cubuk et al. 2020, arXiv:1909.13719) as timm's "rand-m9-mstd0.5-inc1", which the official MAE is
     fine-tuned with: magnitude 9 of 10, standard deviation 0.5. torchvision's functions take one magnitude for all
-    images, so those that drew the same operation and sign share it.
+    images, so those that drew the same operation and sign share it. NumPy draws, so that the sizes of these groups are
+    known without waiting for the device.
     """
-    if images.shape[1] not in (1, 3):
-        raise UserError(f"RandAugment takes 1 or 3 channels, not {images.shape[1]}; use another --augment.")
-    random, images = np.random.default_rng(generator.initial_seed()), images.clone()  # NumPy: groups without waiting
+    random, images = np.random.default_rng(generator.initial_seed()), images.clone()
     for _ in range(2):
         chosen = random.integers(2 * len(OPERATIONS), size=len(images))  # operation and sign
         chosen[random.random(len(images)) < 0.5] = -1  # left out
-        for k, change in enumerate(OPERATIONS.values()):
-            for sign in (-1, 1):
-                level = sign * min(random.normal(0.9, 0.05), 1)
-                ids = torch.from_numpy(np.flatnonzero(chosen == 2 * k + (sign > 0))).to(images.device)
-                if len(ids):
-                    images[ids] = change(images[ids], level)
+        order = torch.from_numpy(chosen.argsort(kind="stable")).to(images.device)
+        groups = order.split(np.bincount(chosen + 1, minlength=2 * len(OPERATIONS) + 1).tolist())[1:]
+        for ids, (change, sign) in zip(groups, itertools.product(OPERATIONS.values(), (-1, 1)), strict=True):
+            level = sign * min(random.normal(0.9, 0.05), 1)
+            if len(ids):
+                images[ids] = change(images[ids], level)
     return images
 
 
 def random_erasing(images, generator, chance=0.25, area=(0.02, 1 / 3), aspect=0.3):
-    """Put noise in place of one rectangle of some of images (B, 3, H, W) uint8 (Zhong et al. 2017, arXiv:1708.04896).
+    """Put noise in place of one rectangle of some of images (B, C, H, W) uint8 (Zhong et al. 2017, arXiv:1708.04896).
 
     Its area is a fraction of the image, its height over its width from `aspect` to 1 / aspect; it ends at the edge.
     """
@@ -157,7 +157,7 @@ def official(images, generator):
 
 
 def mix(images, labels, num_classes, mixup, cutmix, seed):
-    """Mix each image (B, 3, H, W) with another, and labels (B,) by the same shares: (B, num_classes), rows add up to 1.
+    """Mix each image (B, C, H, W) with another, and labels (B,) by the same shares: (B, num_classes), rows add up to 1.
 
     Mixup (Zhang et al. 2017, arXiv:1710.09412) adds up pixels, as float; CutMix (Yun et al. 2019, arXiv:1905.04899)
     puts a rectangle of the other image in place. `mixup` and `cutmix` are each one's alpha, 0: never; of two, one is
@@ -191,3 +191,9 @@ AUGMENTATIONS = {
     "crop": random_resized_crop,
     "official": official,
 }
+
+
+def check_channels(augment, in_chans):
+    """Raises UserError where an augmentation is not for images of so many channels."""
+    if augment == "official" and in_chans not in (1, 3):
+        raise UserError(f"--augment official is for 1 or 3 channels, not {in_chans}; use another --augment.")

@@ -118,10 +118,14 @@ def test_overwrite_starts_anew(tmp_path):
 def test_overwrite_drops_what_was_measured_of_the_run_before(tmp_path):
     with opened(tmp_path) as run:
         train(run, 1)
-    for name in ("features.json", "features_1000.csv", "features.png", "predictions.csv", "predictions_pets.csv"):
+    made = ["features.json", "features_1000.csv", "features.png", "predictions.csv", "predictions_pets.csv"]
+    made += ["reconstructions.png", "attention.png", "hf/config.json"]
+    (tmp_path / "toy" / "hf").mkdir()
+    for name in [*made, "notes.txt"]:
         (tmp_path / "toy" / name).write_text("of the run before")
     with opened(tmp_path, overwrite=True):
-        assert not [*(tmp_path / "toy").glob("*features*"), *(tmp_path / "toy").glob("predictions*")]
+        assert not [name for name in made if (tmp_path / "toy" / name).exists()]
+        assert (tmp_path / "toy" / "notes.txt").exists()  # the user's own
 
 
 @pytest.mark.parametrize("damage", [b"\xff\xfe", b"epoch,train/loss\n1,x\n", b"a,b\n1,2\n"])

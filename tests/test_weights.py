@@ -144,6 +144,9 @@ def test_a_directory_of_transformers_brings_heads_eps_and_the_mean_and_std_of_it
     torch.save(load_safetensors(directory / "model.safetensors"), directory / "pytorch_model.bin")
     (directory / "model.safetensors").unlink()
     assert read(directory)[0]["digest"] == content["digest"]
+    (directory / "preprocessor_config.json").write_text(json.dumps({"image_mean": mean[:2], "image_std": std[:2]}))
+    with pytest.raises(UserError, match="3 channels, and mean and std of 2"):
+        read(directory)
 
 
 @pytest.mark.slow
