@@ -2,8 +2,9 @@
 
 A strategy only scores patches, score(batch_size, grid_size, num_visible, generator, device) -> (B, N) float: those of a
 grid_size x grid_size grid in raster order. The num_visible lowest of each image stay visible (`model.PatchShuffle`), so
-every strategy hides equally many. To add one: write such a function and name it in MASK_STRATEGIES. One with other
-parameters is one more line there: "blockwise_small": functools.partial(blockwise_scores, smallest=0.1).
+every strategy hides equally many. Of equal scores the first patches stay: break ties by a little noise. To add one:
+write such a function and name it in MASK_STRATEGIES. One with other parameters is one more line there:
+"blockwise_small": functools.partial(blockwise_scores, smallest=0.1).
 """
 
 import math

@@ -115,7 +115,7 @@ def add_data_arguments(parser, pretrained=False):
     group.add_argument("--dataset", choices=DATASETS, default=default["dataset"], help=text)
     text = "directory of the files, or to download them to; for npz the file" + note.format(DATA_DEFAULTS["data_dir"])
     group.add_argument("--data_dir", default=default["data_dir"], help=text)
-    text = "train on this many, drawn by --seed: equally many of each class, or its share where classes are uneven"
+    text = "train on this many, drawn by --seed: equally many of each class, or in proportion to its size"
     group.add_argument("--train_images", type=positive_int, help=text)
     group.add_argument(
         "--augment",
@@ -127,7 +127,7 @@ def add_data_arguments(parser, pretrained=False):
 
 
 def add_label_seed(group):
-    group.add_argument("--label_seed", type=seed, help="draws --train_images (and --val_images); default: --seed")
+    group.add_argument("--label_seed", type=seed, help="draws the labelled images; default: --seed")
 
 
 def label_seed(args):
@@ -164,13 +164,12 @@ def add_optimisation_arguments(parser, warmup, device_batch_size):
         "--max_device_batch_size",
         type=positive_int,
         help=f"images at once on a device, more are accumulated; default: {device_batch_size['cpu']} on a CPU; on a "
-        f"GPU {device_batch_size['cuda']} of the default sizes, more of fewer or smaller tokens; with 40 GB free 4 x "
-        "as many",
+        f"GPU {device_batch_size['cuda']} for the default model, more for smaller ones, 4 times as many with 40 GB",
     )
     group.add_argument(
         "--base_learning_rate", type=non_negative_float, help="peak for a batch of 256; scales with --batch_size"
     )
-    text = "where the cosine ends, whatever the batch; of a block times its --layer_decay"
+    text = "learning rate at the end of the cosine; does not scale with --batch_size"
     group.add_argument("--end_rate", type=non_negative_float, default=0.0, help=text)
     group.add_argument("--weight_decay", type=non_negative_float, default=0.05, help="weight decay (AdamW)")
     group.add_argument(

@@ -51,7 +51,7 @@ def parse_args(argv=None):
     group.add_argument("--num_images", type=utils.positive_int, help=count)
     group.add_argument("--seed", type=utils.seed, default=42, help="which test images and masks are drawn")
     group.add_argument("--dataset", choices=DATASETS, help="default: the one the model was trained on")
-    group.add_argument("--data_dir", help="default: where that was")
+    group.add_argument("--data_dir", help="default: as in the model's training")
     text = "of a classifier, also predict all test images, and print the accuracy of each class"
     group.add_argument("--by_class", action="store_true", help=text)
     parser.add_argument(

@@ -98,6 +98,8 @@ def file_of(path):
         if path.is_dir():
             path = path / next((name for name in FILES if (path / name).exists()), FILES[0])
         found, is_run = path.exists(), path.with_name("config.json").exists()
+    if not found and path.name in FILES and path.parent.is_dir() and not is_run:
+        raise UserError(f"{path.parent} holds no model ({', '.join(FILES)}). Name a run in it, or a file.")
     if not found:
         again = " Give its run's command again, with --overwrite where the run is finished." if is_run else ""
         raise UserError(f"No file {path}.{again}")
@@ -115,7 +117,10 @@ def reason_of(path, error):
     start = path.open("rb").read(9)
     if start.startswith(OLD_FORMAT):
         return f"it is in the format of PyTorch before 1.6. {PLAINLY}"
-    return f"{error}. Copy it again, or make it again (--overwrite)."
+    if start.startswith(b"\x80"):
+        return f"it is a pickled Python object, which could run any code. {PLAINLY}"
+    of_a_run = ", or make it again (--overwrite)" if path.with_name("config.json").exists() else ""
+    return f"{error}. It is no .pt file, or not whole: copy it again{of_a_run}."
 
 
 def load_model(path, *constructors):

@@ -80,6 +80,10 @@ def read_config(directory):
 def read_json(path):
     try:
         return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{path.parent} has no {path.name}. Name a run's directory, such as logs/pretrain/<run>."
+        ) from error
     except (OSError, ValueError) as error:
         raise UserError(f"Cannot read {path}: {error}. Copy the file again, or make it again (--overwrite).") from error
 

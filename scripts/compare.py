@@ -40,7 +40,7 @@ def parse_args(argv=None):
         "--baseline",
         nargs="+",
         help="the setting that the others are compared with, as printed, or a part that only one setting has, such as "
-        'decoder_depth=4, or "as most"; default: the first setting, by its values',
+        'decoder_depth=4, or "as most", the commonest values; default: the first setting, by its values',
     )
     parser.add_argument("--where", nargs="+", metavar="NAME=VALUE", help="compare only runs with these values")
     parser.add_argument("--margin", type=float, help="also say what is equal within so many points")
@@ -101,7 +101,7 @@ def judge_all(found, values, baseline, margin=None):
             judged = verdicts.judge(units, unit_of[baseline], margin if percent else None)
             table = table.join(judged.table.drop(columns=list(table)))
             notes += [f"{measure}: {judged.note}{power(judged) if percent else ''}"]
-            notes += [best_of(measure, units)] if not tables and len(judged.table) > 1 else []
+            notes += filter(None, [best_of(measure, units)] if not tables and len(judged.table) > 1 else [])
         table = table.reindex(columns=[*table.columns.drop("verdict", errors="ignore"), "verdict"]).loc[unit_of]
         shared = (unit_of == unit_of.get(baseline)) & (unit_of.index != baseline)
         table["verdict"] = table.verdict.astype(object).fillna(reason).where(~shared.to_numpy(), "the same MAEs")
@@ -128,13 +128,16 @@ def power(judged):
 
 
 def best_of(measure, units):
-    """Which setting is the best in a measure, and which cannot be told from it: a sentence."""
+    """Which setting is the best in a measure, and which are not shown to be worse: a sentence, "" without intervals."""
     means = units.groupby("setting").value.mean()
     best = means.idxmax() if MEASURES[measure].percent else means.idxmin()
     others = verdicts.judge(units, best).table.drop(best)
     close = list(others.index[~((others.low_all > 0) | (others.high_all < 0))])
-    told = f"not told from it: {', '.join(close)}" if len(close) < len(others) else "no other is told from it"
-    return f"{measure}: best is {best}; {told if close else 'all others are told from it'}."
+    if others.low_all.isna().all():
+        return ""
+    worse = f"not shown to be worse: {', '.join(close)}" if close else "all others are shown to be worse"
+    worse = "but no other is shown to be worse" if len(close) == len(others) else worse
+    return f"{measure}: {best} has the best mean; {worse}."
 
 
 def tuned_often(runs, entries):
@@ -287,7 +290,7 @@ def main(argv=None):
     captions = {f"{name}.{args.format}": caption for name, (_, caption) in figures.items()}
     text = markdown(", ".join(map(str, args.directories)), baseline, tables, notes, captions)
     (output / "compare.md").write_text(text)
-    print(means.to_string(), f"{first}: difference from {baseline}", sep="\n\n", end="\n\n")
+    print(means.to_string(), f"{first}: difference from the baseline, {baseline}", sep="\n\n", end="\n\n")
     print(differences[[first]].to_string(header=False), end="\n\n")
     print(*notes, *(output / name for name in ("compare.md", "compare.csv", f"*.{args.format}")), sep="\n")
     if args.latex:

@@ -151,7 +151,7 @@ def judge(values, baseline, margin=None):
     table["verdict"] = table["verdict"].astype(object).fillna("baseline")
     pool = "settings, seeds as blocks" if model.design.shape[1] > len(names) else "settings"
     note = f"Noise: s.d. {model.sd:.3g}, pooled over {pool}; degrees of freedom: {model.degrees}."
-    note = note if model.degrees else "No noise to pool."
+    note = note if model.degrees else "No intervals: they need two settings with two seeds each."
     if len(own := found.index[~found["pooled"] & found["low"].notna()]):
         note += f" Not pooled: {', '.join(own)}."
     if model.apart:

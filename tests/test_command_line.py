@@ -297,7 +297,7 @@ BAD = [  # what is given, and what the answer must have in it: flag or file, val
     (CLS, "--pretrained_model_path nowhere.pt", "nowhere.pt"),
     (CLS, "--pretrained_model_path text.pt", "text.pt"),
     (CLS, "--pretrained_model_path foreign.pt", "foreign.pt encoder timm"),
-    (CLS, "--pretrained_model_path nothing", "nothing/model.pt"),
+    (CLS, "--pretrained_model_path nothing", "nothing model.pt run"),
     (CLS, "--decoder_depth 2", "--decoder_depth 2"),
     (CLS, "--epoch=5 --learning_rate 1", "--total_epoch? --base_learning_rate?"),
     (CLS, "--val_images 0", "--val_images '0'"),

@@ -68,7 +68,7 @@ def test_equal_settings_are_within_a_bound_and_a_shift_of_several_standard_devia
     assert rows["decoder_depth=8", "MAE training loss"]["mean"] == 1
     report = Path("out/compare.md").read_text()
     assert f"| decoder_depth=8 | +7.00 ({row['low']:+.2f} to {row['high']:+.2f}): {row['verdict']} |" in report
-    assert "fine-tuned: best is decoder_depth=8; all others are told from it." in report
+    assert "fine-tuned: decoder_depth=8 has the best mean; all others are shown to be worse." in report
     assert report.index("| decoder_depth=8 | 57.00") < report.index("| decoder_depth=2 | 50.00")  # the best comes first
     lower = compared(baseline=["decoder_depth=8"])["decoder_depth=2", "fine-tuned"]
     assert lower["verdict"].startswith("lower")
@@ -81,7 +81,9 @@ def test_what_cannot_be_told_from_the_best_is_named_and_what_more_seeds_would_de
         for strategy, mean, i in (("block", 0.6, seed), ("grid", 0.4, 1 + seed % 3), ("random", 0.599, 4 - seed)):
             make_pair(seed, mean + NOISE[i] / 9, mask_strategy=strategy)
     rows = compared(margin=["9"], baseline=["mask_strategy=random"])
-    assert "best is mask_strategy=block; not told from it: mask_strategy=random." in capsys.readouterr().out
+    assert (
+        "mask_strategy=block has the best mean; not shown to be worse: mask_strategy=random." in capsys.readouterr().out
+    )
     assert rows["mask_strategy=block", "fine-tuned"]["verdict"].endswith("equivalent within 9")
     assert not any("equivalent" in row["verdict"] for (_, measure), row in rows.items() if measure == "test loss")
     assert "3 seeds can show a difference of" in Path("out/compare.md").read_text()
@@ -109,7 +111,7 @@ def test_what_cannot_be_compared_is_told_apart(capsys):
     assert f"Not compared: {running}: not finished, 1 of 2 epochs." in said
     # seed 4 is nan, and of seed 5 the MAE alone is finished
     assert "dataset=shapes test_set=cd decoder_depth=2: fine-tuned of 3 of 5 seeds." in said
-    assert "best is dataset=shapes test_set=cd decoder_depth=2" in said  # of those on the same images
+    assert "dataset=shapes test_set=cd decoder_depth=2 has the best mean" in said  # of those on the same images
 
 
 @pytest.mark.slow
