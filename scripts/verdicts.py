@@ -15,6 +15,8 @@ from scipy import special
 
 from scripts.chance import critical
 
+SLOPE = ("slope", "x")
+
 
 class Model(NamedTuple):
     y: np.ndarray  # (values,)
@@ -159,18 +161,19 @@ def judge(values, baseline, margin=None):
     return Verdicts(table, model.sd, model.degrees, note)
 
 
-def pairs(values, pairs):
-    """contrasts() of one minus other, for each (one, other), after columns with both."""
-    grid, names = read(values, [name for pair in pairs for name in pair])
-    found = contrasts(grid, names, fit(grid), [{one: 1, other: -1} for one, other in pairs])
+def pairs(values, pairs, x=None):
+    """contrasts() of one minus other, for each (one, other), after columns with both.
+
+    With x, {setting: number}, the last row, SLOPE, is the slope over it, judged together with the pairs; per doubling
+    of a depth where x is its log2.
+    """
+    rows = [{one: 1, other: -1} for one, other in pairs]
+    if x:
+        steps = pd.Series(x, dtype=float) - pd.Series(x, dtype=float).mean()
+        rows, pairs = [*rows, dict(steps / max(steps @ steps, 1e-99))], [*pairs, SLOPE]
+    grid, names = read(values, [name for row in rows for name in row])
+    found = contrasts(grid, names, fit(grid), rows)
     return pd.DataFrame({"one": [one for one, _ in pairs], "other": [other for _, other in pairs]} | found)
-
-
-def trend(values, x):
-    """contrasts() of the slope over {setting: x}; per doubling of a depth where x is its log2."""
-    grid, names = read(values, x)
-    steps = pd.Series(x, dtype=float) - pd.Series(x, dtype=float).mean()
-    return pd.DataFrame(contrasts(grid, names, fit(grid), [steps / max(steps @ steps, 1e-99)])).iloc[0]
 
 
 def spread(values, digits=2):

@@ -106,7 +106,7 @@ def test_findings_and_tables_say_what_the_runs_hold():
     text = write_report()
     for said in (
         "higher final accuracy: **holds**: higher by 29",
-        "in accuracy: **reversed**: lower by 5",
+        "In the first epoch it is ahead in accuracy: **reversed**: lower by 5",
         "the training loss is higher: **holds**: higher by 2.",
         "8 > 4 **holds**: higher by 1.",
         "4 > 2 **holds**: higher by",

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from scripts.chance import critical, detectable, power_of, seeds_needed, variance_parts
-from scripts.verdicts import contrasts, fit, judge, pairs, spread, trend
+from scripts.verdicts import contrasts, fit, judge, pairs, spread
 
 pytestmark = pytest.mark.filterwarnings("error")
 draws = pytest.mark.parametrize("draws", [300, pytest.param(2000, marks=pytest.mark.slow)])
@@ -270,11 +270,19 @@ def test_pairs_count_common_seeds_or_those_of_the_smaller_setting():
 
 def test_the_trend_over_depths_is_the_mean_slope_with_the_pooled_noise():
     log2 = {"depth 2": 1, "random": 2, "depth 8": 3}
-    found = trend(table(KEPT), log2)
+    found = pairs(table(KEPT), [], log2).iloc[0]
     slopes = [np.polyfit([1, 2, 3], [KEPT[name][seed] for name in log2], 1)[0] for seed in range(3)]
     sd = judge(table(KEPT), "random").sd
     assert found["difference"] == pytest.approx(np.mean(slopes))
     assert half(found) == pytest.approx(stats.t.isf(0.025, 14) * sd / math.sqrt(3 * 2))
+
+
+def test_a_trend_is_judged_together_with_the_pairs():
+    depths, two = {"depth 2": 1, "random": 2, "depth 8": 3}, [("block", "grid"), ("depth 8", "random")]
+    alone, both = pairs(table(KEPT), two), pairs(table(KEPT), two, depths)
+    assert (half(both, "_all")[:2] > half(alone, "_all")).all()
+    assert half(both, "_all")[2] > 1.1 * half(pairs(table(KEPT), [], depths), "_all")[0]
+    assert list(half(both)[:2]) == pytest.approx(list(half(alone)))
 
 
 @pytest.mark.parametrize(
@@ -414,7 +422,7 @@ def test_one_setting_has_no_differences():
         (lambda: judge(table({}), "random"), "random"),
         (lambda: pairs(table(KEPT), [("block", "shuffled")]), "shuffled"),
         (lambda: pairs(table(KEPT), [("block", "block")]), "two settings"),
-        (lambda: trend(table(KEPT), {"block": 1, "grid": 1}), "two values"),
+        (lambda: pairs(table(KEPT), [], {"block": 1, "grid": 1}), "two values"),
         (lambda: judge(pd.concat([table(KEPT)] * 2), "random"), "twice"),
         (lambda: judge(table(KEPT | {"block": [math.inf]}), "random"), "infinite"),
     ],
