@@ -108,7 +108,7 @@ def draw_reconstructions(model, images, names, args):
     strategies, ratios = args.mask_strategy or [trained.mask_strategy], args.mask_ratio or [trained.mask_ratio]
     settings = list(itertools.product(strategies, ratios))
     rows = 2 * len(settings) + 1
-    figure, axes = plt.subplots(rows, len(images), figsize=(1.3 * len(images) + 1, 1.3 * rows + 0.6), squeeze=False)
+    figure, axes = figures.rows_of(rows, len(images))
     for i, (strategy, ratio) in enumerate(settings):
         model.shuffle = PatchShuffle(trained.grid_size, ratio, strategy)
         ids_shuffle = model.shuffle(len(images), generator("cpu", args.seed, "masks"))
@@ -153,9 +153,7 @@ def draw_attention(model, images, names, args):
     maps = maps / maps.amax((2, 3), keepdim=True)  # so that show draws each from black to white
     labels = ["mean of heads", *(f"head {i + 1}" for i in range(maps.shape[1] - 1))]
     rows = {"image": images} | dict(zip(labels, maps.unbind(1), strict=True))
-    figure, axes = plt.subplots(
-        len(rows), len(images), figsize=(1.3 * len(images) + 1, 1.3 * len(rows) + 0.6), squeeze=False
-    )
+    figure, axes = figures.rows_of(len(rows), len(images))
     draw_rows(axes, rows, names, fontsize=10)
     untrained = ", which this classifier does not use" if getattr(model, "pool", "") == "mean" else ""
     draw_title(figure, f"Where the cls token{untrained} looks in block {block} of {depth}; white: most")

@@ -70,6 +70,11 @@ def draw_rows(axes, rows, names=(), fontsize=11):
             show(place, image)
 
 
+def rows_of(rows, columns):
+    """A figure for so many rows and columns of images, wide enough for its title, and axes (rows, columns)."""
+    return plt.subplots(rows, columns, figsize=(max(1.3 * columns + 1, 5), 1.3 * rows + 0.6), squeeze=False)
+
+
 def grid_of(count, height):
     """A figure with a row of up to 8 axes after the other, each row of this height in inches, and `count` axes."""
     columns = min(8, count)
@@ -117,7 +122,7 @@ def draw_most_likely(images, names, classes, probabilities, count=3):
         images: (B, C, H, W) uint8; names: B file names; probabilities: (B, C).
     """
     likely = probabilities.topk(min(count, len(classes)), dim=1)
-    (figure, axes), classes = grid_of(len(images), 2.3), drawable(classes)
+    (figure, axes), classes = grid_of(len(images), 2.45), drawable(classes)
     for place, image, name, sure, guesses in zip(axes, images, names, *likely, strict=True):
         show(place, image)
         place.set_title(short(name), fontsize=9, pad=3, parse_math=False)
