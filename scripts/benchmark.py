@@ -170,6 +170,7 @@ PATHS = {
     "ours": OURS,
     "ours_compiled": OURS._replace(flags="--compile"),
     "ours_per_core": OURS._replace(a_process_a_core=True),
+    "ours_muon": OURS._replace(flags="--optimizer muon"),
     "ours_half_decoder": OURS._replace(flags="--no-compile --decoder_embed_dim 96"),
     "ours_float32": OURS._replace(flags=FLOAT32),
     "ours_float32_per_core": OURS._replace(flags=FLOAT32, a_process_a_core=True),
@@ -266,13 +267,15 @@ def parse_args(argv=None):
     """The arguments, among them flags of the training scripts, which refuse bad ones here."""
     text = "Other flags are of the paths' training scripts, such as --batch_size (default: 64; on CUDA up to 4096)."
     parser = utils.Parser(description=__doc__.split("\n")[0], epilog=text)
-    parser.add_argument("--paths", nargs="+", choices=[*PATHS], default=[*PATHS], help="what to compare")
-    parser.add_argument("--turn", choices=[*PATHS], help="take steps of this path, in this process, and print JSON")
+    text = f"what to compare, of {', '.join(PATHS)}; default: all"
+    parser.add_argument("--paths", nargs="+", choices=[*PATHS], metavar="PATH", help=text)
+    text = "take steps of this path, in this process, and print JSON"
+    parser.add_argument("--turn", choices=[*PATHS], metavar="PATH", help=text)
     parser.add_argument("--seconds", type=float, default=60, help="seconds for each path")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--output", type=Path, default=Path("logs/benchmark"), help="directory for CSV and JSON")
     args, flags = parser.parse_known_args(argv)
-    args.flags = [*flags, "--device", args.device]
+    args.flags, args.paths = [*flags, "--device", args.device], args.paths or [*PATHS]
     for path in [args.turn] if args.turn else args.paths:
         PATHS[path].script[0](args.flags)
     return args

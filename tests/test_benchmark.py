@@ -48,14 +48,13 @@ def test_the_cost_counts_the_matrix_products_of_a_step(width):
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_a_path_takes_steps_that_train_and_tells_what_they_cost(path, monkeypatch):
     pytest.importorskip(PATHS[path].needs)
-    models, optimizer = [], torch.optim.AdamW
+    models, made = [], torch.optim.AdamW.__init__
 
-    def noting(parameters, **options):
-        made = optimizer(parameters, **options)
-        models.append([(p, p.detach().clone()) for group in made.param_groups for p in group["params"]])
-        return made
+    def noting(optimizer, *arguments, **options):  # Muon's, too
+        made(optimizer, *arguments, **options)
+        models.append([(p, p.detach().clone()) for group in optimizer.param_groups for p in group["params"]])
 
-    monkeypatch.setattr(torch.optim, "AdamW", noting)
+    monkeypatch.setattr(torch.optim.AdamW, "__init__", noting)
     found = take_steps(path, 0, [*PATHS[path].flags.split(), *FLAGS])
     assert len(found["seconds"]) >= 3
     assert min(found["seconds"]) > 0
