@@ -11,9 +11,10 @@ import torch
 
 from engine import figures
 from engine.checkpoints import load_model
-from engine.device import generator, pick_device
+from engine.device import generator
 from engine.errors import UserError
 from engine.figures import NAMES, plt
+from engine.predictions import read_predictions
 from images.load import load_dataset
 from images.pixels import normalize, to_pixels
 from masks import MASK_STRATEGIES
@@ -88,6 +89,22 @@ def draw_by_block(settings, what, runs):
     return (figures.draw_blocks(curves), caption) if all(curves.values()) else None
 
 
+def draw_confusion(runs):
+    """How often each class is taken for which, by the predictions that the first classifier has kept."""
+    path = runs.of(BASE, "classifier")[0].directory / "predictions.csv"
+    if not path.exists():
+        return None
+    labels, predicted = zip(*read_predictions(path), strict=True)
+    classes = sorted({*labels, *predicted})
+    if len(classes) > MOST_CLASSES:
+        return None
+    share = 100 * pd.crosstab(pd.Series(labels), pd.Series(predicted), normalize="index")  # % of each class
+    share = share.reindex(index=classes, columns=classes, fill_value=0)
+    names = [f"{name} ({share.loc[name, name]:.0f} %)" for name in classes]
+    caption = f"Predictions in % of each class (per-class accuracy at the left), pretrained, {runs.whose}."
+    return figures.draw_matrix(share.to_numpy(), names, classes, "prediction", "class"), caption
+
+
 FIGURES = {  # name: (function, its first arguments)
     "figure02": (draw_metric, {"random, depth 4": BASE}, "mae", "train/loss", "MAE {}."),
     "figure04": (draw_metric, PRETRAINING, "classifier", "train/loss", "Classifier {}, with and without pretraining."),
@@ -98,19 +115,11 @@ FIGURES = {  # name: (function, its first arguments)
     "figure10": (draw_metric, MASKS, "classifier", None, "Classifier {} by mask strategy."),
     "blocks_by_depth": (draw_by_block, DEPTHS, "decoder depth"),
     "blocks_by_mask": (draw_by_block, MASKS, "mask strategy"),
+    "confusion": (draw_confusion,),
 }
 
 
 # --- from models and images ---
-
-
-@torch.no_grad()
-def answers(shown):
-    """What the pretrained classifier says of each test image: confidence (N,) and class, (N,) int64."""
-    device = pick_device("auto")
-    model = shown.model(BASE, "classifier", ViT_Classifier).to(device)
-    parts = [model(normalize(part.to(device))).softmax(1).cpu() for part in shown.test.images.split(500)]
-    return torch.cat(parts).max(1)
 
 
 def draw_reconstructions(settings, caption, shown):
@@ -129,32 +138,19 @@ def draw_reconstructions(settings, caption, shown):
     return figure, f"{caption}, {shown.whose}.{borrowed}"
 
 
+@torch.no_grad()
 def draw_answers(shown):
-    confidence, predicted = answers(shown)
-    places, test = shown.chosen[:32], shown.test
-    figure = figures.draw_predictions(
-        test.images[places], test.classes, test.labels[places], predicted[places], confidence[places]
-    )
+    test = shown.test.where(shown.chosen[:32])
+    said = shown.model(BASE, "classifier", ViT_Classifier)(normalize(test.images)).softmax(1)
+    confidence, predicted = said.max(1)
+    figure = figures.draw_predictions(test.images, test.classes, test.labels, predicted, confidence)
     return figure, f"Predictions on random test images, {shown.whose}."
-
-
-def draw_confusion(shown):
-    """How often each class is taken for which."""
-    labels, classes, predicted = shown.test.labels, shown.test.classes, answers(shown)[1]
-    if (count := len(classes)) > MOST_CLASSES:
-        return None
-    confusion = torch.bincount(labels * count + predicted, minlength=count**2).view(count, count)
-    share = 100 * confusion / confusion.sum(1, keepdim=True).clamp(min=1)  # % of each class
-    names = [f"{name} ({share[i, i]:.0f} %)" for i, name in enumerate(classes)]
-    caption = f"Predictions in % of each class (per-class accuracy at the left), pretrained, {shown.whose}."
-    return figures.draw_matrix(share, names, classes, "prediction", "class"), caption
 
 
 PICTURES = {  # the same, of models and images
     "figure03": (draw_reconstructions, {"reconstruction": BASE}, "Masked input, reconstruction, original"),
     "figure06": (draw_answers,),
     "figure11": (draw_reconstructions, MASKS, "Reconstructions of the same images by the MAE of each mask strategy"),
-    "confusion": (draw_confusion,),
     "reconstructions_by_depth": (
         *(draw_reconstructions, DEPTHS),
         "Reconstructions of the same images under the same masks by decoder depth",
@@ -196,9 +192,9 @@ def draw_all(runs, output, kept):
             if found := draw(*arguments, figures_of):
                 figures.save(found[0], output / f"{name}.png")
                 captions[name] = found[1]
+    kept = {name: caption for name, caption in kept.items() if name in PICTURES or name == "confusion"}
+    captions = kept | captions
     if not shown:
-        kept = {name: caption for name, caption in kept.items() if name in PICTURES}
         missing = ", ".join(name for name in PICTURES if name not in kept)
         print(f"Not drawn: {reason}. Kept: {', '.join(kept) or 'none'}. Not in the report: {missing or 'none'}")
-        captions |= kept
     return dict(sorted(captions.items(), key=lambda item: (not item[0].startswith("figure"), item[0])))
