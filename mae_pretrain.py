@@ -50,10 +50,11 @@ PRESETS = {
         "total_epoch": 2000,
         "batch_size": 4096,
         "base_learning_rate": 1.5e-4,
+        "optimizer": "adamw",
         "augment": "none",
         **MODEL_FLAGS,
     },
-    "features": {"norm_pix_loss": True},  # better features: logs/report/RESULTS.md
+    "features": {"optimizer": "muon"},  # better features: logs/report/RESULTS.md
 }
 
 
