@@ -61,6 +61,26 @@ def to_timm(model):
 # --- transformers ---
 
 
+def in_hf_names(timm_state, prefix):
+    """A state dict of timm under transformers' names, q, k and v apart."""
+    state = {}
+    for name, tensor in timm_state.items():
+        module, _, kind = name.rpartition(".")  # weight or bias
+        if module.startswith("blocks."):
+            _, block, part = module.split(".", 2)
+            layer = f"{prefix}encoder.layer.{block}"
+            if part == "attn.qkv":
+                for which, third in zip(HF_QKV, tensor.chunk(3), strict=True):
+                    state[f"{layer}.attention.attention.{which}.{kind}"] = third.contiguous()
+            else:
+                state[f"{layer}.{HF_BLOCK[part]}.{kind}"] = tensor
+        elif module == "head":
+            state[f"classifier.{kind}"] = tensor
+        else:
+            state[prefix + (f"{HF[module]}.{kind}" if module else HF[name])] = tensor
+    return state
+
+
 def to_hf(model, classes, norm_eps):
     """The encoder for transformers' ViTModel, or the classifier for its ViTForImageClassification.
 
@@ -77,21 +97,6 @@ def to_hf(model, classes, norm_eps):
     model_args, timm_state = to_timm(model)
     if "global_pool" in model_args:
         raise UserError("ViTForImageClassification of transformers cannot pool the mean of the patches; use --to timm.")
-    prefix, state = "vit." if classes else "", {}
-    for name, tensor in timm_state.items():
-        module, _, kind = name.rpartition(".")  # weight or bias
-        if module.startswith("blocks."):
-            _, block, part = module.split(".", 2)
-            layer = f"{prefix}encoder.layer.{block}"
-            if part == "attn.qkv":
-                for which, third in zip(HF_QKV, tensor.chunk(3), strict=True):
-                    state[f"{layer}.attention.attention.{which}.{kind}"] = third.contiguous()
-            else:
-                state[f"{layer}.{HF_BLOCK[part]}.{kind}"] = tensor
-        elif module == "head":
-            state[f"classifier.{kind}"] = tensor
-        else:
-            state[prefix + (f"{HF[module]}.{kind}" if module else HF[name])] = tensor
     config = {
         "model_type": "vit",
         "architectures": ["ViTForImageClassification" if classes else "ViTModel"],
@@ -107,7 +112,7 @@ def to_hf(model, classes, norm_eps):
         "qkv_bias": model_args["qkv_bias"],
         "id2label": dict(enumerate(classes or [])),
     }
-    return config, state
+    return config, in_hf_names(timm_state, "vit." if classes else "")
 
 
 def write_hf(config, state, directory):
