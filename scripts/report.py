@@ -7,7 +7,6 @@ Of kept CSV and JSON alone it draws tables and curves; the pictures that need a 
 """
 
 import itertools
-import math
 import re
 import shutil
 from pathlib import Path
@@ -19,7 +18,7 @@ from engine.errors import UserError, as_user_error, exit_in_one_line
 from engine.records import find_runs
 from scripts import verdicts
 from scripts.compare import COSTS, cost_table, difference_text, long_table, mean_table
-from scripts.report_figures import BASE, DEPTHS, MASKS, SCRATCH, SETTINGS, Runs, draw_all
+from scripts.report_figures import BASE, CELLS, DEPTHS, MASKS, SCRATCH, SETTINGS, Runs, draw_all
 from scripts.results import MEASURES, Measure, common_accuracy, markdown_table, origins, table_of
 from scripts.settings import entries_of, what_varies, without_doubles
 
@@ -30,13 +29,42 @@ EARLY = {f"early {name}": Measure(f"early/{name}", "classifier", name == "acc") 
 # The course report's accuracies in %, one seed each: means of batch means
 SOURCE = {"depth 2, random": "79.61", "depth 4, random": "79.76", "depth 8, random": "81.03"}
 SOURCE |= {"depth 4, block": "82.80", "depth 4, grid": "80.24"}
-NAMES = {**MASKS, **{label.removeprefix("depth "): setting for label, setting in DEPTHS.items()}}
-LOG2 = {setting: math.log2(int(label.removeprefix("depth "))) for label, setting in DEPTHS.items()}
-DEEPER, MASKED = ("8 > 4", "4 > 2"), ("block > grid", "grid > random")
-OF_THE_PAPER = {  # about masks, too
-    "random > blockwise": "as in the paper",
-    "block > blockwise": "the report's block against the paper's",
-    "shifted_grid > grid": "a lattice that trains all position embeddings against one that does not",
+
+
+def deeper(settings):
+    """The contrasts by which a deeper decoder is better, of {"depth 2": setting, ...}."""
+    two, four, eight = settings.values()
+    doubling = verdicts.slope({two: 1, four: 2, eight: 3})
+    return {"8 > 4": verdicts.minus(eight, four), "4 > 2": verdicts.minus(four, two), "for each doubling": doubling}
+
+
+def masked(*claims):
+    """The contrasts of claims such as "block > grid"."""
+    return {claim: verdicts.minus(*(MASKS[strategy] for strategy in claim.split(" > "))) for claim in claims}
+
+
+def more_with_cells():
+    """The contrast of a doubling with masks in cells against one with random masks."""
+    random, cells = (deeper(settings)["for each doubling"] for settings in (DEPTHS, CELLS))
+    return cells | {setting: -weight for setting, weight in random.items()}
+
+
+PRETRAINED = "Pretraining gives a higher final accuracy"
+CLAIMS = {  # {text: {words: contrast}}: a claim holds where its contrast {setting: weight} is above 0
+    PRETRAINED: {"": verdicts.minus(BASE, SCRATCH)},
+    "A deeper decoder gives a better encoder, 8 > 4 > 2": deeper(DEPTHS),
+    "block > grid > random": masked("block > grid", "grid > random"),
+}
+OF_PAPERS = {  # about masks, too
+    "random > blockwise, as in the MAE paper": masked("random > blockwise"),
+    "block > blockwise, the report's block against the paper's": masked("block > blockwise"),
+    "shifted_grid > grid, a lattice that trains all position embeddings against one that does not": masked(
+        "shifted_grid > grid"
+    ),
+    "noise > random, as ColorMAE finds": masked("noise > random"),
+    "cells > random, as Pixio masks": masked("cells > random"),
+    "A deeper decoder gives a better encoder also with masks in cells, as in Pixio": deeper(CELLS),
+    "A doubling of the depth gains more with masks in cells than with random ones": {"": more_with_cells()},
 }
 
 
@@ -105,22 +133,22 @@ def accuracy_table(found, settings):
     return markdown_table(cells.loc[list(labels)].rename(labels))
 
 
-def judged_pairs(found, pairs, x=None):
-    """{(measure, one, other): a row of verdicts.pairs}, judged together for each measure; where all have it."""
+def judge_claims(found, claims):
+    """{(measure, claim): a row of verdicts.judge_together} of {claim: contrast}; those of a measure hold together."""
     judged = {}
     for measure, values in found[found.measure.isin(COMPARED)].groupby("measure", sort=False):
-        there = [pair for pair in pairs if set(pair) <= set(values.setting)]
-        slope = x if x and set(x) <= set(values.setting) else None
-        for row in verdicts.pairs(values, there, slope).itertuples() if there else ():
-            judged[measure, row.one, row.other] = row
+        there = {claim: contrast for claim, contrast in claims.items() if set(contrast) <= set(values.setting)}
+        if there:
+            rows = verdicts.judge_together(values, list(there.values())).itertuples()
+            judged |= {(measure, claim): row for claim, row in zip(there, rows, strict=True)}
     return judged
 
 
 def difference_table(found, pairs):
     """A row a pair: the difference in each measure, its interval and a verdict; no table without any."""
-    rows = {}
-    for (measure, *pair), row in judged_pairs(found, pairs).items():
-        rows.setdefault("{} minus {}".format(*pair), {})[measure] = difference_text(row, measure)
+    claims, rows = {f"{one} minus {other}": verdicts.minus(one, other) for one, other in pairs}, {}
+    for (measure, claim), row in judge_claims(found, claims).items():
+        rows.setdefault(claim, {})[measure] = difference_text(row, measure)
     return markdown_table(pd.DataFrame.from_dict(rows, orient="index").fillna("")) if rows else ""
 
 
@@ -128,7 +156,7 @@ def difference_table(found, pairs):
 
 
 def said(row):
-    """What the data say of a claim that a difference is above 0: a few words."""
+    """What the data say of a claim that a contrast is above 0: a few words."""
     if row is None or not row.low_all < row.high_all:
         return f"**{'no runs' if row is None else row.verdict}**"
     if row.low_all <= 0 <= row.high_all:
@@ -138,39 +166,39 @@ def said(row):
 
 def findings(found):
     """The course report's three findings and its explanation, each with what these runs say of it, by each measure."""
-    pairs = {claim: tuple(map(NAMES.get, claim.split(" > "))) for claim in (*DEEPER, *MASKED, *OF_THE_PAPER)}
-    judged = judged_pairs(found, [(BASE, SCRATCH), *pairs.values()], LOG2)
-    values = dict(list(found.groupby("measure")))
+    texts = CLAIMS | OF_PAPERS
+    contrasts = {(text, words): contrast for text, some in texts.items() for words, contrast in some.items()}
+    judged, values = judge_claims(found, contrasts), dict(list(found.groupby("measure")))
     epochs = int(values["early epochs"].value.max())
     when = f"In the first {epochs} epochs (their mean)" if epochs > 1 else "In the first epoch"
 
-    def lines(claims, slope=False):
-        text = ""
+    def lines(text):
+        told = f"{text}:"
         for measure in (measure for measure in COMPARED if measure in values):
-            words = {claim: said(judged.get((measure, *pairs[claim]))) for claim in claims}
-            words = [f"{claim} {word}" if len(claims) > 1 else word for claim, word in words.items()]
-            if slope and (doubling := judged.get((measure, *verdicts.SLOPE))):
-                words += [f"for each doubling {said(doubling)}"]
-            text += f"\n   - {measure}: {'; '.join(words)}."
-        return text
+            claims = {words: said(judged.get((measure, (text, words)))) for words in texts[text]}
+            claims = [f"{words} {verdict}" if len(claims) > 1 else verdict for words, verdict in claims.items()]
+            told += f"\n   - {measure}: {'; '.join(claims)}."
+        return told
 
     def early(measure, one, other):
-        known = {one, other} <= set(values[measure].setting)
-        return said(next(verdicts.pairs(values[measure], [(one, other)]).itertuples()) if known else None)
+        known, contrast = {one, other} <= set(values[measure].setting), verdicts.minus(one, other)
+        return said(next(verdicts.judge_together(values[measure], [contrast]).itertuples()) if known else None)
 
-    paper = "".join(f"- {claim}, {what}:{lines([claim])}\n" for claim, what in OF_THE_PAPER.items())
+    _, depth, masks = CLAIMS
+    papers = "\n".join(f"- {lines(text)}" for text in OF_PAPERS)
     return f"""\
-1. Pretraining gives a higher final accuracy: {said(judged.get(("fine-tuned", BASE, SCRATCH)))}. {when} it is \
+1. {PRETRAINED}: {said(judged.get(("fine-tuned", (PRETRAINED, ""))))}. {when} it is \
 ahead in accuracy: {early("early acc", BASE, SCRATCH)}; and without it the training loss is higher: \
 {early("early loss", SCRATCH, BASE)}.
-2. A deeper decoder gives a better encoder, 8 > 4 > 2:{lines(DEEPER, slope=True)}
-3. block > grid > random:{lines(MASKED)}
+2. {lines(depth)}
+3. {lines(masks)}
 
 The MAE paper finds random masks best. The course report explains its other order by its masks, which it says are not \
-the paper's. Its grid, one of each 2 x 2, is the paper's; its block is not, but blockwise is \
-near it (before commit 1a24224 with fewer and larger blocks than the paper's):
+the paper's. Its grid, one of each 2 x 2, is the paper's; its block is not, but blockwise is. Pixio and ColorMAE have \
+other masks, and Pixio a deeper decoder:
 
-{paper}
+{papers}
+
 Differences in points of accuracy (of the loss: in its unit), in brackets their 95 % interval; the intervals of all \
 claims hold together, for each measure. A claim holds where the interval lies above 0 and is reversed where it lies \
 below; else the difference is within so many points, in either direction. Intervals are over seeds, not other test sets.
@@ -201,11 +229,11 @@ the words after it stand on wider intervals, which hold for all differences of t
 def write_report(runs, notes, output, captions):
     """REPORT.md, with the figures under their captions."""
     found = long_table(runs.table, runs.entries, COMPARED | AS_REPORTED | EARLY)
-    masks = [(one, other) for other, one in itertools.combinations(MASKS.values(), 2)]
     sections = {  # labels of settings; pairs to compare
         "Pretraining": ({"with pretraining": BASE, SCRATCH: SCRATCH}, [(BASE, SCRATCH)]),
         "Table 1: decoder depth": (DEPTHS, [*itertools.combinations([*DEPTHS.values()][::-1], 2)]),
-        "Table 2: mask strategy": (MASKS, masks),
+        "Table 2: mask strategy": (MASKS, [(setting, BASE) for setting in MASKS.values() if setting != BASE]),
+        "Decoder depth with masks in cells": (CELLS, [*itertools.combinations([*CELLS.values()][::-1], 2)]),
     }
     order = [setting for setting in SETTINGS if setting in set(runs.entries.setting)]
     costs = mean_table(found)[["fine-tuned"]].join(cost_table(runs.table, runs.records, runs.entries)).loc[order]

@@ -26,7 +26,8 @@ BASE = "depth 4, random"
 PRETRAINING = {"with pretraining": BASE, "from scratch": SCRATCH}
 DEPTHS = {f"depth {depth}": f"depth {depth}, random" for depth in (2, 4, 8)}
 MASKS = {strategy: f"depth 4, {strategy}" for strategy in MASK_STRATEGIES}
-SETTINGS = list(dict.fromkeys([SCRATCH, *DEPTHS.values(), *MASKS.values()]))
+CELLS = {label: f"{label}, cells" for label in DEPTHS}
+SETTINGS = list(dict.fromkeys([SCRATCH, *DEPTHS.values(), *MASKS.values(), *CELLS.values()]))
 MOST_CLASSES = 20  # with more, a table of all pairs of classes cannot be read
 
 

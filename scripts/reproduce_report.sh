@@ -13,8 +13,8 @@ if [ -n "${QUICK:-}" ]; then
   flags+=(--finetune "$recipe --train_images 1000")
 fi
 sweep() { .venv/bin/python -m scripts.sweep "${flags[@]}" --log_dir "${LOGS:=logs/ablation}" "$@"; }
-sweep --decoder_depth 4 --mask_strategy random block grid shifted_grid blockwise --scratch "$@"
-sweep --decoder_depth 2 8 --mask_strategy random "$@"
+sweep --decoder_depth 4 --mask_strategy all --scratch "$@"
+sweep --decoder_depth 2 8 --mask_strategy random cells "$@"
 if [[ " $* " != *" --list "* ]]; then
   .venv/bin/python -m scripts.report "$LOGS" --output "${REPORT:-logs/report}"
 fi

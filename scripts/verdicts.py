@@ -15,8 +15,6 @@ from scipy import special
 
 from scripts.chance import critical
 
-SLOPE = ("slope", "x")
-
 
 class Model(NamedTuple):
     y: np.ndarray  # (values,)
@@ -161,19 +159,21 @@ def judge(values, baseline, margin=None):
     return Verdicts(table, model.sd, model.degrees, note)
 
 
-def pairs(values, pairs, x=None):
-    """contrasts() of one minus other, for each (one, other), after columns with both.
+def minus(one, other):
+    """The contrast {setting: weight} of one setting's mean less another's."""
+    return {one: 1, other: -1} if one != other else {}
 
-    With x, {setting: number}, the last row, SLOPE, is the slope over it, judged together with the pairs; per doubling
-    of a depth where x is its log2.
-    """
-    rows = [{one: 1, other: -1} for one, other in pairs]
-    if x:
-        steps = pd.Series(x, dtype=float) - pd.Series(x, dtype=float).mean()
-        rows, pairs = [*rows, dict(steps / max(steps @ steps, 1e-99))], [*pairs, SLOPE]
+
+def slope(x):
+    """The contrast {setting: weight} that is the slope over x, {setting: number}; per doubling where x is a log2."""
+    steps = pd.Series(x, dtype=float) - pd.Series(x, dtype=float).mean()
+    return dict(steps / max(steps @ steps, 1e-99))
+
+
+def judge_together(values, rows):
+    """contrasts() of several {setting: weight}, such as minus(one, other): a row of a table for each."""
     grid, names = read(values, [name for row in rows for name in row])
-    found = contrasts(grid, names, fit(grid), rows)
-    return pd.DataFrame({"one": [one for one, _ in pairs], "other": [other for _, other in pairs]} | found)
+    return pd.DataFrame(contrasts(grid, names, fit(grid), rows))
 
 
 def spread(values, digits=2):

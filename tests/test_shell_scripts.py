@@ -82,11 +82,11 @@ def test_the_report_is_of_both_ablations_and_the_classifiers_from_scratch(enviro
             (one["--decoder_depth"], one["--mask_strategy"], one["--seed"], args.scratch) for one in args.settings
         ]
     seeds = ("1", "2") if quick else ("42", "43", "44")
-    strategies = ("random", "block", "grid", "shifted_grid", "blockwise")
-    expected = [("4", name, seed, True) for seed in seeds for name in strategies]
-    assert tried == expected + [(depth, "random", seed, False) for seed in seeds for depth in ("2", "8")]
+    deeper = [(depth, name) for depth in ("2", "8") for name in ("random", "cells")]
+    expected = [("4", name, seed, True) for seed in seeds for name in MASK_STRATEGIES]
+    assert tried == expected + [(*what, seed, False) for seed in seeds for what in deeper]
     assert len(calls_of("reproduce_report.sh", checkout, "--list", **environment)) == 2
-    assert len(set(capsys.readouterr().out.splitlines())) == len(seeds) * (1 + len(strategies) + 2)
+    assert len(set(capsys.readouterr().out.splitlines())) == len(seeds) * (1 + len(MASK_STRATEGIES) + len(deeper))
 
 
 def test_the_quickstart_asks_for_flags_that_exist(checkout):
