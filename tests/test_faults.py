@@ -45,12 +45,10 @@ OFFICIAL = "--preset official --encoder_depth 2 --drop_path 0.5 --clip_grad 1"  
 RUNS = [
     (MAE, "--precision float32"),
     (MAE, "--precision bf16 --max_device_batch_size 4"),
-    (MAE, "--precision fp16 --max_device_batch_size 4"),
-    (MAE, "--mask_strategy blockwise --max_device_batch_size 3 --augment shift"),
-    (CLS, "--precision float32 --max_device_batch_size 4 --augment shift"),
+    (MAE, "--precision fp16 --mask_strategy blockwise --max_device_batch_size 3 --augment shift"),
     (CLS, f"--precision bf16 --max_device_batch_size 4 {OFFICIAL}"),
     (CLS, f"--optimizer muon --precision fp16 --max_device_batch_size 4 {OFFICIAL}"),
-    (CLS, "--train_images 60 --val_images 20 --total_epoch 8"),
+    (CLS, "--precision float32 --augment shift --train_images 60 --val_images 20 --total_epoch 8"),
 ]
 TIMING = {"seconds", "speed/images_per_sec", "memory/peak_mb"}
 
@@ -366,11 +364,9 @@ VAL = "--train_images 60 --val_images 20"
 @pytest.mark.parametrize(
     ("script", "options"),
     [
-        (MAE, "--augment shift"),
-        (MAE, "--optimizer muon"),
+        (MAE, "--augment shift --optimizer muon"),
         (MAE, "--augment crop --norm_pix_loss --decoder_embed_dim 24 --positions sincos"),
-        (CLS, "--augment shift"),
-        (CLS, VAL),
+        (CLS, f"--augment shift {VAL}"),
         (CLS, OFFICIAL),
     ],
 )
