@@ -38,13 +38,11 @@ COLUMNS = "{encoder:10} {layer:>5} {pool:>5} {knn/acc:8.2%} {linear/acc:8.2%} {l
 def parse_args(argv=None):
     parser = utils.Parser(description=__doc__.split("\n")[0])
     group = parser.add_argument_group("features")
-    group.add_argument(
-        "--model_path", nargs="+", required=True, help="runs or files; MAEs, classifiers, or weights of others"
-    )
+    text = "runs or files; MAEs, classifiers, or weights of others"
+    group.add_argument("--model_path", nargs="+", required=True, help=text)
     group.add_argument("--layers", choices=("last", "all"), default="last", help="after which blocks")
-    group.add_argument(
-        "--pool", nargs="+", choices=POOLS, default=list(POOLS), help="the cls token, the mean of the patches' tokens"
-    )
+    text = "the cls token, the mean of the patches' tokens"
+    group.add_argument("--pool", nargs="+", choices=POOLS, default=list(POOLS), help=text)
     group.add_argument("--untrained", action="store_true", help="measure the same encoder with fresh weights, too")
     text = "of the encoder, where a file from elsewhere does not tell it"
     group.add_argument("--num_heads", type=utils.positive_int, help=text)

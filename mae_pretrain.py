@@ -44,16 +44,9 @@ NAME_WORDS = {
 }  # fmt: skip
 ALWAYS = {"dataset", "decoder_depth", "mask_strategy", "mask_ratio", "total_epoch", "seed"}
 MODEL_FLAGS = {name: value for name, value in utils.defaults(MAE_ViT).items() if name in NAME_WORDS}
-# Recipes for --preset: values of flags by name. What a row leaves out is as in the first.
+# Recipes for --preset: values of flags by name. What a row leaves out is as in the first, or the flag's own default.
 PRESETS = {
-    "reference": {
-        "total_epoch": 2000,
-        "batch_size": 4096,
-        "base_learning_rate": 1.5e-4,
-        "optimizer": "adamw",
-        "augment": "none",
-        **MODEL_FLAGS,
-    },
+    "reference": {"total_epoch": 2000, "batch_size": 4096, "base_learning_rate": 1.5e-4, **MODEL_FLAGS},
     "features": {"optimizer": "muon"},  # better features: logs/report/RESULTS.md
 }
 
@@ -62,35 +55,24 @@ def parse_args(argv=None):
     parser = utils.Parser(description=__doc__.split("\n")[0])
     utils.add_data_arguments(parser)
     group = parser.add_argument_group("model")
-    group.add_argument(
-        "--init_from",
-        help="start from these weights: a run, which also brings its settings but for its epochs, or a file of the "
-        "reference, the official MAE, timm or transformers; the decoder is taken where it fits",
-    )
+    text = "start from these weights: a run, which also brings its settings but for its epochs, or a file of the "
+    text += "reference, the official MAE, timm or transformers; the decoder is taken where it fits"
+    group.add_argument("--init_from", help=text)
     utils.add_size_arguments(group, SIZE)
-    group.add_argument(
-        "--decoder_embed_dim",
-        type=utils.positive_int,
-        help="width of the decoder's tokens; default: embed_dim (MAE paper, table 1b)",
-    )
-    group.add_argument(
-        "--positions", choices=POSITIONS, help="position embeddings: learned, or fixed sines and cosines (appendix A.1)"
-    )
-    group.add_argument(
-        "--norm_pix_loss",
-        action=argparse.BooleanOptionalAction,
-        help="predict each patch's pixels normalised by their mean and variance (MAE paper, table 1d)",
-    )
+    text = "width of the decoder's tokens; default: embed_dim (MAE paper, table 1b)"
+    group.add_argument("--decoder_embed_dim", type=utils.positive_int, help=text)
+    text = "position embeddings: learned, or fixed sines and cosines (appendix A.1)"
+    group.add_argument("--positions", choices=POSITIONS, help=text)
+    text = "predict each patch's pixels normalised by their mean and variance (MAE paper, table 1d)"
+    group.add_argument("--norm_pix_loss", action=argparse.BooleanOptionalAction, help=text)
     group = parser.add_argument_group("masking")
     group.add_argument("--mask_ratio", type=float, help="fraction of patches hidden, in (0, 1)")
     group.add_argument("--mask_strategy", choices=MASK_STRATEGIES, help="which patches are hidden")
     utils.add_optimisation_arguments(parser, WARMUP, DEVICE_BATCH_SIZE)
-    utils.add_run_arguments(parser, log_dir="logs/pretrain").add_argument(
-        "--probe_every",
-        type=utils.non_negative_int,
-        help=f"epochs between probes (k-NN accuracy, reconstruction error of test images); 0: never; default: about "
-        f"{PROBES} probes in a run, fewer where they would take more than {100 * PROBE_SHARE:.0f} %% of its time",
-    )
+    group = utils.add_run_arguments(parser, log_dir="logs/pretrain")
+    text = "epochs between probes (k-NN accuracy, reconstruction error of test images); 0: never; default: about "
+    text += f"{PROBES} probes in a run, fewer where they would take more than {100 * PROBE_SHARE:.0f} %% of its time"
+    group.add_argument("--probe_every", type=utils.non_negative_int, help=text)
     utils.add_presets(parser, PRESETS, argv, inherited(argv))
     return parser.parse_args(argv)
 
@@ -106,12 +88,8 @@ def inherited(argv):
     content = read_weights(given.init_from, MAE_ViT, sizes={"num_heads": given.num_heads})
     found = {**content["settings"], **content["model_args"]}
     found |= {name: content[name] for name in utils.DATA_DEFAULTS if name in content}
-    own = {
-        "total_epoch",
-        "warmup_epoch",
-        "init_from",
-        *((*utils.DATA_DEFAULTS, "train_images") if given.dataset else ()),
-    }
+    own = {"total_epoch", "warmup_epoch", "init_from"}
+    own |= {*utils.DATA_DEFAULTS, "train_images"} if given.dataset else set()
     return {name: found[name] for name in ({"data_dir"} | NAME_WORDS.keys()) & found.keys() - own}
 
 

@@ -39,11 +39,6 @@ def mean_and_std(patches):
     return patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
 
 
-def take(tokens, ids):
-    """Row b of the result holds tokens[b, ids[b]]: (B, N, D) and (B, V) give (B, V, D)."""
-    return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
-
-
 # --- masks ---
 
 
@@ -58,7 +53,7 @@ class PatchShuffle(nn.Module):
 
     >>> shuffle = PatchShuffle(grid_size=2, mask_ratio=0.5, mask_strategy="grid")  # patches 0 1 above 2 3
     >>> ids_shuffle = shuffle(batch_size=1)
-    >>> ids_shuffle  # 0 and 3 are visible; take(patches, ids_shuffle) has the patches in this order
+    >>> ids_shuffle  # 0 and 3 are visible; patches.take_along_dim(ids_shuffle[..., None], 1) has this order
     tensor([[0, 3, 1, 2]])
     >>> ids_restore = ids_shuffle.argsort(dim=1)
     >>> ids_restore, ids_restore >= shuffle.num_visible  # patch 1 is at place 2; the mask
@@ -179,7 +174,7 @@ class MAE_Encoder(nn.Module):
         count = images.shape[0]  # len(images) would be a fixed number in an exported program
         position = self.pos_embedding.transpose(0, 1).expand(count, -1, -1)  # (B, N, D)
         if ids_keep is not None:  # before the embedding, so that hidden patches cost nothing
-            patches, position = take(patches, ids_keep), take(position, ids_keep)  # (B, V, ...)
+            patches, position = (x.take_along_dim(ids_keep[..., None], 1) for x in (patches, position))  # (B, V, ...)
         tokens = F.linear(patches, self.patchify.weight.flatten(1), self.patchify.bias) + position  # as the convolution
         return torch.cat([self.cls_token.expand(count, -1, -1), tokens], dim=1)  # (B, 1 + V, D)
 
@@ -222,7 +217,8 @@ class MAE_Decoder(nn.Module):
         batch_size, num_visible = len(features), features.shape[1] - 1
         hidden = self.mask_token.expand(batch_size, ids_restore.shape[1] - num_visible, -1).to(features.dtype)
         tokens = torch.cat([features[:, 1:], hidden], dim=1)  # (B, N, D), visible ones first
-        tokens = torch.cat([features[:, :1], take(tokens, ids_restore)], dim=1)  # (B, 1 + N, D), in image order
+        tokens = tokens.take_along_dim(ids_restore[..., None], 1)  # in image order
+        tokens = torch.cat([features[:, :1], tokens], dim=1)  # (B, 1 + N, D)
         tokens = self.transformer(tokens + self.pos_embedding.transpose(0, 1))
         return self.head(tokens[:, 1:])  # (B, N, P)
 

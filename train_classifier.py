@@ -32,24 +32,9 @@ from model import MAE_ViT, ViT_Classifier, drop_path_scales
 
 WARMUP = 0.05  # of all epochs
 DEVICE_BATCH_SIZE = {"cuda": 256, "cpu": 128, "mps": 128}  # images at once, on a GPU of the default model
-# Recipes for --preset: values of flags by name. What a row leaves out is as in the first.
+# Recipes for --preset: values of flags by name. What a row leaves out is as in the first, or the flag's own default.
 PRESETS = {
-    "reference": {
-        "total_epoch": 100,
-        "batch_size": 128,
-        "base_learning_rate": 1e-3,
-        "end_rate": 0.0,
-        "augment": "none",
-        "pool": "cls",
-        "head_std": 0.0,
-        "decay_matrices_only": False,
-        "layer_decay": 1.0,
-        "clip_grad": 0.0,
-        "drop_path": 0.0,
-        "label_smoothing": 0.0,
-        "mixup": 0.0,
-        "cutmix": 0.0,
-    },
+    "reference": {"total_epoch": 100, "batch_size": 128, "base_learning_rate": 1e-3},
     "augmented": {"augment": "shift", "pool": "mean"},  # wins in 30 epochs: logs/report/RESULTS.md
     "official": {  # after the official MAE's fine-tuning (He et al. 2021, table 9), for long training
         "augment": "official",
@@ -89,26 +74,29 @@ def parse_args(argv=None):
     text = "a MAE's run or file, weights of the reference, official MAE, timm or transformers; default: from scratch"
     group.add_argument("--pretrained_model_path", help=text)
     utils.add_size_arguments(group, SIZE_WORDS, from_scratch=utils.defaults(ViT_Classifier))
-    group.add_argument("--pool", choices=("cls", "mean"), help="what the head sees: the cls token or the patches' mean")
+    text = "what the head sees: the cls token or the patches' mean"
+    group.add_argument("--pool", choices=("cls", "mean"), default="cls", help=text)
     text = "first weights of the head: standard deviation of a truncated normal, biases 0; 0: PyTorch's own"
-    group.add_argument("--head_std", type=utils.non_negative_float, help=text)
+    group.add_argument("--head_std", type=utils.non_negative_float, default=0.0, help=text)
     group = utils.add_optimisation_arguments(parser, WARMUP, DEVICE_BATCH_SIZE)
     text = "no weight decay on biases, LayerNorms, the cls token and positions; else on every parameter"
-    group.add_argument("--decay_matrices_only", action=argparse.BooleanOptionalAction, help=text)
+    group.add_argument("--decay_matrices_only", action=argparse.BooleanOptionalAction, default=False, help=text)
     text = "a block's learning rate is this times the next one's; the embedding comes first, the head last; 1: off"
-    group.add_argument("--layer_decay", type=utils.fraction, help=text)
+    group.add_argument("--layer_decay", type=utils.fraction, default=1.0, help=text)
     text = "largest norm of all gradients together; 0: off"
-    group.add_argument("--clip_grad", type=utils.non_negative_float, help=text)
+    group.add_argument("--clip_grad", type=utils.non_negative_float, default=0.0, help=text)
     text = "balanced: an image's loss weighs inversely to its class's share of the training images"
     group.add_argument("--class_weights", choices=("none", "balanced"), default="none", help=text)
     group = parser.add_argument_group("regularisation")
     text = "probability that an image skips the last block's attention or its MLP; smaller in earlier blocks"
-    group.add_argument("--drop_path", type=utils.fraction, help=text)
-    group.add_argument("--label_smoothing", type=utils.fraction, help="share of a label spread evenly over all classes")
+    group.add_argument("--drop_path", type=utils.fraction, default=0.0, help=text)
+    text = "share of a label spread evenly over all classes"
+    group.add_argument("--label_smoothing", type=utils.fraction, default=0.0, help=text)
     alpha = "alpha of the Beta distribution of an image's share; 0: off"
-    group.add_argument("--mixup", type=utils.non_negative_float, help=f"mix each image with another; {alpha}")
+    text = f"mix each image with another; {alpha}"
+    group.add_argument("--mixup", type=utils.non_negative_float, default=0.0, help=text)
     text = f"paste a rectangle of another image; {alpha}; both: each step draws one"
-    group.add_argument("--cutmix", type=utils.non_negative_float, help=text)
+    group.add_argument("--cutmix", type=utils.non_negative_float, default=0.0, help=text)
     utils.add_run_arguments(parser, log_dir="logs/classifier")
     utils.add_presets(parser, PRESETS, argv)
     return parser.parse_args(argv)

@@ -8,6 +8,7 @@ import inspect
 import math
 import os
 import re
+import sys
 import tempfile
 from pathlib import Path
 
@@ -47,18 +48,26 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}{''.join(hints)}\n")
 
 
-def positive_int(text):
-    """An argparse type: 1, 2, 3, ..."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)
+def number(kind, low, high, what):
+    """An argparse type: a number of a kind from low to high, in words `what`."""
+
+    def parsed(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+        return value
+
+    return parsed
 
 
-def seed(text):
-    """An argparse type: a whole number that PyTorch takes as a seed."""
-    if not re.fullmatch(r"-?\d+", text, re.ASCII) or not -(2**63) <= int(text) < 2**63:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at most 63 bits")
-    return int(text)
+positive_int = number(int, 1, math.inf, "a positive whole number")
+non_negative_int = number(int, 0, math.inf, "0 or a positive whole number")
+non_negative_float = number(float, 0, sys.float_info.max, "0 or a positive number")
+fraction = number(float, 0, 1, "a number from 0 to 1")
+seed = number(int, -(2**63), 2**63 - 1, "a whole number of at most 63 bits")  # that PyTorch takes
 
 
 def picture_path(text):
@@ -73,32 +82,6 @@ def file_path(text):
     if Path(text).is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is a directory; give the file to write, such as {text}/model.pt")
     return text
-
-
-def non_negative_int(text):
-    """An argparse type: 0, 1, 2, ..."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not 0 or a positive whole number")
-    return int(text)
-
-
-def non_negative_float(text):
-    """An argparse type: 0 or a positive number, finite."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not 0 or a positive number")
-    return value
-
-
-def fraction(text):
-    """An argparse type: a number from 0 to 1."""
-    value = non_negative_float(text)
-    if value > 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
-    return value
 
 
 # --- groups of flags ---
@@ -117,12 +100,9 @@ def add_data_arguments(parser, pretrained=False):
     group.add_argument("--data_dir", default=default["data_dir"], help=text)
     text = "train on this many, drawn by --seed: equally many of each class, or in proportion to its size"
     group.add_argument("--train_images", type=positive_int, help=text)
-    group.add_argument(
-        "--augment",
-        choices=AUGMENTATIONS,
-        help="mirroring, and random shifts by up to 4 pixels (shift) or random resized crops (crop; MAE paper, "
-        "table 1e); official: crops, RandAugment and random erasing (table 9)",
-    )
+    text = "mirroring, and random shifts by up to 4 pixels (shift) or random resized crops (crop; MAE paper, table 1e)"
+    text += "; official: crops, RandAugment and random erasing (table 9)"
+    group.add_argument("--augment", choices=AUGMENTATIONS, default="none", help=text)
     return group
 
 
@@ -156,64 +136,43 @@ def add_optimisation_arguments(parser, warmup, device_batch_size):
     """Args: warmup: its default as a fraction of all epochs; device_batch_size: its default by type of device."""
     group = parser.add_argument_group("optimisation")
     group.add_argument("--total_epoch", type=positive_int, help="epochs")
-    group.add_argument(
-        "--warmup_epoch", type=non_negative_float, help=f"epochs of linear warm-up; default: {warmup:g} x --total_epoch"
-    )
+    text = f"epochs of linear warm-up; default: {warmup:g} x --total_epoch"
+    group.add_argument("--warmup_epoch", type=non_negative_float, help=text)
     group.add_argument("--batch_size", type=positive_int, help="images an update, over all devices")
-    group.add_argument(
-        "--max_device_batch_size",
-        type=positive_int,
-        help=f"images at once on a device, more are accumulated; default: {device_batch_size['cpu']} on a CPU; on a "
-        f"GPU {device_batch_size['cuda']} for the default model, more for smaller ones, 4 times as many with 40 GB",
-    )
-    group.add_argument(
-        "--base_learning_rate", type=non_negative_float, help="peak for a batch of 256; scales with --batch_size"
-    )
+    text = f"images at once on a device, more are accumulated; default: {device_batch_size['cpu']} on a CPU; on a GPU "
+    text += f"{device_batch_size['cuda']} for the default model, more for smaller ones, 4 times as many with 40 GB"
+    group.add_argument("--max_device_batch_size", type=positive_int, help=text)
+    text = "peak for a batch of 256; scales with --batch_size"
+    group.add_argument("--base_learning_rate", type=non_negative_float, help=text)
     text = "learning rate at the end of the cosine; does not scale with --batch_size"
     group.add_argument("--end_rate", type=non_negative_float, default=0.0, help=text)
     group.add_argument("--weight_decay", type=non_negative_float, default=0.05, help="weight decay (AdamW)")
-    group.add_argument(
-        "--optimizer",
-        choices=OPTIMIZERS,
-        default="adamw",
-        help="muon: for the matrices of the transformer blocks, at AdamW's rate and weight decay; AdamW for all else",
-    )
+    text = "muon: for the matrices of the transformer blocks, at AdamW's rate and weight decay; AdamW for all else"
+    group.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help=text)
     return group
 
 
 def add_device_arguments(group, seed_help):
     group.add_argument("--seed", type=seed, default=42, help=seed_help)
-    group.add_argument(
-        "--device",
-        default="auto",
-        help="auto, cpu, cuda, cuda:N or mps; auto takes CUDA where there is one, else the CPU; mps is untried",
-    )
-    group.add_argument(
-        "--precision",
-        choices=("auto", *PRECISIONS),
-        default="auto",
-        help="auto takes the fastest on this device: on CUDA bf16 (Ampere and newer) or fp16 (Volta, Turing), on a CPU "
-        "bf16 if it has instructions for it and embed_dim is at least 64, else float32",
-    )
+    text = "auto, cpu, cuda, cuda:N or mps; auto takes CUDA where there is one, else the CPU; mps is untried"
+    group.add_argument("--device", default="auto", help=text)
+    text = "auto takes the fastest on this device: on CUDA bf16 (Ampere and newer) or fp16 (Volta, Turing), on a CPU "
+    text += "bf16 if it has instructions for it and embed_dim is at least 64, else float32"
+    group.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto", help=text)
 
 
 def add_run_arguments(parser, log_dir):
-    parser.add_argument_group("output").add_argument(
-        "--output_model_path", type=file_path, help="copy the finished model.pt to this file"
-    )
+    group = parser.add_argument_group("output")
+    group.add_argument("--output_model_path", type=file_path, help="copy the finished model.pt to this file")
     group = parser.add_argument_group("run")
     add_device_arguments(group, "all random draws follow from it")
     group.add_argument("--log_dir", default=log_dir, help="the run's directory is made in here")
-    group.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        help=f"torch.compile the step; default: on CUDA where a GPU has at least {COMPILE_FROM:,} images to train on, "
-        f"counting each epoch, because compiling takes about a minute",
-    )
+    text = f"torch.compile the step; default: on CUDA where a GPU has at least {COMPILE_FROM:,} images to train on, "
+    text += "counting each epoch, because compiling takes about a minute"
+    group.add_argument("--compile", action=argparse.BooleanOptionalAction, help=text)
     group.add_argument("--overwrite", action="store_true", help="start again where a run of this name exists")
-    group.add_argument(
-        "--dry_run", action="store_true", help="a few steps on generated images to test the program; keeps no file"
-    )
+    text = "a few steps on generated images to test the program; keeps no file"
+    group.add_argument("--dry_run", action="store_true", help=text)
     return group
 
 

@@ -54,9 +54,8 @@ def parse_args(argv=None):
     group.add_argument("--data_dir", help="default: as in the model's training")
     text = "of a classifier, also predict all test images, and print the accuracy of each class"
     group.add_argument("--by_class", action="store_true", help=text)
-    parser.add_argument(
-        "--output", type=utils.picture_path, help="PNG, PDF or SVG to write; default: beside the model, or masks.png"
-    )
+    text = "PNG, PDF or SVG to write; default: beside the model, or masks.png"
+    parser.add_argument("--output", type=utils.picture_path, help=text)
     args = parser.parse_args(argv)
     if args.num_images and args.num_images > MOST_IMAGES:
         parser.error(f"--num_images {args.num_images} is more than the {MOST_IMAGES} that fit in a picture")
@@ -68,8 +67,6 @@ def parse_args(argv=None):
         parser.error("--attention goes with --model_path, and without --mask_*: it shows the model all patches")
     if args.images and (args.masks or args.num_images or args.dataset or args.data_dir or args.by_class):
         parser.error("--images goes with --model_path, and without --num_images, --dataset, --data_dir and --by_class")
-    if args.output and args.output.is_dir():
-        parser.error(f"--output {args.output} is a directory; name a file")
     if args.masks and len(args.mask_ratio or []) > 1:
         parser.error("--masks draws one --mask_ratio at a time")
     return args
@@ -121,11 +118,8 @@ def draw_reconstructions(model, images, names, args):
         draw_rows(axes[2 * i : 2 * i + 2], shown, names if i == 0 else (), fontsize=10)
     draw_rows(axes[-1:], {"original": pixels}, fontsize=10)
     borrowed = ", normalised (hidden patches shown with their true mean and variance)" if model.norm_pix_loss else ""
-    draw_title(
-        figure,
-        f"Trained with {trained.mask_strategy} masks, ratio {trained.mask_ratio}. "
-        f"Error: mean square over hidden pixels{borrowed}. Seed {args.seed}",
-    )
+    text = f"Trained with {trained.mask_strategy} masks, ratio {trained.mask_ratio}. "
+    draw_title(figure, f"{text}Error: mean square over hidden pixels{borrowed}. Seed {args.seed}")
     return figure
 
 
@@ -175,10 +169,8 @@ def print_by_class(model, content, test, args):
     place = Path(args.model_path)
     path, ours = place / "predictions.csv", not (args.dataset or args.data_dir)
     if not (ours and path.exists()):
-        device, name = (
-            pick_device("auto"),
-            data_name(args.dataset or content["dataset"], args.data_dir or content["data_dir"]),
-        )
+        device = pick_device("auto")
+        name = data_name(args.dataset or content["dataset"], args.data_dir or content["data_dir"])
         precision = pick_precision("auto", device, content["model_args"]["embed_dim"])
         predicted, _ = predict(model.to(device), test.to(device), normalize, precision, at_once=100)
         path = (place if place.is_dir() else place.parent) / f"predictions_{name}.csv"
@@ -232,11 +224,8 @@ def draw_gallery(args, columns=6):
         place.set_yticks([])
         figure.colorbar(share, ax=place, fraction=0.046)
     axes[0, -1].set_title(f"visible, share of {DRAWS:,}", fontsize=9)
-    draw_title(
-        figure,
-        f"White: the {shuffle.num_visible} of {args.grid_size**2} patches left visible at mask ratio {ratio}; "
-        f"seed {args.seed}",
-    )
+    text = f"White: the {shuffle.num_visible} of {args.grid_size**2} patches left visible at mask ratio {ratio}; "
+    draw_title(figure, f"{text}seed {args.seed}")
     return figure
 
 

@@ -9,10 +9,8 @@ import torch.nn.functional as F
 
 from engine.errors import UserError
 
-POOLS = {
-    "cls": lambda tokens: tokens[:, 0],
-    "mean": lambda tokens: tokens[:, 1:].mean(dim=1),
-}  # (B, 1 + N, D) to (B, D)
+# (B, 1 + N, D) to (B, D)
+POOLS = {"cls": lambda tokens: tokens[:, 0], "mean": lambda tokens: tokens[:, 1:].mean(dim=1)}
 FROZEN_MEASURES = {"linear probe": "linear/acc", "k-NN": "knn/acc"}  # columns of features.csv, by name
 WEIGHT_DECAYS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)  # candidates of the linear probe, strongest first
 ITERATIONS = 1000  # of `fit_linear`, at most: 70 do for 50,000 images at width 96, 250 for 1,000
@@ -50,11 +48,9 @@ def extract_features(encoder, images, prepare, layers, pools, batch_size):
             tokens = block(tokens)
             if layer in layers:
                 norm = encoder.layer_norm if layer == len(blocks) else torch.nn.Identity()
-                pools_first = getattr(encoder, "pool", "cls") == "mean"
+                first = getattr(encoder, "pool", "cls") == "mean"  # the pooling, then the LayerNorm
                 for pool in pools:
-                    features[layer, pool][part] = (
-                        norm(POOLS[pool](tokens)) if pools_first else POOLS[pool](norm(tokens))
-                    )
+                    features[layer, pool][part] = norm(POOLS[pool](tokens)) if first else POOLS[pool](norm(tokens))
     return features
 
 

@@ -67,8 +67,8 @@ def record_of(directory, config):
         wrong = "settings, facts, parent or starts are not what a run writes"
         raise UserError(f"{path} is damaged: {wrong}. Copy the file again, or start again (--overwrite).")
     features = [read_json(path) for path in sorted(directory.glob("*features*.json"))]
-    features = [stored for stored in features if "rows" in stored and stored.get("name") in (None, config["name"])]
-    features = [stored for stored in features if not stored.get("settings", {}).get("img_size")]  # of another task
+    features = [stored for stored in features if "rows" in stored and stored.get("name") == config["name"]]
+    features = [stored for stored in features if not stored["settings"].get("img_size")]  # of another task
     return Record(directory, **fields, metrics=read_metrics(directory), features=features)
 
 

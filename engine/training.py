@@ -114,16 +114,9 @@ def plan_training(args, num_images, warmup, at_once, rank, world_size):
     peak_lr = args.base_learning_rate * batch_size / 256
     if args.end_rate > peak_lr > 0:
         raise UserError(f"--end_rate {args.end_rate:g} is above the peak learning rate, {peak_lr:.2g}; give less.")
-    steps_per_epoch = num_images // batch_size
-    return Plan(
-        batch_size=batch_size,
-        slices=micro_batches(rank * share, share, at_once),
-        steps_per_epoch=steps_per_epoch,
-        warmup_steps=round(warmup_epochs * steps_per_epoch),
-        total_steps=args.total_epoch * steps_per_epoch,
-        peak_lr=peak_lr,
-        end_lr=args.end_rate,
-    )
+    slices, steps_per_epoch = micro_batches(rank * share, share, at_once), num_images // batch_size
+    warmup_steps, total_steps = round(warmup_epochs * steps_per_epoch), args.total_epoch * steps_per_epoch
+    return Plan(batch_size, slices, steps_per_epoch, warmup_steps, total_steps, peak_lr, args.end_rate)
 
 
 # --- steps ---

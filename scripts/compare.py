@@ -36,12 +36,9 @@ COSTS = (
 def parse_args(argv=None):
     parser = utils.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("directories", nargs="+", type=Path, help="runs, or directories with runs anywhere below")
-    parser.add_argument(
-        "--baseline",
-        nargs="+",
-        help="the setting that the others are compared with, as printed, or a part that only one setting has, such as "
-        'decoder_depth=4, or "as most", the commonest values; default: the first setting, by its values',
-    )
+    text = "the setting that the others are compared with, as printed, or a part that only one setting has, such as "
+    text += 'decoder_depth=4, or "as most", the commonest values; default: the first setting, by its values'
+    parser.add_argument("--baseline", nargs="+", help=text)
     parser.add_argument("--where", nargs="+", metavar="NAME=VALUE", help="compare only runs with these values")
     parser.add_argument("--margin", type=float, help="also say what is equal within so many points")
     parser.add_argument("--output", type=Path, help="where to write; default: compare/ in the first directory")

@@ -14,7 +14,7 @@ import torch
 import utils
 from engine.checkpoints import load_model, save_file
 from engine.errors import UserError, as_user_error, exit_in_one_line
-from engine.weights import HF, HF_BLOCK, HF_QKV, TIMM
+from engine.weights import HF, HF_BLOCK, HF_QKV, TIMM, renamed
 from model import MAE_ViT, ViT_Classifier
 
 
@@ -38,11 +38,10 @@ def to_timm(model):
         of the encoder's eps; state: what its load_state_dict takes.
     """
     encoder = model.encoder if isinstance(model, MAE_ViT) else model
-    pools_mean, state = getattr(encoder, "pool", "cls") == "mean", {}
+    pools_mean = getattr(encoder, "pool", "cls") == "mean"
     names = TIMM | ({"layer_norm": "fc_norm"} if pools_mean else {})  # timm's name for a LayerNorm after the mean
-    for name, tensor in encoder.state_dict().items():
-        first, _, rest = name.partition(".")
-        state[".".join(filter(None, (names.get(first, first), rest)))] = tensor
+    names = {timm: ours for ours, timm in names.items()}
+    state = {renamed(name, names): tensor for name, tensor in encoder.state_dict().items()}
     position = state["pos_embed"].transpose(0, 1)  # (1, N, D)
     state["pos_embed"] = torch.cat([torch.zeros_like(position[:, :1]), position], dim=1)  # cls has none: (1, 1 + N, D)
     model_args = {

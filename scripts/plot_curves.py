@@ -17,12 +17,9 @@ from scripts.settings import entries_of, label_all
 def parse_args(argv=None):
     parser = utils.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, help="run directories")
-    parser.add_argument(
-        "--metric",
-        nargs="+",
-        help="columns of metrics.csv; default: train/loss and the accuracy that all runs have (val/acc, test/acc or "
-        "probe/knn_acc), else the k-NN accuracy of those that have it",
-    )
+    text = "columns of metrics.csv; default: train/loss and the accuracy that all runs have (val/acc, test/acc or "
+    text += "probe/knn_acc), else the k-NN accuracy of those that have it"
+    parser.add_argument("--metric", nargs="+", help=text)
     parser.add_argument("--label", nargs="+", help="a legend entry for each run; default: in what the runs differ")
     text = "PNG, PDF or SVG to write"
     parser.add_argument("--output", type=utils.picture_path, default=Path("curves.png"), help=text)

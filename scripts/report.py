@@ -71,9 +71,8 @@ OF_PAPERS = {  # about masks, too
 def parse_args(argv=None):
     parser = utils.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="?", type=Path, default=Path("logs/ablation"), help="directory with the runs")
-    parser.add_argument(
-        "--output", type=Path, default=Path("logs/report"), help="where to write REPORT.md, figures and numbers"
-    )
+    text = "where to write REPORT.md, figures and numbers"
+    parser.add_argument("--output", type=Path, default=Path("logs/report"), help=text)
     return parser.parse_args(argv)
 
 
@@ -252,12 +251,6 @@ def write_report(runs, notes, output, captions):
     )
 
 
-def copies(runs, output):
-    """{run directory: where the report keeps its numbers}."""
-    used = dict.fromkeys([*runs.entries.mae.dropna(), *runs.entries.run])
-    return {path: output / "runs" / path.parent.name / path.name for path in map(Path, used)}
-
-
 def kept_pictures(output):
     """{name: caption} of the pictures of an earlier report."""
     report = output / "REPORT.md"
@@ -283,7 +276,8 @@ def main(argv=None):
     runs, left_out = collect(args.runs)
     notes = [f"Left out: {run}: {reason}." for run, reason in left_out.items()]
     args.output.mkdir(parents=True, exist_ok=True)
-    targets = copies(runs, args.output)
+    used = map(Path, dict.fromkeys([*runs.entries.mae.dropna(), *runs.entries.run]))
+    targets = {path: args.output / "runs" / path.parent.name / path.name for path in used}
     again = all(path.resolve() == target.resolve() for path, target in targets.items())  # from the kept numbers
     captions = draw_all(runs, args.output, kept_pictures(args.output) if again else {})
     write_report(runs, notes, args.output, captions)

@@ -70,9 +70,8 @@ def draw_metric(settings, kind, metric, caption, runs):
     name, metric = NAMES[metric or runs.watched], metric or runs.watched
     ylabel = f"{kind.replace('mae', 'MAE')} {name}" if metric.endswith("loss") else name
     found = {label: [record.metrics for record in runs.of(setting, kind)] for label, setting in settings.items()}
-    return figures.draw_seeds(
-        {label: tables for label, tables in found.items() if tables}, metric, ylabel
-    ), caption.format(name)
+    found = {label: tables for label, tables in found.items() if tables}
+    return figures.draw_seeds(found, metric, ylabel), caption.format(name)
 
 
 def draw_by_block(settings, what, runs):

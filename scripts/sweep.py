@@ -43,16 +43,13 @@ def parse_args(argv=None):
     """The arguments, with settings of MAEs and finetunings as `combinations` makes them."""
     text = "Other flags are mae_pretrain.py's, with one value or several: --mask_strategy all --norm_pix_loss off on"
     parser = utils.Parser(description=__doc__.split("\n")[0], epilog=text)
-    text = (
-        "flags of train_classifier.py, with one value or several, quoted; none: no classifiers; default: that script's"
-    )
+    text = "train_classifier.py's flags, with one value or several, in quotes; none: no classifiers; default: no flags"
     parser.add_argument("--finetune", metavar="FLAGS", help=text)
     parser.add_argument("--labels", nargs="+", metavar="N", help="fine-tune and probe on so many labels; default: all")
     parser.add_argument("--scratch", action="store_true", help="classifiers from scratch of the same sizes, too")
     parser.add_argument("--log_dir", default="logs/sweep", help="the runs are made in here")
-    parser.add_argument(
-        "--jobs", type=utils.positive_int, help="that run at the same time; default: one for each GPU, or one"
-    )
+    text = "that run at the same time; default: one for each GPU, or one"
+    parser.add_argument("--jobs", type=utils.positive_int, help=text)
     parser.add_argument("--list", action="store_true", help="print the jobs that are left, a line each; run nothing")
     pairs = itertools.pairwise(["", *(sys.argv[1:] if argv is None else argv)])
     words = [f" {word}" if before == "--finetune" else word for before, word in pairs]  # argparse: --x is no value

@@ -1,4 +1,5 @@
 import errno
+import json
 import math
 import os
 import re
@@ -415,7 +416,9 @@ def test_a_run_is_read_as_a_record_also_where_it_was_moved(tmp_path):
     with opened(tmp_path / "logs") as run:
         train(run, 4)
         run.finish()
-    (tmp_path / "logs" / "toy" / "features.json").write_text('{"rows": [{"knn/acc": 0.5}]}')
+    features = {"name": "toy", "settings": {}, "rows": [{"knn/acc": 0.5}]}
+    (tmp_path / "logs" / "toy" / "features.json").write_text(json.dumps(features))
+    (tmp_path / "logs" / "toy" / "features_of_another.json").write_text(json.dumps({"rows": []}))
     (tmp_path / "logs" / "toy" / "hf").mkdir()
     (tmp_path / "logs" / "toy" / "hf" / "config.json").write_text('{"model_type": "vit"}')  # an exported model's
     (tmp_path / "logs" / "toy").rename(tmp_path / "logs" / "renamed")
@@ -425,7 +428,7 @@ def test_a_run_is_read_as_a_record_also_where_it_was_moved(tmp_path):
     assert record.finished
     assert record.facts == FACTS
     assert [row["epoch"] for row in record.metrics] == [1, 2, 3, 4]
-    assert record.features == [{"rows": [{"knn/acc": 0.5}]}]
+    assert record.features == [features]
     with pytest.raises(ValueError, match="is not a run's"):
         read_run(tmp_path / "logs" / "renamed" / "hf")
 
