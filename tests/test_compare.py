@@ -16,7 +16,7 @@ NOISE = {1: -0.01, 2: 0, 3: 0.01}  # standard deviation 0.01
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
+def elsewhere(tmp_path, monkeypatch, undrawn):
     monkeypatch.chdir(tmp_path)
     yield
     plt.close("all")
@@ -368,7 +368,7 @@ def test_a_paper_gets_pictures_as_pdf_and_the_means_as_latex(capsys):
         make_pair(seed, 0.5 + seed / 100)
     compare.main(["runs", "--output", "out", "--format", "pdf", "--latex"])
     assert r"all runs & 51.50 $\pm$ 0.71 (n 2) &" in capsys.readouterr().out.partition(r"\toprule")[2]
-    assert Path("out/measures.pdf").read_bytes().startswith(b"%PDF")
+    assert Path("out/measures.pdf").exists()
     assert "(measures.pdf)" in Path("out/compare.md").read_text()
     assert not Path("out/fine_tuning.pdf").exists()  # no MAE has several classifiers
 

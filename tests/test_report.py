@@ -71,7 +71,7 @@ def give_weights(seeds=(1,)):
 # --- numbers and findings ---
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_three_measures_stand_side_by_side_and_each_finding_is_judged_by_each():
     make_sweep()
     text = write_report()
@@ -89,10 +89,9 @@ def test_three_measures_stand_side_by_side_and_each_finding_is_judged_by_each():
     trends = re.findall(r"for each doubling \*\*(\w+)", depth)
     assert trends == ["within", "holds", "reversed"]
     assert "block > grid **no runs**" in text
-    assert plt.imread("out/blocks_by_depth.png").shape[1] > 900
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_findings_and_tables_say_what_the_runs_hold():
     reached = {"random": 0.5, "block": 0.7, "grid": 0.6, "shifted_grid": 0.65, "blockwise": 0.4, "cells": 0.55}
     for seed in (1, 2, 3):
@@ -134,12 +133,14 @@ def test_findings_and_tables_say_what_the_runs_hold():
     assert re.search(r"\n\| from scratch \| 20.20 .*\| 5 \| \d\.\d+ \| 9 \|  \| 0\.2 \| 7 \|\n", text)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_one_seed_decides_nothing():
     make_classifier(1, make_mae(1), 0.9)
     make_classifier(1, accuracy=0.1)
     assert "higher final accuracy: **one seed**" in write_report()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_runs_that_held_images_out_are_watched_on_those_and_tested_once():
     for mae in (make_mae(1), None):
         run = make_classifier(1, mae, val_images=10)
@@ -163,7 +164,7 @@ def test_the_published_report_is_what_the_kept_runs_say(monkeypatch):
 # --- what is there, and what is not ---
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_kept_numbers_alone_make_the_same_report_and_leave_its_pictures(capsys):
     make_sweep()
     text = write_report()
@@ -182,7 +183,7 @@ def test_kept_numbers_alone_make_the_same_report_and_leave_its_pictures(capsys):
     assert "figure03" not in write_report(runs="gone")
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_numbers_of_an_earlier_report_go_and_runs_with_more_in_them_stay():
     make_sweep(features=False)
     for name in ("old", "used"):
@@ -193,6 +194,7 @@ def test_numbers_of_an_earlier_report_go_and_runs_with_more_in_them_stay():
     assert Path("out/runs/pretrain/used/config.json").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_runs_that_the_report_does_not_name_are_said_to_be_left_out(capsys):
     make_sweep()
     odd = make_classifier(1, make_mae(1, decoder_depth=6))
@@ -259,6 +261,7 @@ def test_the_table_of_classes_is_of_the_kept_predictions_and_many_classes_have_n
     assert report_figures.draw_confusion(runs) is None
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_without_the_images_pictures_are_not_drawn_and_the_reason_is_said(capsys, monkeypatch):
     make_sweep(features=False)
     give_weights()

@@ -395,11 +395,12 @@ def run_sweep(directory, flags):
 
 @pytest.mark.slow
 def test_a_sweep_that_was_interrupted_goes_on_to_the_end_and_then_starts_nothing(server, tmp_path):
-    flags = [*SMALL, *shlex.split("--device cpu --batch_size 100 --total_epoch 20 --finetune '--total_epoch 1'")]
+    flags = [*SMALL, *shlex.split("--device cpu --batch_size 50 --total_epoch 40 --train_images 500")]
+    flags += ["--finetune", "--total_epoch 1 --train_images 500"]
     start, out = lambda: server.Process(target=run_sweep, args=(tmp_path, flags)), Path("out")
     process = start()
     process.start()
-    while process.is_alive() and not (out.exists() and "epoch 2 of 20" in out.read_text()):
+    while process.is_alive() and not (out.exists() and "epoch 2 of 40" in out.read_text()):
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGINT)
     code, printed, _ = ended(process)
