@@ -3,7 +3,9 @@ costs nothing.
 """
 
 import json
+import os
 import shlex
+import signal
 
 import torch
 
@@ -12,6 +14,7 @@ import train_classifier
 from engine.checkpoints import load_file
 from engine.errors import exit_in_one_line
 from engine.records import read_config, read_metrics
+from engine.run import Session
 
 SIZE = shlex.split("--patch_size 8 --embed_dim 12 --encoder_depth 1 --num_heads 2 --device cpu")
 SET = shlex.split("--dataset shapes --train_images 40 --total_epoch 3 --batch_size 16 --max_device_batch_size 8")
@@ -59,6 +62,20 @@ def same_weights(one, other, tolerance=0.0):
 def untimed_metrics(directory):
     """metrics.csv but for the timing, and without nan, which does not equal itself."""
     return [{k: v for k, v in row.items() if k not in TIMING and v == v} for row in read_metrics(directory)]
+
+
+def interrupt(patch, *after):
+    """Let Ctrl-C come after these steps, counted from 1; a list that has an entry for each step."""
+    tick, steps = Session.tick, []
+
+    def tick_and_stop(self):
+        steps.append(1)
+        if len(steps) in after:
+            os.kill(os.getpid(), signal.SIGINT)
+        return tick(self)
+
+    patch.setattr(Session, "tick", tick_and_stop)
+    return steps
 
 
 def unfinish(directory):

@@ -4,7 +4,6 @@ again; a run of other images, masks, encoders or settings is refused; damaged fi
 
 import itertools
 import json
-import os
 import shlex
 import shutil
 import signal
@@ -21,6 +20,7 @@ from starting import (
     classify,
     classify_and_choose,
     classify_officially,
+    interrupt,
     pretrain,
     pretrain_with_switches,
     same_weights,
@@ -61,15 +61,7 @@ def test_a_run_stopped_anywhere_ends_with_the_bits_of_one_that_was_not(
     start, augment, few_shapes, empty_directory, monkeypatch
 ):
     whole = start("--augment", augment, "--log_dir", "whole")
-    tick, ticks = Session.tick, []
-
-    def stop_at_3_and_4(self):  # of 2 + 2 + 2 steps: inside an epoch, and at the end of one
-        ticks.append(1)
-        if len(ticks) in (3, 4):
-            os.kill(os.getpid(), signal.SIGINT)
-        tick(self)
-
-    monkeypatch.setattr(Session, "tick", stop_at_3_and_4)
+    ticks = interrupt(monkeypatch, 3, 4)  # of 2 + 2 + 2 steps: inside an epoch, and at the end of one
     for _ in range(2):
         with pytest.raises(SystemExit) as leaving:
             start("--augment", augment, "--log_dir", "parts")
@@ -222,15 +214,7 @@ def test_a_picture_that_cannot_be_written_is_refused_before_it_is_drawn(mae, cap
 def stopped(start, *more):
     """A run that a signal has stopped after its third step of six; its directory."""
     with pytest.MonkeyPatch.context() as patch:
-        tick, ticks = Session.tick, []
-
-        def stop_at_3(self):
-            ticks.append(1)
-            if len(ticks) == 3:
-                os.kill(os.getpid(), signal.SIGINT)
-            tick(self)
-
-        patch.setattr(Session, "tick", stop_at_3)
+        interrupt(patch, 3)
         with pytest.raises(SystemExit):
             start(*more)
     return next(path for path in Path("logs").glob("*/*") if not (path / "model.pt").exists())

@@ -1,18 +1,16 @@
 """What only a GPU can show: training there as on a CPU, precisions, compiled steps, continuing, where images live."""
 
-import os
 import shlex
-import signal
 
 import pytest
 import torch
+from starting import interrupt
 
 import mae_pretrain
 import train_classifier
 from engine.checkpoints import load_file
 from engine.device import generator, peak_memory_mb
 from engine.records import read_config, read_metrics
-from engine.run import Session
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -80,16 +78,9 @@ def test_cuda_graphs_have_the_losses_of_eager_steps(start, precision, monkeypatc
 @both_scripts
 @pytest.mark.parametrize("precision", ["float32", "fp16", "auto"])
 def test_a_stopped_run_goes_on_as_if_it_had_not(start, precision, monkeypatch):
-    flags, tick, steps = f"--augment shift --precision {precision}", Session.tick, []
+    flags = f"--augment shift --precision {precision}"
     whole = start(f"{flags} --log_dir whole")
-
-    def stop_after_13(self):
-        steps.append(1)
-        if len(steps) == 13:
-            os.kill(os.getpid(), signal.SIGINT)
-        tick(self)
-
-    monkeypatch.setattr(Session, "tick", stop_after_13)
+    steps = interrupt(monkeypatch, 13)
     with pytest.raises(SystemExit):
         start(f"{flags} --log_dir parts")
     parts = start(f"{flags} --log_dir parts")

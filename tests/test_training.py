@@ -8,9 +8,7 @@ import argparse
 import functools
 import hashlib
 import math
-import os
 import shlex
-import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from reference import cropped_one_by_one
+from starting import interrupt
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import mae_pretrain
@@ -30,7 +29,6 @@ from engine.device import loss_scaler
 from engine.errors import UserError
 from engine.optimizers import orthogonalized
 from engine.records import read_metrics
-from engine.run import Session
 from images.pixels import normalize
 from images.shapes import shapes
 from model import MAE_Encoder, MAE_ViT, PatchShuffle, ViT_Classifier
@@ -558,15 +556,7 @@ def test_a_stopped_run_in_fp16_goes_on_with_its_scale(script, optimizer, few_sha
     flags += f" --optimizer {optimizer}"
     scaler = functools.partial(torch.amp.GradScaler, "cpu", init_scale=2.0**40, backoff_factor=2.0**-30)
     monkeypatch.setattr(training, "loss_scaler", lambda *_: scaler(growth_interval=2))
-    whole, tick, steps = start(f"{flags} --log_dir whole"), Session.tick, []
-
-    def stop_after_4(self):
-        steps.append(1)
-        if len(steps) == 4:
-            os.kill(os.getpid(), signal.SIGINT)
-        tick(self)
-
-    monkeypatch.setattr(Session, "tick", stop_after_4)
+    whole, steps = start(f"{flags} --log_dir whole"), interrupt(monkeypatch, 4)
     with pytest.raises(SystemExit):
         start(f"{flags} --log_dir parts")
     parts = start(f"{flags} --log_dir parts")
