@@ -82,12 +82,12 @@ def frozen_accuracies(features, labels, queries, query_labels, num_classes, seed
 
 
 def measure_encoder(encoder, train, test, args, precision):
-    """Yield a row of the table, features (N, D) of the training and (Q, D) of the test images, for each block and pool.
+    """For each block and pool, yield (row of the table, training features (N, D), test features (Q, D)).
 
-    The images pass the encoder once for as many blocks as CACHE_BYTES has room for.
+    The images pass through the encoder once for each group of blocks whose features fit into CACHE_BYTES.
 
     Args:
-        encoder: on the device; train, test: ImageSets, anywhere.
+        encoder: on the device; train, test: ImageSets, on any device.
     """
     device, depth = encoder.cls_token.device, len(encoder.transformer)
     layers = list(range(1, depth + 1)) if args.layers == "all" else [depth]

@@ -33,7 +33,7 @@ WARMUP = 0.1  # of all epochs
 # Images at once on a device, on a GPU of the default model; on a CPU 512 are no faster and take 12 GB, not 4.
 DEVICE_BATCH_SIZE = {"cuda": 512, "cpu": 128, "mps": 128}
 IMAGE_LOGS = 50  # reconstructions shown in TensorBoard over a run
-PROBES, PROBE_SHARE = 20, 0.03  # over a run: at most so many, on at most this share of the images trained on
+PROBES, PROBE_SHARE = 20, 0.03  # over a run: the most probes; the most images in them, per image trained on
 # What a run's name says, in this order: each flag's word, and its value. Those of ALWAYS at their default, too.
 NAME_WORDS = {
     "dataset": "", "train_images": "n", "img_size": "i", "patch_size": "p", "in_chans": "c", "embed_dim": "w",
@@ -55,8 +55,8 @@ def parse_args(argv=None):
     parser = utils.Parser(description=__doc__.split("\n")[0])
     utils.add_data_arguments(parser)
     group = parser.add_argument_group("model")
-    text = "start from these weights: a run, which also brings its settings but for its epochs, or a file of the "
-    text += "reference, the official MAE, timm or transformers; the decoder is taken where it fits"
+    text = "start from these weights: a run (its settings, except epochs, become the defaults), or a file of the "
+    text += "reference, the official MAE, timm or transformers; the decoder is used only if it fits"
     group.add_argument("--init_from", help=text)
     utils.add_size_arguments(group, SIZE)
     text = "width of the decoder's tokens; default: embed_dim (MAE paper, table 1b)"
@@ -171,14 +171,14 @@ def probe_interval(args, plan, bank_size):
 
 @torch.no_grad()
 def probe(model, train, test, precision, batch_size):
-    """What the model knows of test images: reconstruction error, and k-NN accuracy of the mean of its patch tokens.
+    """Reconstruction error of test images, and k-NN accuracy of the mean of their patch tokens: {column: number}.
 
     Without labels there is no accuracy.
 
-    The same masks and images each time, each counted once, whatever the number of processes.
+    Every probe has the same images and masks, and counts each image once, with any number of processes.
 
     Args:
-        train, test: ImageSets, the bank of the k-NN and what it is asked; batch_size: images at once.
+        train, test: ImageSets: the images that vote in the k-NN, and its queries; batch_size: images at once.
     """
     device, layer = test.images.device, len(model.encoder.transformer)
     ids_shuffle = model.shuffle(len(test.images), generator(device, "probe"), device)

@@ -1,9 +1,9 @@
 """Mask strategies: which patches of an image a MAE sees.
 
-A strategy only scores patches, score(batch_size, grid_size, num_visible, generator, device) -> (B, N) float: those of a
-grid_size x grid_size grid in raster order. The num_visible lowest of each image stay visible (`model.PatchShuffle`), so
-every strategy hides equally many. Of equal scores the first patches stay: break ties by a little noise. To add one:
-write such a function and name it in MASK_STRATEGIES. One with other parameters is one more line there:
+A strategy is a function score(batch_size, grid_size, num_visible, generator, device) -> (B, N) float, the scores of a
+grid_size x grid_size grid of patches in raster order. `model.PatchShuffle` keeps the num_visible lowest of each image
+visible, so all strategies hide equally many. Of equal scores the first stay visible: add a little noise to break ties.
+To add a strategy, write such a function and add it to MASK_STRATEGIES. A variant of one is one more line there:
 "blockwise_small": functools.partial(blockwise_scores, smallest=0.1).
 """
 
@@ -112,9 +112,9 @@ def blockwise_scores(batch_size, grid_size, num_visible, generator, device, smal
     """Several large blocks are hidden, one after another, until the count is reached (the paper's "block").
 
     BEiT's block-wise masking (Bao et al. 2021, arXiv:2106.08254, algorithm 1): areas from `smallest` (a fraction of the
-    image) to what is still to be hidden, aspect ratios from 0.3 to 1 / 0.3. As in its code, a block that is as high or
-    as wide as the image, or would hide too many, is drawn anew. BEiT gives up after ten of those and hides fewer; here
-    all images have equally many `attempts`, then the patches that touch most hidden ones make the count exact.
+    image) to what is still to be hidden, aspect ratios from 0.3 to 1 / 0.3. As in BEiT's code, a block is rejected if
+    it is as high or as wide as the image or would hide too many. After ten rejections, BEiT stops and hides fewer. Here
+    each image gets `attempts` tries; then patches with the most hidden neighbours are hidden to make the count exact.
     """
 
     def uniform(low, high):

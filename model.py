@@ -48,8 +48,8 @@ class PatchShuffle(nn.Module):
     The strategy only scores; the split is made here, so every strategy hides equally many patches and the encoder
     sees a full rectangle of tokens (MAE paper, section 3, "Simple implementation").
 
-    Three tensors describe a mask: ids_shuffle lists the patches, visible ones first; ids_restore, its inverse, says at
-    which place of that list each patch is; mask is True where the patch is hidden:
+    Three tensors describe a mask. ids_shuffle lists the patches, visible ones first. ids_restore, its inverse, gives
+    each patch's position in that list. mask is True where the patch is hidden:
 
     >>> shuffle = PatchShuffle(grid_size=2, mask_ratio=0.5, mask_strategy="grid")  # patches 0 1 above 2 3
     >>> ids_shuffle = shuffle(batch_size=1)
@@ -83,8 +83,8 @@ class PatchShuffle(nn.Module):
         """Draw a mask for each image: ids_shuffle (B, N) int64, the visible patches in its first num_visible columns.
 
         Raises:
-            ValueError: the strategy's scores have another shape, are no finite real numbers, or are a mask (bool, False
-                where visible) of another number of patches; they would sort into wrong masks without an error.
+            ValueError: the strategy's scores have a wrong shape, are not finite real numbers, or are a mask (bool,
+                False where visible) with a wrong number of visible patches. Sorting these would hide wrong patches.
         """
         score, shape = MASK_STRATEGIES[self.mask_strategy], (batch_size, self.grid_size**2)
         scores = score(batch_size, self.grid_size, self.num_visible, generator, device)
@@ -188,8 +188,8 @@ class MAE_Decoder(nn.Module):
 
     Args:
         embed_dim, num_heads: of the encoder.
-        decoder_embed_dim: width of the decoder's tokens; None: embed_dim. Its heads are as wide as the encoder's where
-            that width divides it; else there are as many heads as in the encoder.
+        decoder_embed_dim: width of the decoder's tokens; None: embed_dim. If the width of the encoder's heads divides
+            it, the decoder's heads have the same width; else the decoder has num_heads heads.
     """
 
     def __init__(
@@ -212,7 +212,7 @@ class MAE_Decoder(nn.Module):
         self.head = nn.Linear(width, in_chans * patch_size**2)
 
     def forward(self, features, ids_restore):
-        """Features (B, 1 + V, D) and each patch's place among [visible, hidden] (B, N) to pixels (B, N, P)."""
+        """Features (B, 1 + V, D) to pixels (B, N, P); ids_restore (B, N): patch positions in [visible, hidden]."""
         features = self.embed(features)  # (B, 1 + V, width of the decoder)
         batch_size, num_visible = len(features), features.shape[1] - 1
         hidden = self.mask_token.expand(batch_size, ids_restore.shape[1] - num_visible, -1).to(features.dtype)
@@ -303,14 +303,14 @@ class MAE_ViT(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, images, ids_shuffle):
-        """What the model was shown and what it makes of it.
+        """The masked images and the model's reconstructions of them.
 
-        With norm_pix_loss the model predicts no brightness and no contrast: each hidden patch borrows its true mean and
-        variance.
+        With norm_pix_loss the model predicts neither brightness nor contrast, so each hidden patch gets its true mean
+        and variance.
 
         Returns:
-            masked: (B, C, H, W), the images with hidden patches grey (0); reconstructed: the same, hidden patches
-            predicted, visible ones as they were (the loss leaves predictions of visible patches untrained).
+            masked: (B, C, H, W), the images with hidden patches grey (0); reconstructed: (B, C, H, W), the images with
+            hidden patches as predicted (the loss does not train predictions of visible patches).
         """
         pred, mask = self(images, ids_shuffle)
         pred, patches, mask = pred.float(), patchify(images, self.patch_size), mask[..., None]
@@ -322,9 +322,9 @@ class MAE_ViT(nn.Module):
 
 
 def drop_path_scales(batch_size, depth, rate, generator, device):
-    """Draw what drop path multiplies each block's attention and MLP by: (B, depth, 2), 0 or 1 / (1 - the block's rate).
+    """Draw drop path's factors for each block's attention and MLP: (B, depth, 2), each 0 or 1 / (1 - the block's rate).
 
-    Each is dropped for each image by itself; the rates grow evenly from 0 in the first block to `rate` in the last, as
+    Each factor is drawn independently. The rates grow linearly from 0 in the first block to `rate` in the last, as
     in the official MAE (Huang et al. 2016, "Deep Networks with Stochastic Depth", arXiv:1603.09382).
     """
     keep = 1 - torch.linspace(0, rate, depth, device=device)[:, None]  # (depth, 1)
@@ -350,7 +350,7 @@ def block_output(block, tokens, scales=None, cls_only=False):
 
 
 def cls_qkv(attn, tokens):
-    """The query of the first of tokens (B, N, D), (B, heads, 1, D / heads), and keys and values of all."""
+    """Query (B, heads, 1, D / heads) of the first of tokens (B, N, D), keys, values (B, heads, N, D / heads) of all."""
     heads, parts = attn.num_heads, [tokens.shape[-1], 2 * tokens.shape[-1]]
     to_q, to_kv = attn.qkv.weight.split(parts)
     q_bias, kv_bias = (None, None) if attn.qkv.bias is None else attn.qkv.bias.split(parts)
@@ -400,7 +400,7 @@ class ViT_Classifier(MAE_Encoder):
     def load_encoder(self, mae_state):
         """Take the encoder's weights out of a MAE_ViT state dict; the head keeps its initialisation.
 
-        For pool="mean" so does the LayerNorm, as in the official MAE: the encoder's was trained on single tokens.
+        With pool="mean", the LayerNorm keeps it, too, as in the official MAE: the MAE's was trained on single tokens.
         """
         prefix = "encoder."
         encoder = {key.removeprefix(prefix): value for key, value in mae_state.items() if key.startswith(prefix)}

@@ -107,7 +107,7 @@ def run_name(args, parent=None, sizes=None):
 
     Args:
         parent: the name of the run that the encoder comes from; None: from scratch.
-        sizes: its settings; the name says where the classifier's images or patches are others.
+        sizes: the parent's settings; the name contains the classifier's sizes that differ from them.
     """
     settings, defaults = utils.settings_of(args), {**utils.defaults(ViT_Classifier), **vars(parse_args([]))}
     parts = utils.name_parts(settings, NAME_WORDS, defaults, ALWAYS)
@@ -119,11 +119,11 @@ def run_name(args, parent=None, sizes=None):
 
 
 def load_pretrained(args):
-    """The MAE file named on the command line, and the arguments completed by its sizes and data; (None, ...) without.
+    """Read --pretrained_model_path: (the MAE's content, None from scratch; args with sizes and data set filled in).
 
     Raises:
-        UserError: no such file, not a MAE, or a size flag that contradicts it. Other images and patches are no
-            contradiction: the weights are resampled.
+        UserError: no such file, not a MAE, or a size flag that contradicts it. Another image size, patch size or
+            number of channels is allowed: the weights are resampled.
     """
     if not args.pretrained_model_path:
         sizes = {name: utils.defaults(ViT_Classifier)[name] for name in SIZE_WORDS}
@@ -203,7 +203,7 @@ class Classification:
         logits, smoothing = self.model(normalize(images), scales).float(), self.args.label_smoothing
         if self.class_weights is None:
             return F.cross_entropy(logits, labels, label_smoothing=smoothing)
-        # PyTorch's own mean divides by the weights' sum, so that parts of a batch would not step like the whole.
+        # PyTorch's own mean divides by the sum of the weights: micro-batches would not add up to the whole batch.
         return F.cross_entropy(logits, labels, self.class_weights, reduction="none", label_smoothing=smoothing).mean()
 
     def evaluate(self, session, setup):
@@ -244,10 +244,10 @@ def evaluate(model, images, precision, at_once, name="test"):
 
 
 def best_of(best, model, epoch, acc):
-    """The epoch (from 1) of the highest accuracy so far, the first on a tie, with its accuracy and weights.
+    """The best epoch so far, {epoch (from 1), acc, model (its weights)}; of equal accuracies the first.
 
     Args:
-        best: what this returned an epoch before; None: there is none.
+        best: the result for the previous epoch; None: there is none.
     """
     if best and best["acc"] >= acc:
         return best

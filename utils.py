@@ -25,7 +25,7 @@ USUAL_NAMES = {"lr": "base_learning_rate", "blr": "base_learning_rate", "bs": "b
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, but for those that a flag's text tells or that mean "no"."""
+    """Shows each flag's default, except None (the flag's text explains it) and False."""
 
     def _get_help_string(self, action):
         left_out = action.default is None or action.default is False  # 0.0 is a default to show
@@ -170,7 +170,7 @@ def add_run_arguments(parser, log_dir):
     text = f"torch.compile the step; default: on CUDA where a GPU has at least {COMPILE_FROM:,} images to train on, "
     text += "counting each epoch, because compiling takes about a minute"
     group.add_argument("--compile", action=argparse.BooleanOptionalAction, help=text)
-    group.add_argument("--overwrite", action="store_true", help="start again where a run of this name exists")
+    group.add_argument("--overwrite", action="store_true", help="start again, deleting an earlier run of this name")
     text = "a few steps on generated images to test the program; keeps no file"
     group.add_argument("--dry_run", action="store_true", help=text)
     return group
@@ -180,12 +180,12 @@ def add_run_arguments(parser, log_dir):
 
 
 def add_presets(parser, presets, argv, inherited=None):
-    """Add --preset, whose row gives the other flags' defaults, so that a flag given by hand wins.
+    """Add --preset: it sets the defaults of other flags, so a flag on the command line wins.
 
     Args:
-        presets: {name: {flag: value}}; what a row leaves out is as in the first.
-        argv: the command line, to see now which row; None: sys.argv's.
-        inherited: {flag: value}, which go before the first row, but not before another.
+        presets: {name: {flag: value}}; a flag that a preset leaves out has its value from the first preset.
+        argv: the command line, read here to find the preset; None: sys.argv.
+        inherited: {flag: value}; they replace values of the first preset, but not those of another one.
     """
     first = next(iter(presets))
     rows = ", ".join(f"{name}: {as_flags(presets[name])}" for name in presets if name != first)
@@ -205,7 +205,7 @@ def as_flags(values):
 
 
 def fill_in(args, values):
-    """The arguments with those of `values` that were not given."""
+    """A copy of the arguments; those that are None or missing come from `values`, {name: value}."""
     given = {name: value for name, value in vars(args).items() if value is not None}
     return argparse.Namespace(**{**vars(args), **values, **given})
 
@@ -256,11 +256,11 @@ def free_arguments(args):
 
 
 def name_parts(settings, words, defaults, always=()):
-    """What a run's name says of its settings, in the order of `words`.
+    """The parts of a run's name: one for each setting that is not the default, in the order of `words`.
 
     Args:
-        settings, defaults: {flag: value}; words: {flag: what stands before its value}.
-        always: flags that are said at their default, too.
+        settings, defaults: {flag: value}; words: {flag: word before its value in the name}.
+        always: flags that are in the name even at their default.
     """
     said = [flag for flag in words if flag in always or settings[flag] != defaults[flag]]
     return [spelled(words[flag], settings[flag]) for flag in said]
@@ -274,7 +274,7 @@ def spelled(word, value):
 
 
 def joined(parts):
-    """The name of a run's directory; one that is too long for a file system ends in a digest of what is cut off."""
+    """The name of a run's directory; if it is too long for a file system, its end becomes a digest of the name."""
     name = "_".join(parts).replace("/", "_").replace("\0", "_")  # a part may come from a file
     encoded = os.fsencode(name)
     if len(encoded) <= LONGEST_NAME:

@@ -125,7 +125,7 @@ def draw_reconstructions(model, images, names, args):
 
 @torch.no_grad()
 def cls_attention(encoder, images, block):
-    """Where the cls token looks in a block, from 1: weights of the patches (B, heads, g, g), the rest of 1 its own."""
+    """The cls token's attention to patches in a block (from 1): (B, heads, g, g); with that to itself, it sums to 1."""
     tokens = encoder.embed(images)  # (B, 1 + N, D)
     for before in encoder.transformer[: block - 1]:
         tokens = before(tokens)
@@ -165,7 +165,7 @@ def draw_classified(model, classes, images, names, labels, args):
 
 
 def print_by_class(model, content, test, args):
-    """Print the accuracy by class: of what a finished run has kept, or of another test set, which is written beside."""
+    """Print each class's accuracy, from the run's predictions.csv or from new predictions, written beside the model."""
     place = Path(args.model_path)
     path, ours = place / "predictions.csv", not (args.dataset or args.data_dir)
     if not (ours and path.exists()):

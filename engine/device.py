@@ -70,9 +70,9 @@ def pick_precision(name, device, embed_dim):
 
 
 def images_at_once(standard, num_patches, embed_dim, free):
-    """Images at once on a GPU: `standard` of the default model, of smaller tokens more; with much memory 4 times those.
+    """Images at once on a GPU: `standard` for the default model, more for fewer or smaller tokens; x 4 with 40 GB free.
 
-    Pretraining the default model takes 6.7 GB with 512 and 26 GB with 2048, where an H100 is 1.15 times as fast.
+    Pretraining the default model takes 6.7 GB with 512 and 26 GB with 2048; with 2048 an H100 is 1.15 times as fast.
 
     Args:
         free: bytes.
@@ -125,10 +125,10 @@ def loss_scaler(precision, device):
 def tune(model, device, precision, num_patches):
     """Settings that change the speed of a step, in place; measured on 2 cores of a Zen 4 CPU, default MAE, batch 32.
 
-    glibc gives each large block back to the system when it is freed, and the next step pays for every page again:
-    kept, a float32 step is up to 1.28 times as fast. Attention as plain matrix products is faster than the fused
-    kernel, whose backward pass is slow here: in bf16 1.3 to 2.8 times a whole step, at up to 256 patches, as plain
-    products take memory with their square; in float32 0.97 to 1.2 times at up to 64.
+    glibc gives each large block back to the system when it is freed, and the next step pays for every page again. If
+    glibc keeps the blocks, a float32 step is up to 1.28 times as fast. Attention as plain matrix products is faster
+    than the fused kernel, whose backward pass is slow here. In bf16 it makes a whole step 1.3 to 2.8 times as fast; it
+    is used up to 256 patches, because its memory grows with their square. In float32: 0.97 to 1.2 times, up to 64.
     """
     if device.type != "cpu":
         return

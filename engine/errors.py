@@ -19,7 +19,7 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def as_user_error(*kinds):
-    """Errors of these kinds in the block, such as OSError, are the user's to mend."""
+    """Turn errors of these kinds in the block, such as OSError, into UserErrors."""
     try:
         yield
     except kinds as error:

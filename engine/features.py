@@ -14,7 +14,7 @@ POOLS = {"cls": lambda tokens: tokens[:, 0], "mean": lambda tokens: tokens[:, 1:
 FROZEN_MEASURES = {"linear probe": "linear/acc", "k-NN": "knn/acc"}  # columns of features.csv, by name
 WEIGHT_DECAYS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)  # candidates of the linear probe, strongest first
 ITERATIONS = 1000  # of `fit_linear`, at most: 70 do for 50,000 images at width 96, 250 for 1,000
-CONVERGED = 1e-6  # what a step can be expected to lower the loss by, below which `fit_linear` ends
+CONVERGED = 1e-6  # `fit_linear` ends when a step is expected to lower the loss by less than this
 ROWS = 2048  # images at once in `fit_linear`; bounds its memory, and changes no speed
 MOST_HELD_OUT = 5000  # images
 
@@ -25,8 +25,8 @@ MOST_HELD_OUT = 5000  # images
 def extract_features(encoder, images, prepare, layers, pools, batch_size):
     """Features of each image, all of its patches visible.
 
-    After the last block the tokens pass the encoder's final LayerNorm, as they do in use: in a classifier that pools
-    the mean, after pooling. After earlier blocks they are taken as they are: that LayerNorm was never trained on them.
+    After the last block, the encoder's final LayerNorm is applied as in training: before pooling, or after it in a
+    classifier with pool="mean". After earlier blocks it is not applied: it was never trained on their tokens.
 
     Args:
         encoder: a MAE_Encoder or what is derived from it, in eval mode.

@@ -47,7 +47,7 @@ class Muon(torch.optim.AdamW):
                 params = [p for p in group["params"] if matrices.get(p, 0) == count]
                 split += [{**group, "params": params, "matrices": count}] if params else []
         super().__init__(split, fused=True, **options)
-        self._step_supports_amp_scaling = False  # as fused AdamW's does: a GradScaler is to unscale all gradients
+        self._step_supports_amp_scaling = False  # GradScaler unscales all gradients; fused AdamW only its own
 
     @torch.no_grad()
     def step(self):

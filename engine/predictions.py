@@ -14,7 +14,7 @@ from engine.records import csv_text
 
 EVAL_BATCH = 500  # images whose losses are summed at once
 REPORT_BATCH = 128  # the course report averages the accuracies of batches of so many
-UNEVEN = 1.1  # classes are where the largest has more than so many times the images of the mean one
+UNEVEN = 1.1  # classes are uneven if the largest has more than this times the mean number of images
 
 
 @torch.no_grad()

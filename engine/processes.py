@@ -72,7 +72,7 @@ def world_size():
 
 
 def shared_out(count, largest):
-    """Slices of at most `largest` that cover `count` things once; of several processes each gets its share of them."""
+    """This process's slices of at most `largest` items; the slices of all processes cover `count` items once."""
     return [slice(start, start + largest) for start in range(rank() * largest, count, world_size() * largest)]
 
 
@@ -129,9 +129,9 @@ def barrier():
 
 @contextlib.contextmanager
 def noted_signals():
-    """Those of STOPS are only noted in the list that this yields; a later second one ends the process at once.
+    """Yield a list that collects the signals of STOPS; the same signal again, later, ends the process at once.
 
-    Repeats within a moment are one signal. One that came too late for the block to act on ends the program after it.
+    Repeats within REPEAT_SECONDS count as one. If signals are left in the list when the block ends, the program exits.
     """
     noted, noted_at = [], {}
 

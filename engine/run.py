@@ -23,7 +23,7 @@ from engine.files import check_writable, locked, replacing, sync
 from engine.predictions import write_predictions
 from engine.records import csv_text, read_config, read_metrics, read_run
 
-# What must be as it was, beside the settings, as digests: of a finished run, too
+# Digests that must not change, even if the run is finished, and their words in the error message
 DIGESTS = {"images": "training images", "test_set": "test images", "parent": "weights of the pretrained encoder"}
 DIGESTS |= {"masks": "masks, because the code of the strategy has changed"}
 # What --overwrite drops: files of the training, then what other scripts wrote beside them
@@ -102,14 +102,14 @@ class Run:
         """Lock the directory, restore the last checkpoint and note signals, until the block ends.
 
         Args:
-            model, optimizer: filled with what was saved last; from now on what is saved.
+            model, optimizer: the last checkpoint is loaded into them; later checkpoints save them.
             plan: with batch_size, steps_per_epoch and total_steps.
-            facts: what follows from the settings and the data; must be as it was when the run began.
+            facts: what follows from the settings and the data; must be the same as when the run began.
             start: what may differ each time the run is continued.
-            content: kind and model_args of the model; what else its files have beside what the run knows itself.
+            content: goes into the model's files, beside what the run adds: kind, model_args and a classifier's classes.
 
         Yields:
-            The Session, on which the run is logged, saved and finished.
+            The Session, which logs, saves and finishes the run.
 
         Raises:
             UserError: another process is at work on this run, the facts differ, the checkpoint is damaged or another
@@ -162,7 +162,7 @@ class Run:
             file.write(json.dumps(config, indent=1).encode())
 
     def pass_over(self):
-        """Say that the run is finished, and export it; its directory."""
+        """Print that the run is finished, export its model, and return its directory."""
         if processes.is_first():
             print(f"Finished already: {self.directory}")
         self.export()
@@ -295,10 +295,10 @@ class Session:
         return self.progress["epoch"] == self.epochs
 
     def tick(self):
-        """One step is done: move the bar; save where that is due; leave where a signal asked for it.
+        """Called after each step: move the bar, save if that is due, save and exit if a signal came.
 
         Returns:
-            Whether it was the first of this start, whose time tells nothing of the others'.
+            Whether it was the first step since this start, which takes longer than the others.
         """
         first = self._steps() == self.steps_before + 1
         if first:
@@ -318,10 +318,10 @@ class Session:
         self._save_or_stop(last=self._steps() == self.plan.total_steps)
 
     def announce(self, facts, start, last):
-        """Print where the run is, what it computes and on what; if it is continued, how far it is, and by other code.
+        """Print the run's directory, what it computes and where; if continued, its progress and if the code changed.
 
         Args:
-            facts: of the run; start, last: what is known of this start and of the one before.
+            facts: of the run; start, last: what config.json records of this start and of the one before.
         """
         epochs, steps = counted(self.epochs, "epoch"), counted(self.plan.steps_per_epoch, "step")
         images = counted(facts["train_images"], "label" if self.run.identity["kind"] == "classifier" else "image")

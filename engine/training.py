@@ -166,9 +166,9 @@ def train_one_epoch(setup, experiment, optimizer, loss_of, session):
 
     Args:
         experiment: as `train` takes it; loss_of: its loss, compiled or not.
-        session: has progress, a dictionary kept up to date here (epoch and step to go on from, loss_sum and seconds so
-            far, the scaler's state), and tick(), called after each step; it returns whether that was the first of this
-            start, which compiles and is no part of the images/s.
+        session: has progress, a dictionary that is updated here (epoch and step to go on from, loss_sum and seconds so
+            far, the scaler's state), and tick(), called after each step. tick() returns True after the first step since
+            this start, which may compile; images/s leave that step out.
     """
     progress, started, plan, scaler = session.progress, time.monotonic(), setup.plan, setup.scaler
     timed_from, timed_step = started, progress["step"]
@@ -256,8 +256,8 @@ def build(experiment, setup):
 def train(args, start_experiment):
     """Train one run to its end, on from where it stopped; returns its directory.
 
-    The order matters: all processes join before one can refuse what the others would wait for; the run is checked
-    before its images are read, which takes long; the seed is set just before the model draws its weights.
+    The order matters. All processes join first, so that an error in one ends the others, too. The run is checked before
+    its images are read, which takes long. The seed is set just before the model draws its weights.
 
     Args:
         start_experiment: takes the arguments, checks what can be checked without images, and gives the experiment:

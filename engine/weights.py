@@ -29,13 +29,13 @@ RESAMPLED, SIZES = ("img_size", "patch_size", "in_chans"), ("embed_dim", "encode
 
 
 def read_weights(path, constructor, *others, sizes):
-    """The content of the file of a MAE (or one of others) to start from, whoever wrote it.
+    """Read the content of a model's file to start from, written by this program or by another.
 
     Args:
         path: a file, a run directory, or a directory of transformers or timm with model.safetensors.
-        constructor, others: of the models that are taken; weights from elsewhere become the first's, a MAE_ViT's.
-        sizes: {name: value or None for the file's own}. Weights are resampled to RESAMPLED; SIZES must be the file's,
-            but for num_heads of a file that does not tell it.
+        constructor, others: classes of accepted models; weights of other programs become the first, a MAE_ViT.
+        sizes: {name: value, or None: as in the file}. Weights are resampled to the sizes in RESAMPLED. Those in SIZES
+            must be as in the file; only num_heads is used if the file does not give it.
 
     Returns:
         kind, name, model_args, model and settings as `load_model` gives them; model without decoder where the file
@@ -68,7 +68,7 @@ def parent_of(content):
 
 
 def not_flags(content):
-    """Arguments of the model that weights bring, if there are any, and no flag gives."""
+    """Model arguments that no flag sets and that come with the weights: {name: value}; {} without weights."""
     found = content["model_args"] if content else {}
     return {name: found[name] for name in ("qkv_bias", "norm_eps") if name in found}
 
@@ -145,7 +145,7 @@ def from_elsewhere(path, raw, constructor, num_heads):
 
 
 def renamed(name, table):
-    """A name in the words of a table {new: old}; as it is where it begins with none of the old ones."""
+    """The name with its old prefix replaced by the new one, from a table {new: old}; unchanged if none fits."""
     new = (new + name[len(old) :] for new, old in table.items() if f"{name}.".startswith(f"{old}."))
     return next(new, name)
 

@@ -159,10 +159,10 @@ def official(images, generator):
 def mix(images, labels, num_classes, mixup, cutmix, seed):
     """Mix each image (B, C, H, W) with another, and labels (B,) by the same shares: (B, num_classes), rows add up to 1.
 
-    Mixup (Zhang et al. 2017, arXiv:1710.09412) adds up pixels, as float; CutMix (Yun et al. 2019, arXiv:1905.04899)
-    puts a rectangle of the other image in place. `mixup` and `cutmix` are each one's alpha, 0: never; of two, one is
-    drawn evenly. One share, from Beta(alpha, alpha), and one rectangle for the whole batch, drawn by NumPy from the
-    seed, as torch's Beta takes no generator.
+    Mixup (Zhang et al. 2017, arXiv:1710.09412) averages pixels, as float; CutMix (Yun et al. 2019, arXiv:1905.04899)
+    pastes a rectangle of the other image. `mixup` and `cutmix` are their alphas, 0: never; if both are above 0, each
+    has a chance of 1/2. The whole batch has one share, from Beta(alpha, alpha), and one rectangle. NumPy draws them
+    from the seed, because torch's Beta takes no generator.
     """
     random = np.random.default_rng(seed)
     cut = cutmix and (not mixup or random.random() < 0.5)

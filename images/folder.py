@@ -31,7 +31,7 @@ class Tree(NamedTuple):
     """The images below a directory, in order."""
 
     directory: Path
-    files: dict  # {what a file is by, however it is linked: its path from the directory on}
+    files: dict  # {a file's identity, the same for all links to it: its path in the directory}
     not_read: dict  # {kind: paths}
     key: str  # changes with the path, size or modification time of any image
 
@@ -148,9 +148,9 @@ def list_images(directory, labelled):
 
 
 def walk(directory):
-    """(path from the directory on, where it truly lies) of all that is no folder; links are followed, hidden names not.
+    """Yield (path in the directory, path with folder links resolved) of each file; hidden names are left out.
 
-    Within a class each folder is passed once, and a link to a folder around itself never.
+    Within a class, each folder is entered once; a link to a folder that contains the link is not entered.
     """
 
     def stop(error):

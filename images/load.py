@@ -120,12 +120,12 @@ def load_dataset(name, data_dir, img_size, *, labelled=True, in_chans=3):
 
 
 def load_test_set(name, data_dir, img_size, classes, whose, in_chans=3):
-    """The test images of a set for a classifier that tells `classes` apart, labelled by place in them, by name.
+    """The test images of a set, for a classifier of `classes`: labels are positions in `classes`, matched by name.
 
     A folder needs no train/ here, and some classes may be missing.
 
     Raises:
-        UserError: the set has other classes; whose: what to call the classifier then.
+        UserError: the set has a class that is not in `classes`; the message calls the classifier `whose`.
     """
     if name == "folder" and not Path(data_dir, "train").is_dir():
         with as_user_error(OSError):
@@ -183,11 +183,12 @@ def sample(images, count, generator):
 def draw(images, train_images, seed, val_images=None):
     """Draw the images to train on and those to hold out: two ImageSets in file order, the second None without any.
 
-    In one order of all images, drawn from the seed, the first of each class are trained on, the last held out. So of
-    one seed, a larger set contains a smaller one, and holding out does not change the others.
+    The seed draws one order of all images: the first of each class are trained on, the last are held out. So with one
+    seed, a larger set contains a smaller one, and holding images out does not change the others.
 
     Args:
-        train_images: how many; None: all that are not held out. val_images: how many, which leave some of each class.
+        train_images: how many to train on; None: all that are not held out.
+        val_images: how many to hold out; at least one of each class is left to train on.
     """
     order, held_out, given = torch.randperm(len(images.labels), generator=generator("cpu", seed, "labels")), None, ""
     if val_images is not None:
@@ -203,13 +204,13 @@ def draw(images, train_images, seed, val_images=None):
 
 
 def of_each_class(images, order, count, flag, leave=0):
-    """The first `count` of an order of images, by class: equally many of each, its share where classes are uneven.
+    """The first `count` indices of `order`, (count,): the same number of each class, or its share if sizes differ.
 
-    One of each class comes first, then always one of the class that is the furthest behind its share (Webster's
-    method), so that a larger count contains a smaller one.
+    First comes one of each class. Each next image is of the class that is furthest behind its share (Webster's
+    method), so a larger count contains a smaller one.
 
     Args:
-        order: (M,) int64, places in `images`; leave: so many of each class are not taken.
+        order: (M,) int64, indices of `images`; leave: how many of each class are not taken.
 
     Raises:
         UserError: the images are too few, or classes are even and the count is not the same number of each.

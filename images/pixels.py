@@ -50,10 +50,10 @@ KINDS = {  # how files begin that PIL does not read: what they are, and the way 
 
 
 def open_image(path, img_size, limits=None):
-    """An upright RGB image from a file, and its own limits, both as by `to_rgb`; a UserError says what is not read.
+    """Read (upright RGB image, its own limits), as `to_rgb` gives them; raises UserError if the file is unreadable.
 
-    A JPEG whose shorter side has at least 4 x img_size is decoded at 1/2, 1/4 or 1/8 of its size, with 2 x img_size
-    left: twice as fast, for pixels that differ by little. A square one of a usual size is decoded at full size.
+    A JPEG whose shorter side has at least 4 x img_size is decoded at 1/2, 1/4 or 1/8 of its size, with at least
+    2 x img_size left: twice as fast, and pixels differ little. A square one of up to USUAL pixels stays at full size.
     """
     try:
         with Image.open(path) as image:
@@ -81,10 +81,10 @@ def why_not_read(path, error):
 
 
 def to_rgb(image, limits=None):
-    """A PIL image as RGB, and the smallest and largest value of one whose values are not of 8 bits, else None.
+    """A PIL image as RGB, and its (smallest, largest) value if its values are not of 8 bits, else None.
 
-    It is turned as its EXIF says; transparency is laid over white. Values of more than 8 bits, or with a fraction, are
-    spread over 0 to 255 from `limits` on, a set's smallest and largest value; without them, from the image's own.
+    It is turned as its EXIF says; transparency becomes white. Values of more than 8 bits, or with a fraction, are
+    scaled to 0 to 255: `limits`, a set's (smallest, largest) value, become 0 and 255; None: the image's own limits.
     """
     image.load()
     with contextlib.suppress(Exception):  # damaged EXIF: then the image is taken as it lies

@@ -10,10 +10,10 @@ from scipy import optimize, special, stats
 
 @functools.lru_cache
 def critical(correlation, degrees, errors=0.05):
-    """What all |t| of estimates with this correlation (tuples) stay below, but for `errors` (Dunnett 1955).
+    """All |t| of estimates with this correlation (tuples) are below this, except with chance `errors` (Dunnett 1955).
 
-    A multivariate t is a direction times a length whose square is F distributed. Lengths are integrated, directions an
-    even sample (Sobol 1967): within 0.01, and exact for one estimate or several that are the same.
+    A multivariate t is a direction times a length whose square is F distributed. The code integrates over lengths and
+    samples directions evenly (Sobol 1967): within 0.01, and exact for one estimate or several that are the same.
     """
     eigenvalues, vectors = np.linalg.eigh(np.array(correlation))
     rank = (eigenvalues > 1e-6).sum()
@@ -26,9 +26,9 @@ def critical(correlation, degrees, errors=0.05):
 
 
 def power_of(sd, settings, points, n):
-    """Probability that n seeds of each setting show one that is `points` above or below the baseline as such.
+    """Probability that n seeds of each setting show a difference from the baseline that is `points`, up or down.
 
-    By the intervals of all with the baseline together, on which judge() stands; sd: of the noise that it pools.
+    Uses judge()'s intervals, which hold for all settings together; sd: standard deviation of the pooled noise.
     """
     if settings < 2 or not (sd > 0 and points > 0):
         raise ValueError(f"Needs 2 settings, an s.d. and a difference above 0, not {settings}, {sd:g} and {points:g}.")

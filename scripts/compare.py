@@ -53,9 +53,9 @@ def parse_args(argv=None):
 def long_table(runs, entries, measures=MEASURES):
     """A row for each measure, setting and seed: its value, in % where the measure is a share.
 
-    The column unit is what the measure is of: the setting, or of measures of a MAE the settings of the MAE alone. Those
-    that share a unit have all of its seeds, and it is judged once. So MAEs without a classifier, as it is still to come
-    perhaps, have no row beside settings that share them.
+    The column unit is what was measured: the setting or, for measures of a MAE, the MAE's settings alone. Settings that
+    share a unit have all of its seeds, and the unit is judged once. So MAEs without a classifier (it may come later)
+    have no row if settings with classifiers have the same unit.
     """
     rows = []
     for name, (column, kind, percent) in measures.items():

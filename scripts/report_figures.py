@@ -162,7 +162,7 @@ PICTURES = {  # the same, of models and images
 
 
 def with_images(runs):
-    """The Runs of the seeds of which all have their weights, as kept runs have none; else None, and the reason."""
+    """(Runs of the seeds whose runs all have weights, None), or (None, the reason): kept runs have no weights."""
     entries = runs.entries
     used = entries[["seed", "classifier", "mae"]].melt("seed").dropna()
     without = used[[not (runs.records[run].directory / "model.pt").exists() for run in used.value]]

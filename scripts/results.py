@@ -91,9 +91,9 @@ def table_of(records):
 
 
 def completer(script, records):
-    """A function of settings: with the default of each flag that others of these records have and they not yet.
+    """A function that completes settings: flags that only others of these records have get their defaults.
 
-    None is told by a word, so that it is not a value that is missing.
+    A word replaces None, which would count as a missing value.
     """
     defaults = vars(utils.fill_in(script.parse_args([]), utils.defaults(ViT_Classifier)))
     known = dict.fromkeys(name for record in records for name in record.settings)

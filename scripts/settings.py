@@ -91,7 +91,7 @@ def is_written(word, setting):
 
 
 def where(entries, settings, words):
-    """The entries that these words are written of, and those without a value of that name, as from scratch.
+    """The entries and settings that fit all NAME=VALUE words; those without a value of a name (from scratch) fit, too.
 
     Raises:
         UserError: there are none.

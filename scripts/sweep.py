@@ -125,9 +125,9 @@ def jobs_of(setting, args):
 
 
 def unfinished(job):
-    """Words of the steps of a job that are left: all where its first is, else those without a result, or an older one.
+    """Commands of a job's steps that are left: all if the first is; else those without a result since its last start.
 
-    Only what config.json and the features tell is looked at; the scripts refuse, say, other images.
+    This reads only config.json and the features; the scripts themselves refuse other images, for example.
     """
     left, since = [], ""
     for step in job:
