@@ -121,8 +121,8 @@ def draw_layers(rows, title):
 
 
 def table_path(path, args):
-    """The path of the table, without its ending: beside the model, named by the file's stem (a run directory has none)
-    and what was asked for.
+    """The path of the table, without suffix: in --output or beside the model. Its name has the stem of the model's file
+    (not for a run directory), and the data set, number of images, label seed and image size that were given.
     """
     directory, stem = (path, []) if path.is_dir() else (path.parent, [path.stem])
     size, drawn = args.img_size and f"i{args.img_size}", args.label_seed is not None and f"draw{args.label_seed}"

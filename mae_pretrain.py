@@ -78,7 +78,7 @@ def parse_args(argv=None):
 
 
 def inherited(argv):
-    """Defaults that the model of --init_from brings: its sizes; of a run of ours all settings but for its epochs."""
+    """Defaults from the model of --init_from, {flag: value}: its sizes; of our runs, all settings except epochs."""
     early = utils.Parser(add_help=False)
     for flag, kind in {"--init_from": str, "--dataset": str, "--num_heads": utils.positive_int}.items():
         early.add_argument(flag, type=kind, help=argparse.SUPPRESS)
@@ -162,7 +162,7 @@ class Pretraining:
 
 
 def probe_interval(args, plan, bank_size):
-    """Epochs between probes, 0 for none. One forward pass of a probe is taken to cost as much as a training step."""
+    """Epochs between probes; 0: none. Assumes that an image costs as much time in a probe as in training."""
     if args.probe_every is not None:
         return args.probe_every
     affordable = int(PROBE_SHARE * plan.total_steps * plan.batch_size / bank_size)

@@ -66,8 +66,8 @@ def shifted_grid_scores(batch_size, grid_size, num_visible, generator, device):
 def jittered_grid_scores(batch_size, grid_size, num_visible, generator, device):
     """One random patch of each 2 x 2 is visible at mask ratio 0.75 (uniform masking, Li et al. 2022, arXiv:2205.10063).
 
-    At other ratios, too, the visible patches are spread evenly: the grid is cut into four again and again, and what is
-    visible is shared out equally among the four of each cut.
+    At other ratios, the visible patches are spread evenly, too: the grid is cut into quarters again and again, and the
+    quarters of each cut get equally many visible patches.
     """
     scores = torch.zeros(batch_size, 1, 1, device=device)
     while (size := scores.shape[1]) < grid_size:
@@ -90,13 +90,13 @@ def cell_scores(batch_size, grid_size, num_visible, generator, device):
 
 
 def noise_scores(batch_size, grid_size, num_visible, generator, device, fine=1.0, coarse=2.0):
-    """Blobs and gaps of a middle size: the highest values of band-passed noise are hidden.
+    """Hidden and visible blobs of medium size: the highest values of band-passed noise are hidden.
 
     ColorMAE's green noise, the best of its bands (Hinojosa et al. 2024, arXiv:2407.13036, section 3): white noise
-    blurred by a narrow Gaussian less the same blurred by a wide one. `fine` and `coarse` are their standard deviations
-    in patches, our choice.
+    blurred by a narrow Gaussian, minus the same noise blurred by a wide one. `fine` and `coarse` are the standard
+    deviations in patches, our choice.
     """
-    margin = math.ceil(3 * coarse)  # a blur's reach: the edges of the grid are then as its middle
+    margin = math.ceil(3 * coarse)  # a blur reaches this far: with it, edges are blurred like the middle
     white = torch.randn(batch_size, *[grid_size + 2 * margin] * 2, generator=generator, device=device)
     inner = torch.arange(grid_size, device=device)
     distance = inner[:, None] + margin - torch.arange(grid_size + 2 * margin, device=device)  # (g, g + 2 margin)

@@ -336,8 +336,8 @@ def block_output(block, tokens, scales=None, cls_only=False):
     """Output of a block of `transformer` for tokens (B, N, D): the same numbers as timm's Block computes.
 
     Args:
-        scales: (B, 2), what its attention and its MLP are multiplied by, image by image; None: 1.
-        cls_only: compute the first token only: (B, 1, D).
+        scales: (B, 2), each image's factors for the outputs of attention and of the MLP; None: 1.
+        cls_only: compute and return the first token only: (B, 1, D).
     """
 
     def scaled(branch, which):
@@ -394,7 +394,7 @@ class ViT_Classifier(MAE_Encoder):
         self.head = nn.Linear(embed_dim, num_classes)
 
     def group_matcher(self, coarse=False):
-        """How timm's param_groups_layer_decay sorts parameters by depth: LayerNorm and head, in neither, come last."""
+        """Patterns by depth for timm's param_groups_layer_decay; LayerNorm and head match none and come last."""
         return {"stem": r"cls_token|pos_embedding|patchify", "blocks": r"transformer\.(\d+)"}
 
     def load_encoder(self, mae_state):
@@ -411,7 +411,7 @@ class ViT_Classifier(MAE_Encoder):
         assert not unexpected, unexpected
 
     def pooled(self, images, scales=None):
-        """What the head takes, (B, D), of images (B, C, H, W) in [-1, 1]: the pooled token after the final LayerNorm.
+        """Images (B, C, H, W) in [-1, 1] to the head's input (B, D): the pooled token after the final LayerNorm.
 
         Args:
             scales: (B, depth, 2) from `drop_path_scales`, in training; None: no drop path.

@@ -140,8 +140,8 @@ def load_pretrained(args):
 class Classification:
     """What this script trains: an experiment as `engine.training.train` describes it.
 
-    A batch is (images (B, C, H, W) from 0 to 255, labels (B,), or (B, classes) of mixed images, with drop path also
-    what it multiplies the blocks by (B, depth, 2)).
+    A batch is (images (B, C, H, W) from 0 to 255, labels (B,)). Mixed images have labels (B, classes). With drop path,
+    a third tensor (B, depth, 2) has the blocks' factors, see `drop_path_scales`.
     """
 
     warmup, device_batch_size, betas = WARMUP, DEVICE_BATCH_SIZE, (0.9, 0.999)
@@ -225,7 +225,7 @@ class Classification:
         return scores
 
     def tested(self, session, setup):
-        """Loss and accuracy on the test images; what the last epoch predicts is left to the run, to be written."""
+        """Loss and accuracy on the test images, {column: number}; the last epoch puts its predictions into progress."""
         scores, predicted = evaluate(self.model, self.test, setup.precision, setup.at_once)
         if session.epoch == self.args.total_epoch:
             session.progress["predictions"] = torch.stack([self.test.labels.cpu(), predicted])

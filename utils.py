@@ -49,7 +49,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind, low, high, what):
-    """An argparse type: a number of a kind from low to high, in words `what`."""
+    """Make an argparse type: a number of `kind` from low to high; errors call it `what`."""
 
     def parsed(text):
         try:
@@ -100,7 +100,7 @@ def add_data_arguments(parser, pretrained=False):
     group.add_argument("--data_dir", default=default["data_dir"], help=text)
     text = "train on this many, drawn by --seed: equally many of each class, or in proportion to its size"
     group.add_argument("--train_images", type=positive_int, help=text)
-    text = "mirroring, and random shifts by up to 4 pixels (shift) or random resized crops (crop; MAE paper, table 1e)"
+    text = "shift: mirror, and shift by up to 4 pixels; crop: mirror, and random resized crops (MAE paper, table 1e)"
     text += "; official: crops, RandAugment and random erasing (table 9)"
     group.add_argument("--augment", choices=AUGMENTATIONS, default="none", help=text)
     return group
@@ -139,8 +139,8 @@ def add_optimisation_arguments(parser, warmup, device_batch_size):
     text = f"epochs of linear warm-up; default: {warmup:g} x --total_epoch"
     group.add_argument("--warmup_epoch", type=non_negative_float, help=text)
     group.add_argument("--batch_size", type=positive_int, help="images an update, over all devices")
-    text = f"images at once on a device, more are accumulated; default: {device_batch_size['cpu']} on a CPU; on a GPU "
-    text += f"{device_batch_size['cuda']} for the default model, more for smaller ones, 4 times as many with 40 GB"
+    text = f"images at once per device (gradient accumulation); default: {device_batch_size['cpu']} on a CPU; on a GPU "
+    text += f"{device_batch_size['cuda']} for the default model, more for smaller models, times 4 with 40 GB free"
     group.add_argument("--max_device_batch_size", type=positive_int, help=text)
     text = "peak for a batch of 256; scales with --batch_size"
     group.add_argument("--base_learning_rate", type=non_negative_float, help=text)
@@ -217,7 +217,7 @@ def defaults(constructor):
 
 @contextlib.contextmanager
 def shrunk_if_dry(args):
-    """The arguments; for --dry_run shrunk to two epochs of two small steps on drawn images, leaving nothing behind."""
+    """Yield the arguments; for --dry_run, with 2 epochs of 2 small steps, generated images and a temporary log_dir."""
     if not args.dry_run:
         yield args
         return
@@ -232,8 +232,8 @@ def shrunk_if_dry(args):
 
 # --- what identifies a run ---
 
-# Flags that say where and how a run computes, not what: neither in its name nor compared when it is continued. What
-# --precision auto comes to is compared all the same, among the facts of a run.
+# Flags that say where and how a run computes, not what: they are not in its name and may change when it is continued.
+# But the precision that is in use must stay the same: it is among the run's facts.
 FREE = {"data_dir", "device", "precision", "compile", "max_device_batch_size", "probe_every", "preset"}
 FREE |= {"log_dir", "overwrite", "dry_run", "pretrained_model_path", "output_model_path"}
 WEIGHTS = {".pt", ".pth", ".bin", ".safetensors"}
@@ -251,7 +251,7 @@ def settings_of(args):
 
 
 def free_arguments(args):
-    """Where and how it is computed: {flag: value}, with the data set as it was typed."""
+    """The FREE arguments, {flag: value}: where and how a run computes; dataset as it was typed."""
     return {flag: value for flag, value in vars(args).items() if flag in FREE} | {"dataset": args.dataset}
 
 

@@ -73,7 +73,7 @@ def parse_args(argv=None):
 
 
 def images_to_test_on(args, content, sizes):
-    """The test images of --dataset and --data_dir, by default those of the model with this content of its file."""
+    """The test set, an ImageSet, of --dataset and --data_dir; their defaults come from the model's file, `content`."""
     place = args.dataset or content["dataset"], args.data_dir or content["data_dir"], sizes["img_size"]
     if "classes" in content:
         return load_test_set(*place, content["classes"], args.model_path, sizes["in_chans"])
@@ -81,10 +81,10 @@ def images_to_test_on(args, content, sizes):
 
 
 def images_to_draw(args, sizes, test, count):
-    """Images (B, C, H, W) uint8, a title for each, and their labels, None for pictures of the user's own.
+    """(images (B, C, H, W) uint8, a title for each, labels (B,)); labels are None for the user's own --images.
 
     Args:
-        test: the ImageSet to draw from, where there are none of the user's; count: how many, by default.
+        test: the ImageSet to draw from without --images; count: how many, without --num_images.
     """
     if args.images:
         images = torch.stack([read_image(path, sizes["img_size"]) for path in args.images])
@@ -136,7 +136,7 @@ def cls_attention(encoder, images, block):
 
 
 def draw_attention(model, images, names, args):
-    """In a column each image (C, H, W) uint8, where the cls token looks in it on the mean over heads, and by head."""
+    """A figure, a column for each image (C, H, W) uint8: the image, the cls token's mean attention, and each head's."""
     encoder = getattr(model, "encoder", model)
     depth = len(encoder.transformer)
     block = args.block or depth
@@ -179,7 +179,7 @@ def print_by_class(model, content, test, args):
 
 
 def draw_model(args):
-    """What the model of --model_path makes of some images: (figure, the path beside the model to write it to)."""
+    """Draw the output of --model_path for some images: (figure, its default path, beside the model)."""
     model, content = load_model(args.model_path, MAE_ViT, ViT_Classifier)
     is_mae, place = isinstance(model, MAE_ViT), Path(args.model_path)
     place = place if place.is_dir() else place.parent
@@ -206,7 +206,7 @@ def draw_model(args):
 
 
 def draw_gallery(args, columns=6):
-    """A row for each mask strategy: some masks, and how often each place is visible over many."""
+    """A figure, a row for each mask strategy: some masks, and how often each patch is visible in DRAWS masks."""
     (ratio,) = args.mask_ratio or [0.75]
     strategies = args.mask_strategy or list(MASK_STRATEGIES)
     figure, axes = plt.subplots(

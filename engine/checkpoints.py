@@ -37,7 +37,7 @@ def save_file(path, content):
 
 
 def on_cpu(value):
-    """Dictionaries and lists with their tensors on the CPU: plain torch.load refuses a GPU's where there is none."""
+    """Move tensors in dictionaries and lists to the CPU: without a GPU, plain torch.load refuses a GPU's tensors."""
     if isinstance(value, dict):
         return {key: on_cpu(part) for key, part in value.items()}
     if isinstance(value, list):
@@ -76,7 +76,7 @@ def load_file(path, *kinds):
 
     Args:
         path: the file, or a run directory, as `file_of` takes it.
-        kinds: what content["kind"] may be, or of a checkpoint content["of"]; none: any of ours.
+        kinds: allowed values of content["kind"], or of content["of"] in a checkpoint; none given: any kind.
 
     Raises:
         UserError: no such file, damaged, or not the kind asked for.

@@ -24,16 +24,16 @@ PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.fl
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 DEFAULT_SIZE = 256 * 192  # tokens x width of the default model
 LARGE_GPU = 40e9  # bytes free
-# Images for a GPU to train on, from which compiling pays: by what first steps and speeds one H100 had, from 1.1 (patch
-# 2) and 2.1 million (patch 4) of pretraining on, from 0.3 million of fine-tuning (logs/report/BENCHMARK.md).
+# Compiling pays if a GPU trains on this many images, each epoch counted. By first and later steps of one H100, it pays
+# from 1.1 (patch 2) or 2.1 million (patch 4) in pretraining, 0.3 million in fine-tuning (logs/report/BENCHMARK.md).
 COMPILE_FROM = 2_000_000
 
 
 def pick_device(name):
-    """torch.device for "auto" (CUDA if any), "cpu", "cuda" (of torchrun's processes one each), "cuda:1" or "mps".
+    """torch.device for "auto" (CUDA if any), "cpu", "cuda" (under torchrun, a GPU for each process), "cuda:1" or "mps".
 
     Raises:
-        UserError: there is no such device here, or RANK is set without LOCAL_RANK, which says whose GPU is whose.
+        UserError: there is no such device here, or RANK is set without LOCAL_RANK, which tells a process its GPU.
     """
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     found = ["cpu", *gpus, *(["mps"] if torch.backends.mps.is_available() else [])]
@@ -81,14 +81,14 @@ def images_at_once(standard, num_patches, embed_dim, free):
 
 
 def compile_mode(choice, device, num_images, num_micro_batches):
-    """torch.compile's mode for a training step; None: eager.
+    """torch.compile's mode for a training step; None: do not compile.
 
-    A small batch waits for the CPU, which CUDA graphs ("reduce-overhead") mend: on an H100, 1.65 times as fast at patch
-    4 and batch 1024, 1.55 times in fine-tuning. Where micro-batches add up, they fail: the next overwrites gradients.
+    On small batches, a GPU waits for the CPU. CUDA graphs ("reduce-overhead") avoid it: on an H100, 1.65 times as fast
+    at patch 4 and batch 1024, 1.55 times in fine-tuning. With several micro-batches, they would overwrite gradients.
 
     Args:
-        choice: whether to compile; None: on CUDA, from COMPILE_FROM images on.
-        num_images: that this device will train on, each epoch counted.
+        choice: whether to compile; None: only on CUDA and with at least COMPILE_FROM images.
+        num_images: how many this device will train on, each epoch counted.
     """
     if choice is None:
         choice = device.type == "cuda" and num_images >= COMPILE_FROM
@@ -98,7 +98,7 @@ def compile_mode(choice, device, num_images, num_micro_batches):
 
 
 def compiled(function, mode):
-    """The function through torch.compile in this mode; None: as it is."""
+    """The function, compiled by torch.compile in this mode; unchanged if mode is None."""
     if mode is None:
         return function
     fast = torch.compile(function, dynamic=False, mode=mode)
@@ -106,7 +106,7 @@ def compiled(function, mode):
         return fast
 
     def step(*inputs):
-        torch.compiler.cudagraph_mark_step_begin()  # what the last step left in the graph's memory is used up
+        torch.compiler.cudagraph_mark_step_begin()  # the graph may now overwrite the last step's outputs
         return fast(*inputs)
 
     return step
@@ -118,7 +118,7 @@ def autocast(precision, device):
 
 
 def loss_scaler(precision, device):
-    """For fp16, scales the loss up, as small gradients would become 0; for other precisions, does nothing."""
+    """A GradScaler: for fp16 it scales the loss up, because small gradients would become 0; else it does nothing."""
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
 
@@ -143,7 +143,7 @@ def tune(model, device, precision, num_patches):
 
 
 def peak_memory_mb(device):
-    """The most memory so far: of the device on CUDA, else of this process."""
+    """Peak memory so far, in MB (2**20 bytes): of the device on CUDA, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     status = Path("/proc/self/status")
@@ -166,7 +166,7 @@ def generator(device, *key):
 
 
 def environment(device=None):
-    """Where and from what a run was started: command, time, commit, versions, machine.
+    """Facts about the start of a run, {name: value}: command, time, commit, versions, machine.
 
     Args:
         device: the one that computes; None: the one that --device auto takes.

@@ -103,11 +103,11 @@ def knn_predict(features, labels, queries, num_classes, k=20, temperature=0.07, 
 def fit_linear(features, labels, num_classes, weight_decays):
     """Softmax regression on standardised features, for several weight decays at once.
 
-    Standardising is what the affine-free batch norm of the official MAE's linear probe does (eps 1e-6). For each
-    weight decay the mean cross-entropy plus weight_decay / 2 x the sum of squared weights, without the bias, is
-    minimised, until all have converged. That is a convex problem, so no seed and no learning rate matter: the
-    curvature of the softmax loss is at most half of the features' covariance (Boehning 1992, "Multinomial logistic
-    regression algorithm"), which gives each of its eigenvectors a step of its own; momentum as in Nesterov's method.
+    Features are standardised as by the affine-free batch norm of the official MAE's linear probe (eps 1e-6). For each
+    weight decay, this minimises the mean cross-entropy + weight_decay / 2 x the sum of squared weights (not the bias)
+    until all have converged. The problem is convex, so no seed and no learning rate matter. The curvature of the
+    softmax loss is at most half of the features' covariance (Boehning 1992, "Multinomial logistic regression
+    algorithm"). So each eigenvector of the covariance gets its own step size; momentum is Nesterov's.
 
     Args:
         features: (N, D) float; labels: (N,) int64; weight_decays: K numbers above 0.
@@ -118,7 +118,7 @@ def fit_linear(features, labels, num_classes, weight_decays):
     device = features.device
     if device.type == "mps":  # has no float64
         features, labels = features.cpu(), labels.cpu()
-    x = features.double()  # so that directions without variance stay at 0, where rounding would give them a weight
+    x = features.double()  # in float32, rounding would give a weight to directions without variance
     mean, scale = x.mean(0), (x.var(0, correction=0) + 1e-6).sqrt()
     x = (x - mean) / scale
     variance, basis = torch.linalg.eigh(x.T @ x / len(x))  # (D,), (D, D)
@@ -149,10 +149,10 @@ def gradient(x, targets, w):
 
 
 def linear_probe(features, labels, queries, num_classes, generator):
-    """The classes that a linear layer on frozen features predicts, trained as `fit_linear` says.
+    """Train a linear layer on frozen features with `fit_linear`, and predict the classes of queries.
 
-    The weight decay is the one of WEIGHT_DECAYS with the lowest cross-entropy on a tenth of the training images (at
-    most MOST_HELD_OUT), drawn from the generator, after training on the others; then all of them are trained on.
+    The generator draws the images to hold out: a tenth, at most MOST_HELD_OUT. After training on the others, the one of
+    WEIGHT_DECAYS with the lowest cross-entropy on these is chosen. Then the layer is trained on all training images.
 
     Args:
         features: (N, D) float; labels: (N,) int64; queries: (Q, D) float.

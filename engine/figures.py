@@ -36,7 +36,7 @@ NAMES = {  # of columns of metrics.csv, on axes
 
 
 def name_of(metric):
-    """What an axis says of a column of metrics.csv; its own name where NAMES has none."""
+    """The name of a column of metrics.csv on an axis: from NAMES, else the column's own."""
     return NAMES.get(metric, metric)
 
 
@@ -46,8 +46,8 @@ def is_share(metric):
 
 
 def show(axes, image):
-    """Draw one image, pixels (C, H, W) uint8 or grey (H, W) in [0, 1], without axes; of many channels the first 3, of
-    one or two the first.
+    """Draw one image, (C, H, W) uint8 or grey (H, W) in [0, 1], without ticks. Of 3 or more channels, the first 3 are
+    shown in colour; of 1 or 2, the first in grey.
     """
     if image.ndim == 3:
         image = image[:3].permute(1, 2, 0) if len(image) >= 3 else image[0] / 255
@@ -57,7 +57,7 @@ def show(axes, image):
 
 
 def draw_rows(axes, rows, names=(), fontsize=11):
-    """A row of images for each {label: images, each as `show` takes it}; axes (rows, images of each).
+    """Draw {label: images, each as `show` takes it} into axes (rows, columns), a row for each label.
 
     Args:
         names: of files, above the first row.
@@ -71,12 +71,12 @@ def draw_rows(axes, rows, names=(), fontsize=11):
 
 
 def rows_of(rows, columns):
-    """A figure for so many rows and columns of images, wide enough for its title, and axes (rows, columns)."""
+    """Make a figure for a table of images, wide enough for a title: (figure, axes (rows, columns))."""
     return plt.subplots(rows, columns, figsize=(max(1.3 * columns + 1, 5), 1.3 * rows + 0.6), squeeze=False)
 
 
 def grid_of(count, height):
-    """A figure with a row of up to 8 axes after the other, each row of this height in inches, and `count` axes."""
+    """Make a figure with `count` axes, up to 8 in a row, each row `height` inches high: (figure, axes (count,))."""
     columns = min(8, count)
     rows = math.ceil(count / columns)
     figure, axes = plt.subplots(rows, columns, figsize=(1.6 * columns, height * rows + 0.6), squeeze=False)
@@ -133,11 +133,11 @@ def draw_most_likely(images, names, classes, probabilities, count=3):
 
 
 def draw_curves(axes, curves, ylabel, percent=False):
-    """Lines by epoch; of several seeds the mean, with their range as a band.
+    """Draw a line by epoch for each curve: the mean over seeds, with their range as a band.
 
     Args:
-        curves: (label, epochs (E,), values (S, E)) of each line, a row of values a seed, nan where there is none.
-        percent: the values are shares of 1.
+        curves: [(label, epochs (E,), values (S, E)), ...]; values has a row for each seed, nan: no value.
+        percent: the values are shares of 1, to show in %.
     """
     for i, (label, epochs, values) in enumerate(curves):
         (colour, _), (_, line) = STYLES[i % 5], STYLES[(i + i // 5) % 5]  # 25 pairs, the first 5 those of STYLES
@@ -158,14 +158,14 @@ def draw_curves(axes, curves, ylabel, percent=False):
 
 
 def curve(label, seeds):
-    """A line for `draw_curves`, of what all seeds have: seeds is a list of {epoch or block: value}, nan for none."""
+    """A curve for `draw_curves`, only where all seeds have a value; seeds: [{epoch or block: value or nan}, ...]."""
     seeds = [{x: value for x, value in seed.items() if not math.isnan(value)} for seed in seeds]
     places = sorted(set.intersection(*map(set, seeds)))
     return f"{label} (n {len(seeds)})", places, [[seed[x] for x in places] for seed in seeds]
 
 
 def draw_legend(figure):
-    """Name the lines of the figure's axes, equal in all, below them, in as many columns as there is room for."""
+    """Draw one legend below all axes, which have the same lines, in as many columns as fit; the figure grows for it."""
     lines, (width, height) = figure.axes[0].lines, figure.get_size_inches()
     labels = [textwrap.fill(line.get_label(), WRAP, break_on_hyphens=False) for line in lines]
     longest = max(len(part) for label in labels for part in label.splitlines())
@@ -214,7 +214,7 @@ def draw_matrix(values, rows, columns, xlabel, ylabel):
 
 
 def undrawable(text):
-    """The letters of a text that no font here has; from now on figures use each font that has some of the others."""
+    """The set of a text's letters that no installed font has; later figures use the fonts that have the others."""
     family, missing = plt.rcParams["font.family"], {ord(letter) for letter in text if not letter.isspace()}
     names = sorted({font.name for font in font_manager.fontManager.ttflist} - {*family})
     for name in [*family, *names]:
@@ -228,7 +228,7 @@ def undrawable(text):
 
 
 def drawable(classes):
-    """Class names, or their numbers from 0 where no font here has all of their letters, and a line that says so."""
+    """The class names; if no installed font has some letter, "class 0", "class 1", ..., and a printed line says so."""
     if not (letters := undrawable("".join(classes))):
         return classes
     some = "".join(sorted(letters)[:5])

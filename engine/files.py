@@ -18,7 +18,7 @@ NO_SYNC = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}  # of di
 
 
 def sync(file):
-    """Wait until a file, or a directory with its new names, is on the disk; where a file system can tell that."""
+    """Wait until a file, or a directory's new names, are on the disk; skipped on file systems without fsync."""
     try:
         os.fsync(file)
     except OSError as error:

@@ -26,15 +26,15 @@ def orthogonalized(matrices, dtype):
 class Muon(torch.optim.AdamW):
     """Muon for the matrices of the transformer blocks, AdamW for all else.
 
-    A matrix steps by its momentum (Nesterov's), orthogonalized (Jordan et al. 2024, "Muon", kellerjordan.github.io/
-    posts/muon); times 0.2 sqrt(max(rows, columns)) the step is as long as AdamW's, so rate and decay are those of AdamW
-    (Liu et al. 2025, arXiv:2502.16982, section 2.2). The weight (3 D, D) of queries, keys and values is three matrices.
-    Biases, LayerNorms, tokens, positions, patch embedding, decoder.embed and heads are AdamW's.
+    A matrix's step is its (Nesterov) momentum, orthogonalized (Jordan et al. 2024, "Muon", kellerjordan.github.io/
+    posts/muon). The factor 0.2 sqrt(max(rows, columns)) makes it as long as AdamW's step, so both share learning rate
+    and weight decay (Liu et al. 2025, arXiv:2502.16982, section 2.2). The weight (3 D, D) of queries, keys and values
+    counts as three matrices. AdamW trains biases, LayerNorms, tokens, positions, patch embedding, decoder.embed, heads.
 
     Args:
-        model: whose blocks are called transformer.
-        groups: of its parameters, as AdamW takes them, each split into a part for each kind; options: AdamW's.
-        dtype: of the matrix products; bf16, which Jordan used, is 2.7 times (width 64) as fast on a Zen 4 or more.
+        model: its blocks are in modules named transformer.
+        groups: its parameter groups, as AdamW takes them; they are split by kind of parameter. options: AdamW's.
+        dtype: of the matrix products; bf16, which Jordan used, is at least 2.7 times as fast (width 64) on a Zen 4.
     """
 
     def __init__(self, model, groups, dtype, **options):

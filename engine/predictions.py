@@ -61,7 +61,7 @@ def accuracies_of(labels, predicted):
 
 
 def write_predictions(path, classes, labels, predicted):
-    """Write of each image its place in the set, its class and the predicted one.
+    """Write a CSV file with a row for each image: its index, its class and the predicted class.
 
     Args:
         classes: names, by label; labels, predicted: (N,) int64.
@@ -82,7 +82,7 @@ def read_predictions(path):
 
 
 def table_by_class(pairs):
-    """Lines of text: of each class, from the lowest accuracy on, its images, accuracy, and what it is taken for most.
+    """Lines of a table: each class, lowest accuracy first, with its images, accuracy and most frequent wrong class.
 
     Args:
         pairs: as `read_predictions` gives them.

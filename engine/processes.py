@@ -1,6 +1,6 @@
-"""The processes that torchrun started, if any, and what they tell each other; the signals that one gets.
+"""The processes that torchrun started, if any, and the numbers they exchange; the signals that one gets.
 
-With one process nothing is told.
+A single process exchanges nothing.
 """
 
 import contextlib
@@ -44,9 +44,9 @@ def leave():
 
 @contextlib.contextmanager
 def together():
-    """A block that all processes pass, or none: a UserError in one process ends the others without a message.
+    """All processes complete the block, or none: after a UserError in one process, the others exit without a message.
 
-    Inside, no process may wait for what another tells, except before the first line that can fail.
+    Inside, no process may wait for another, except before the first line that can raise a UserError.
     """
     try:
         yield
@@ -99,7 +99,7 @@ def average_over_ranks(model, loss):
 
 
 def group_device():
-    """Where the process group, if there is one, wants tensors that it sends."""
+    """The device, "cuda" or "cpu", that tensors must be on to be sent to other processes."""
     return "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
 
 

@@ -57,7 +57,7 @@ def read_run(directory):
 
 
 def record_of(directory, config):
-    """The Record of a directory with this config.json; None where it is not a run's, but an exported model's, say."""
+    """The Record of a directory; None if its config.json, `config`, is not a run's but, say, an exported model's."""
     if not isinstance(config, dict) or not {"kind", "name", "finished", "settings"} <= config.keys():
         return None
     fields = {name: config.get(name) for name in ("kind", "name", "settings", "parent", "facts", "starts", "finished")}

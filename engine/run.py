@@ -32,21 +32,20 @@ OF_A_RUN += ("*features*", "predictions*", "reconstructions*", "attention*")
 SAVE_INTERVAL = 50  # times as long as a save takes; so saving takes under 2 % of the time
 LEAST_SAVE_INTERVAL = 60  # seconds: files of 100 MB would else wear the disk
 SHOWN = ("train/loss", "test/loss", "val/acc", "test/acc", "test/balanced_acc", "probe/knn_acc")  # after each epoch
-STEPS_BETWEEN_AGREEMENTS = 10  # of processes with a GPU each on whether to save; each waits for the GPUs
+STEPS_BETWEEN_AGREEMENTS = 10  # processes on GPUs agree whether to save; each time, all wait for the GPUs
 
 
 class Run:
-    """A run's directory: what it holds, and whether that is the run of these settings.
+    """A run's directory. A run that it already holds must have the same settings, unless `overwrite` deletes it.
 
-    Every process has one; only the first writes.
+    Every process makes a Run; only the first process writes.
 
     Args:
-        identity: what config.json says of it from the first start to the end: kind ("mae" or "classifier"), name,
-            settings (what is computed, by flag), parent (None, or name, digest and settings of the model whose weights
-            it starts from).
-        arguments: the other flags by name: where and how it computes. log_dir is where its directory is made,
-            overwrite starts it again, dropping what an earlier run of this name left, output_model_path gets a copy of
-            the finished model.
+        identity: the part of config.json that never changes: kind ("mae" or "classifier"), name, settings (what is
+            computed, by flag), parent (None, or name, digest and settings of the model whose weights it starts from).
+        arguments: the other flags, {name: value}: where and how it computes. log_dir: where its directory is made;
+            overwrite: delete an earlier run of this name and start again; output_model_path: where a copy of the
+            finished model goes.
 
     Raises:
         UserError: the directory holds a run with other settings.
@@ -67,7 +66,7 @@ class Run:
         return stored is not None and stored.finished
 
     def _stored(self, facts):
-        """The run's Record, None for a new run; other settings or facts than these are refused."""
+        """The run's Record; None without config.json or with overwrite. UserError: settings, parent or facts differ."""
         checkpoint = self.directory / "checkpoint.pt"
         with as_user_error(OSError):
             known, saved = (self.directory / "config.json").exists(), checkpoint.exists()
@@ -179,7 +178,7 @@ class Run:
 
 
 def start_of(epoch):
-    """Progress: so many complete epochs, no step of the next."""
+    """The progress after `epoch` complete epochs, before the next step."""
     return {"epoch": epoch, "step": 0, "loss_sum": 0.0, "seconds": 0.0}
 
 
@@ -189,10 +188,10 @@ def done(progress):
 
 
 class Session:
-    """Work on a run between a start and a stop, on one process: its progress, what it logs and saves.
+    """The work of one process on a run, from a start to a stop: it keeps the progress, logs and saves.
 
-    Made by `Run.open`. progress holds epoch (complete ones), step (complete ones of the current epoch), loss_sum (over
-    them), seconds (spent on them), and whatever a script adds to it.
+    `Run.open` makes it. progress is a dictionary: epoch (complete epochs), step (complete steps of the current epoch),
+    loss_sum and seconds (of these steps), and anything that a script adds.
     """
 
     def __init__(self, run, model, optimizer, plan, signals, content, facts):
@@ -216,7 +215,7 @@ class Session:
         )
 
     def _restore(self):
-        """Load what was saved last; metrics of later epochs are dropped: they will come again."""
+        """Load the last checkpoint, if any, and return its progress; drop later epochs from metrics.csv."""
         path, progress = self.run.directory / "checkpoint.pt", start_of(0)
         if path.exists():
             state = load_file(path, "checkpoint")
@@ -310,7 +309,7 @@ class Session:
         return first
 
     def end_epoch(self, metrics):
-        """The current epoch is done: log its metrics and go on to the next; save and leave as `tick` does."""
+        """Called after each epoch: log its metrics, begin the next; save and exit as in `tick`, save after the last."""
         self.progress |= start_of(self.progress["epoch"] + 1)
         epoch = self.progress["epoch"]
         self.log(epoch, metrics)
@@ -348,7 +347,7 @@ class Session:
             sys.stdout.flush()  # also where it goes to a file
 
     def _save_or_stop(self, last=False):
-        """Save at the end, where the interval has passed or a signal came; all processes decide alike."""
+        """Save after the last step or the interval; on a signal, save and exit. All processes decide alike."""
         interval = max(SAVE_INTERVAL * self.save_seconds, LEAST_SAVE_INTERVAL)
         due = last or (processes.is_first() and time.monotonic() - self.saved_at >= interval)
         due, stop_signal = processes.max_over_ranks(int(due), max(self.signals, default=0))
@@ -381,7 +380,7 @@ class Session:
         self.saved = {name: self.progress[name] for name in ("epoch", "step")}
 
     def check_finite(self, loss):
-        """Leave where the mean loss so far or a weight is not finite, with the checkpoint as it was."""
+        """Exit if the mean loss so far or a weight is not finite; the last checkpoint stays as it was."""
         if not math.isfinite(loss):
             what = f"train/loss is {loss}"
         elif not math.isfinite(torch.nn.utils.get_total_norm(self.model.parameters())):
@@ -424,8 +423,8 @@ class Session:
         return {**self.content, **images, **own, "model": self.model.state_dict()}
 
     def finish(self):
-        """Write model.pt, any predictions (2, N: labels, predicted), then that the run is finished; to TensorBoard its
-        settings as hyper-parameters.
+        """Write the settings to TensorBoard, then model.pt, then predictions.csv if progress has predictions (2, N:
+        labels, predicted); last, mark the run as finished in config.json.
         """
         if not processes.is_first():
             return

@@ -29,7 +29,7 @@ from engine.errors import UserError, counted
 from engine.optimizers import OPTIMIZERS
 from engine.run import Run
 
-SMALLEST_SCALE = 2.0**-14  # of a loss in fp16: 30 halvings after the first, no step can be taken any more
+SMALLEST_SCALE = 2.0**-14  # of the loss in fp16, 30 halvings below the first; below it, no step can succeed
 
 # --- the plan ---
 
@@ -53,7 +53,7 @@ def micro_batches(start, count, largest):
 
 
 class Plan(NamedTuple):
-    """What follows from the arguments, the number of images and this process's place among the others."""
+    """A run's batches, steps and learning rates, and this process's part of each batch; from `plan_training`."""
 
     batch_size: int
     slices: list  # of the global batch: this process's micro-batches
@@ -162,7 +162,7 @@ def update(setup, model, optimizer, loss_of, batch, lr):
 
 
 def train_one_epoch(setup, experiment, optimizer, loss_of, session):
-    """Take the remaining steps of the current epoch; its metrics.
+    """Take the remaining steps of the current epoch; return its metrics, {column: number}.
 
     Args:
         experiment: as `train` takes it; loss_of: its loss, compiled or not.
@@ -222,7 +222,7 @@ class Setup(NamedTuple):
 
 
 def set_up(experiment, device):
-    """Choose how an experiment, its images loaded, computes on a device: a Setup.
+    """The Setup of an experiment, whose images are loaded, on a device.
 
     Raises:
         UserError: as `plan_training`.
@@ -232,7 +232,7 @@ def set_up(experiment, device):
     if device.type == "cuda" and not args.max_device_batch_size:
         free, num_patches = torch.cuda.mem_get_info(device)[0], (args.img_size // args.patch_size) ** 2
         at_once = images_at_once(at_once, num_patches, args.embed_dim, free)
-        at_once = -processes.max_over_ranks(-at_once)[0]  # the least: by it the processes share out what is evaluated
+        at_once = -processes.max_over_ranks(-at_once)[0]  # the minimum: all must split evaluation images alike
     place = processes.rank(), processes.world_size()
     plan = plan_training(args, experiment.num_images, experiment.warmup, at_once, *place)
     precision = pick_precision(args.precision, device, args.embed_dim)

@@ -63,7 +63,7 @@ def read_weights(path, constructor, *others, sizes):
 
 
 def parent_of(content):
-    """What config.json says of the model that a run starts from; None where there is none."""
+    """What config.json records of the model that a run starts from, {name: value}; None without one."""
     return content and {name: content[name] for name in ("name", "settings", "digest", "path", "layout")}
 
 
@@ -80,7 +80,7 @@ def say(content, *more):
 
 
 def start_from(model, content):
-    """Give a MAE_ViT the encoder that was read, and the decoder where all of it fits; says which in a line."""
+    """Load the encoder that was read into a MAE_ViT, and the decoder if all of it fits; print which were loaded."""
     fixed = {name: v for name, v in model.named_buffers() if not torch.equal(v, content["model"].get(name, v))}
     fits = shapes(content["model"]) == shapes(model.state_dict())
     others = fixed if fits else fixed | part_of(content["model"], "decoder.")
@@ -107,7 +107,7 @@ def part_of(state, prefix):
 
 
 def from_elsewhere(path, raw, constructor, num_heads):
-    """The content of a MAE's file, of a state dict that another program wrote."""
+    """Turn another program's file `raw` into the content of a MAE's file; num_heads is used if the file has none."""
     raw = raw if isinstance(raw, dict) else {}
     tensors = next((raw[name] for name in ("model", "state_dict") if isinstance(raw.get(name), dict)), raw)
     tensors = {str(name).removeprefix("module."): v for name, v in tensors.items() if isinstance(v, torch.Tensor)}
@@ -151,9 +151,9 @@ def renamed(name, table):
 
 
 def in_our_names(state):
-    """A state dict's layout, the tensors that a MAE_ViT has a name for by that name, and the others.
+    """Rename a state dict: (its layout, {name in a MAE_ViT: tensor}, {name: tensor} without a name there).
 
-    Where the cls token has a position of its own, that is added to it.
+    If the cls token has a position embedding, that is added to the token.
     """
     if "encoder.patchify.weight" in state:
         found = part_of(state, ("encoder.", "decoder."))
@@ -173,7 +173,7 @@ def in_our_names(state):
 
 
 def in_timms_names(state):
-    """A ViTModel's, ViTMAE's or ViTForImageClassification's state dict in timm's names, q, k and v joined."""
+    """Rename a ViTModel's, ViTMAE's or ViTForImageClassification's state dict to timm's names; join q, k and v."""
     state, found = {name.removeprefix("vit."): tensor for name, tensor in state.items()}, {}
     for name, tensor in state.items():
         layer = re.fullmatch(r"encoder\.layer\.(\d+)\.(.+)", name)
@@ -188,7 +188,7 @@ def in_timms_names(state):
 
 
 def sizes_of(found):
-    """Arguments of a MAE_ViT, but for num_heads and norm_eps, that a state dict in our names tells."""
+    """MAE_ViT arguments that follow from a state dict in our names, {name: value}: no num_heads, no norm_eps."""
     kernel, count = found["encoder.patchify.weight"], found["encoder.pos_embedding"].shape[0]
     width, channels, patch_size = kernel.shape[:3]
     sizes = {"img_size": math.isqrt(count) * patch_size, "patch_size": patch_size, "embed_dim": width}
@@ -202,9 +202,10 @@ def sizes_of(found):
 
 
 def facts_beside(path, layout, raw):
-    """What no state dict tells: the number of heads or None, eps of the LayerNorms, mean and std of the images or None.
+    """What no state dict contains: (number of heads or None, eps of the LayerNorms, (mean, std) of the images or None).
 
-    Of files of ours the file tells it, of others the config.json and preprocessor_config.json beside them.
+    An export of ours contains it, and for the reference it is fixed. For other files, config.json and
+    preprocessor_config.json in their directory may have it.
     """
     if layout == "reference" or raw.get("kind") == "timm":
         return raw.get("model_args", {}).get("num_heads"), raw.get("norm_eps", 1e-5), ([0.5], [0.5])
@@ -222,7 +223,7 @@ def facts_beside(path, layout, raw):
 
 
 def fold_in(found, mean, std):
-    """Let the patch embedding take images in [-1, 1], where it took (x / 2 + 1 / 2 - mean) / std of them."""
+    """Change the patch embedding, in place, to take images x in [-1, 1] instead of (x / 2 + 1 / 2 - mean) / std."""
     mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))
     kernel = found["encoder.patchify.weight"] / std
     found["encoder.patchify.weight"] = kernel / 2
@@ -233,10 +234,10 @@ def fold_in(found, mean, std):
 
 
 def resampled(content, constructor, sizes):
-    """The content for images, patches or channels of other sizes; as it is where they are the same.
+    """The content, resampled to another image size, patch size or number of channels; unchanged if none differs.
 
-    Positions and patch embedding as timm does, bicubic; fixed positions are computed anew. Another patch size leaves
-    no decoder.
+    Positions and patch embedding are resampled as in timm, bicubic; fixed positions are computed again. With another
+    patch size, the decoder is left out.
     """
     old = {"in_chans": 3, "positions": "learned"} | content["model_args"]
     changes = [f"{name} {old[name]} to {size}" for name, size in sizes.items() if size != old[name]]
@@ -261,8 +262,8 @@ def resampled(content, constructor, sizes):
 
 
 def in_channels(kernels, count):
-    """Kernels (D, C, p, p) for another number of channels: for one their sum, so that a grey image gives what its three
-    equal channels gave; for more repeated in turn, scaled down as much (timm's way).
+    """Kernels (D, C, p, p) for `count` channels. For 1 they are summed: a grey image then gives the same as C
+    equal channels. For more they are repeated in turn and scaled by C / count (timm's way).
     """
     channels = kernels.shape[1]
     if count == 1:

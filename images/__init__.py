@@ -1,1 +1,1 @@
-"""What becomes uint8 tensors: image sets, and random changes of a batch."""
+"""Images as uint8 tensors: image sets, and random changes of a batch."""

@@ -36,9 +36,9 @@ def flip_and_shift(images, generator, padding=4):
 def random_resized_crop(images, generator, scale=(0.2, 1), ratio=(3 / 4, 4 / 3), tries=10):
     """Cut a random part out of each image (B, C, H, W) uint8, enlarge it to H x W (bicubic), mirror half of them.
 
-    What the official MAE does to an image (He et al. 2021, table 1e), torchvision's RandomResizedCrop and a flip, for
-    the whole batch on its device: rows and columns are resampled by two matrix products an image. Of `tries` parts the
-    first that fits into the image is taken, the whole image where none does.
+    The official MAE's augmentation (He et al. 2021, table 1e), torchvision's RandomResizedCrop and a flip, for a whole
+    batch on its device: two matrix products an image resample its rows and columns. Each image draws `tries` parts and
+    takes the first that fits into it, or the whole image if none fits.
     """
     batch_size, _, height, width = images.shape
 
@@ -109,12 +109,12 @@ OPERATIONS = {
 
 
 def rand_augment(images, generator):
-    """Two random operations on each of images (B, C, H, W) uint8, each left out half of the time.
+    """Apply two random operations to each of images (B, C, H, W) uint8; each is left out half of the time.
 
-    RandAugment (Cubuk et al. 2020, arXiv:1909.13719) as timm's "rand-m9-mstd0.5-inc1", which the official MAE is
-    fine-tuned with: magnitude 9 of 10, standard deviation 0.5. torchvision's functions take one magnitude for all
-    images, so those that drew the same operation and sign share it. NumPy draws, so that the sizes of these groups are
-    known without waiting for the device.
+    RandAugment (Cubuk et al. 2020, arXiv:1909.13719) as in the official MAE's fine-tuning, timm's
+    "rand-m9-mstd0.5-inc1": magnitude 9 of 10, standard deviation 0.5. torchvision's functions take one magnitude for
+    all images, so images with the same operation and sign share it. NumPy draws them, so the sizes of these
+    groups are known without waiting for the device.
     """
     random, images = np.random.default_rng(generator.initial_seed()), images.clone()
     for _ in range(2):
@@ -130,9 +130,10 @@ def rand_augment(images, generator):
 
 
 def random_erasing(images, generator, chance=0.25, area=(0.02, 1 / 3), aspect=0.3):
-    """Put noise in place of one rectangle of some of images (B, C, H, W) uint8 (Zhong et al. 2017, arXiv:1708.04896).
+    """Fill a rectangle with noise in some of images (B, C, H, W) uint8 (Zhong et al. 2017, arXiv:1708.04896).
 
-    Its area is a fraction of the image, its height over its width from `aspect` to 1 / aspect; it ends at the edge.
+    `chance`: probability for each image; `area`: range of the rectangle's share of the image's area. Its height / width
+    is from `aspect` to 1 / aspect; a side that is longer than the image is cut.
     """
     (batch_size, _, height, width), device = images.shape, images.device
     share, ratio, down, right, drawn = torch.rand(5, batch_size, 1, generator=generator, device=device)

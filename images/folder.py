@@ -42,20 +42,20 @@ class Tree(NamedTuple):
 
 
 def read_folder(data_dir, img_size, labelled=True):
-    """Any train/<class>/** and test/<class>/** tree of images: the training set and the test set, None without test/.
+    """Read train/<class>/** and test/<class>/**: (training ImageSet, test ImageSet); the second is None without test/.
 
     Decoded pixels are kept in data_dir/.cache-<size>-<key>.npz, keyed by the path, size and modification time of every
     image; NumPy checks a cache's CRC-32 as it reads, and a damaged one is built again.
 
-    Without `labelled`, any other tree will do, without classes then: all images in train/, or in data_dir where there
-    is no train/.
+    If `labelled` is False, any other tree is accepted, too, and has no classes: all images in train/, or in data_dir
+    if there is no train/.
     """
     sets = read_trees(Path(data_dir), find_trees(Path(data_dir), labelled), img_size, labelled)
     return sets["train"], sets.get("test")
 
 
 def read_test_folder(data_dir, img_size):
-    """The test set of a tree that may have nothing else: test/<class>/** or, where there is no test/, <class>/**."""
+    """Read a test set alone, an ImageSet: test/<class>/** or, if there is no test/, <class>/**."""
     root = Path(data_dir)
     tree = list_images(root / "test" if (root / "test").is_dir() else root, labelled=True)
     return read_trees(root, {"test": tree}, img_size, labelled=True)["test"]
@@ -111,7 +111,7 @@ def find_classes(trees, folders, labelled):
 
 
 def list_images(directory, labelled):
-    """The Tree below a directory, at any depth, each file once; where `labelled`, no class is empty, no file in two."""
+    """The Tree of all images below a directory, each file once; if `labelled`, no class is empty, no file in two."""
     files, not_read, key, linked = {}, defaultdict(list), hashlib.blake2b(digest_size=8), "link to a file that is read"
     for path, real in sorted(walk(directory), key=lambda found: (in_one_form(found[0]).split(os.sep), found)):
         ending, identity, info = os.path.splitext(path)[1].lower(), real, None
@@ -200,7 +200,7 @@ def decoded_once(cache, trees, img_size):
 
 
 def decode(parts, img_size):
-    """{part: images (N, 3, H, W) uint8, each as by `read_image`; <part>_done: sentences on them} of {part: paths}."""
+    """Decode {part: paths} as `read_image` does: {part: images (N, 3, H, W) uint8, <part>_done: sentences on them}."""
     paths = [path for some in parts.values() for path in some]
     pixels, errors = np.empty((len(paths), 3, img_size, img_size), np.uint8), {}
 
@@ -243,7 +243,7 @@ def read_cache(path, parts):
 
 
 def store_cache(path, arrays):
-    """Write the cache whole or not at all, in place of older ones; a folder that cannot be written goes without."""
+    """Write the cache whole or not at all, and delete older ones; if the folder cannot be written, only warn."""
     older, of_killed_processes = f"{path.name.rsplit('-', 1)[0]}-*.npz", ".cache-*.tmp"
     try:
         for old in (*path.parent.glob(older), *path.parent.glob(of_killed_processes)):

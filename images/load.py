@@ -86,10 +86,10 @@ def load_dataset(name, data_dir, img_size, *, labelled=True, in_chans=3):
     """The training and the test set of one of DATASETS, or of fake: images of img_size x img_size.
 
     Args:
-        data_dir: where torchvision's are, or are downloaded to; of folder the directory, of npz the file.
+        data_dir: where torchvision's files are or will be downloaded to; folder: the directory; npz: the file.
         in_chans: channels of the images, see `in_channels`.
-        labelled: whether classes are needed, as for all but pretraining. Where not, a folder may be any tree of
-            images, and where there is no test set, training images are held out for it.
+        labelled: whether classes are needed; pretraining needs none. Then a folder may be any tree of images, and if
+            there is no test set, some training images are held out as one.
     """
     load = (DATASETS | FAKE).get(name)
     if load is None:
@@ -160,13 +160,13 @@ def say_copies(train, other, place, other_name):
 
 
 def data_name(dataset, data_dir):
-    """What to call a data set; a folder or file goes by its own name."""
+    """The name of a data set: `dataset`, or the name of its folder or file."""
     path = Path(data_dir).resolve()
     return readable({"folder": path.name, "npz": path.stem}.get(dataset, dataset))
 
 
 def split_off_test(images):
-    """Split images that come without a test set in two: (to train on, to test on), a tenth, at most 1,000."""
+    """Hold out a tenth, at most 1,000, as a test set: (ImageSet to train on, ImageSet to test on)."""
     count = len(images.images)
     if count < 2:
         raise UserError(f"There is {count} image; 2 or more are needed, as one is held out for testing.")

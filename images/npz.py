@@ -8,11 +8,11 @@ from images.pixels import ImageSet, to_images
 
 
 def read_npz(path, img_size, labelled=True):
-    """The arrays (train|test)_images and _labels of a file: the training and the test set, None without test images.
+    """Read the arrays (train|test)_images and _labels of a file: (training ImageSet, test ImageSet or None).
 
-    Images are uint8, (N, H, W) or (N, H, W, C) of up to 16 channels; labels one whole number each, (N,) or
-    (N, 1). No other array is used. Without `labelled`, test images may be missing, and labels too, or be others: no
-    classes then.
+    Images are uint8, (N, H, W) or (N, H, W, C) of up to 16 channels; labels are whole numbers, (N,) or (N, 1). Other
+    arrays are not used. If `labelled` is False, test images may be missing; labels may be missing, of another form or
+    new in the test set: then there are no classes.
     """
     names = [f"{part}_{kind}" for part in ("train", "test") for kind in ("images", "labels")]
     try:
@@ -48,7 +48,7 @@ def read_npz(path, img_size, labelled=True):
 
 
 def as_numbers(labels, count):
-    """Labels as (count,) whole numbers, None where they are others; -1 of an unsigned type is its largest number."""
+    """Labels as (count,) integers, else None; in an unsigned type, the largest number stands for -1."""
     if labels is None or labels.dtype.kind not in "iu" or labels.shape not in ((count,), (count, 1)):
         return None
     labels, largest = labels.reshape(-1), np.iinfo(labels.dtype).max

@@ -40,7 +40,7 @@ class ImageSet(NamedTuple):
         return self._replace(images=self.images.to(device), labels=self.labels.to(device))
 
 
-KINDS = {  # how files begin that PIL does not read: what they are, and the way in
+KINDS = {  # {first bytes of files that PIL does not read, as a pattern: what they are; what to do}
     b".{4}ftyp(hei|hev|mif|msf|avi)": "HEIC or AVIF; convert it to JPEG, or pip install pillow-heif",
     b"\xff\x0a|\0\0\0\x0cJXL": "JPEG XL; convert it to PNG",
     b"version https://git-lfs": "a pointer of Git LFS; fetch the image with git lfs pull",
@@ -67,7 +67,7 @@ def open_image(path, img_size, limits=None):
 
 
 def why_not_read(path, error):
-    """What a file is that cannot be read as an image, and the way in."""
+    """The message for a file that cannot be read as an image: what it is, and what to do."""
     short = {FileNotFoundError: f"No file {path}.", IsADirectoryError: f"{path} is a directory; name image files."}
     short[PermissionError] = f"{path} may not be read: permission denied. Give yourself the right (chmod u+r)."
     if type(error) in short:
@@ -113,8 +113,8 @@ def square(image, img_size):
 def read_image(source, img_size):
     """A path or PIL image as (3, img_size, img_size) uint8: upright, RGB, the middle square, bilinear, antialiased.
 
-    A path gives the pixels that a folder data set has of this file (but for values of more than 8 bits, see `to_rgb`),
-    and a UserError where it cannot be read.
+    A path gives the same pixels as this file in a folder data set, except for values of more than 8 bits (see
+    `to_rgb`). A file that cannot be read raises UserError.
     """
     image, _ = to_rgb(source) if isinstance(source, Image.Image) else open_image(source, img_size)
     return torch.from_numpy(square(image, img_size))

@@ -12,7 +12,7 @@ def box(x, y, half_width, half_height):
 
 
 def star(x, y, n, angle):
-    """n equal sides around the middle, `angle` between a spoke and the normals of the sides beside it."""
+    """Points' distances from the middle along the normal of their side, which is `angle` from the nearest of n tips."""
     from_spoke = (torch.atan2(x, y).remainder(2 * math.pi / n) - math.pi / n).abs()  # the nearest of n; one points up
     return torch.hypot(x, y) * (angle - from_spoke).cos()
 

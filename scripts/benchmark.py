@@ -38,7 +38,7 @@ from images.pixels import normalize
 from model import MAE_Encoder
 from scripts.cost import gflop_per_image
 
-ROUNDS = 3  # over all paths, so that what else the machine does meets all alike
+ROUNDS = 3  # over all paths, so that other work on the machine slows all alike
 PRETRAINING = mae_pretrain.parse_args, mae_pretrain.Pretraining
 FINE_TUNING = train_classifier.parse_args, train_classifier.Classification
 
@@ -223,7 +223,7 @@ def take_steps(path, seconds, flags):
 
 
 def take_turn(path, flags, seconds):
-    """What `take_steps` tells of a path, with these flags of its script, from processes of its own."""
+    """Run `take_steps` for a path in new processes, with these flags of its script; return its result."""
     (parse_flags, _), threads = PATHS[path].script, torch.get_num_threads()
     batch_size = parse_flags(flags).batch_size
     count = max(n for n in range(1, threads + 1) if batch_size % n == 0) if PATHS[path].a_process_a_core else 1

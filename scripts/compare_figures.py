@@ -16,7 +16,7 @@ CAPTION = (
 
 
 def draw_point(axes, x, row, across=False, **look):
-    """A mean, a small point for each seed, and a bar where there is one; across: x is a height."""
+    """Draw a mean, a small point for each seed and the interval's bar; across: at height x."""
     order = -1 if across else 1
     axes.plot(*([x] * len(row.seeds), row.seeds)[::order], ".", alpha=0.5, **look)
     axes.plot(*(x, row.mean)[::order], "o", markersize=6, **look)
@@ -24,7 +24,7 @@ def draw_point(axes, x, row, across=False, **look):
 
 
 def limits(rows):
-    """Of an axis that shows all seeds, with some room."""
+    """(low, high) of an axis that shows all seeds, with a margin."""
     low, high = rows.seeds.map(min).min(), rows.seeds.map(max).max()
     room = 0.35 * (high - low) or 0.1 * abs(high) or 1
     return low - room, high + room
@@ -43,7 +43,7 @@ def draw_names(axes, rows, baseline, labels):
 
 
 def axis_of(values):
-    """What to draw lines over: a number that varies, and the line of each setting; None where rows show more.
+    """(the varying number for the x axis, by name; {setting: its line}), or None if rows show the settings better.
 
     Args:
         values: {setting: {name: value}} of what varies; train_images may be "all", the end of an axis.
@@ -64,7 +64,7 @@ def axis_of(values):
 
 
 def draw_lines(axes, rows, baseline, values, over, lines):
-    """A line over a number for each of `lines`, {setting: line}; a level for a setting without that number."""
+    """Draw lines over the number `over`; lines: {setting: line}. Settings without it are horizontal lines."""
     known = sorted({values[label][over] for label in lines} - {"all"})
     is_wide = known[0] > 0 and len(known) > 1 and known[-1] >= WIDE * known[0]
     ticks = {x: x for x in known} | {"all": known[-1] ** 2 / known[-2] if is_wide else 2 * known[-1] - known[-2]}

@@ -23,7 +23,7 @@ def gflop_per_image(settings, kind):
 
 @functools.cache
 def count_gflop(constructor, model_args):
-    """As above; the same sizes are counted once."""
+    """`gflop_per_image` by a model's arguments, computed once for each."""
     model = constructor(**dict(model_args))
     encoder = getattr(model, "encoder", model)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # fused attention is not counted

@@ -32,7 +32,7 @@ SOURCE |= {"depth 4, block": "82.80", "depth 4, grid": "80.24"}
 
 
 def deeper(settings):
-    """The contrasts by which a deeper decoder is better, of {"depth 2": setting, ...}."""
+    """{words: contrast}, each above 0 if a deeper decoder is better; settings: {"depth 2": setting, ...}."""
     two, four, eight = settings.values()
     doubling = verdicts.slope({two: 1, four: 2, eight: 3})
     return {"8 > 4": verdicts.minus(eight, four), "4 > 2": verdicts.minus(four, two), "for each doubling": doubling}
@@ -116,7 +116,7 @@ def setting_of(record):
 
 
 def early(metrics, watched):
-    """Of the first fifth of the epochs, the means: columns for the table."""
+    """Means over the first fifth of the epochs: {column: number}."""
     first = pd.DataFrame(metrics[: max(1, len(metrics) // 5)])
     return {"early/acc": first[watched].mean(), "early/loss": first["train/loss"].mean(), "early/epochs": len(first)}
 
@@ -125,7 +125,7 @@ def early(metrics, watched):
 
 
 def accuracy_table(found, settings):
-    """A row a setting: each measure; fine-tuned also as the course report counts, and there."""
+    """A row for each setting: each measure; fine-tuned also as the course report counts it, and the report's number."""
     cells = mean_table(found[found.measure.isin([*COMPARED, *AS_REPORTED])]).add_suffix(", %")
     cells["course report (n 1, mean of batch means), %"] = cells.index.map(SOURCE).fillna("")
     labels = {setting: label for label, setting in settings.items() if setting in cells.index}
@@ -133,7 +133,7 @@ def accuracy_table(found, settings):
 
 
 def judge_claims(found, claims):
-    """{(measure, claim): a row of verdicts.judge_together} of {claim: contrast}; those of a measure hold together."""
+    """Judge {claim: contrast}: {(measure, claim): row of judge_together()}; a measure's intervals hold together."""
     judged = {}
     for measure, values in found[found.measure.isin(COMPARED)].groupby("measure", sort=False):
         there = {claim: contrast for claim, contrast in claims.items() if set(contrast) <= set(values.setting)}

@@ -138,7 +138,7 @@ def by_block(stored):
 
 
 def origins(records, entries, least=2):
-    """What the runs of entries come from: a line each for commits, versions and machines, where at least so many."""
+    """Lines on the commits, versions and machines of the entries' runs; each only if there are at least `least`."""
     told = {
         "Commits": lambda start: f"{str(start['commit'])[:7]}{changes(start)}",
         "Versions": lambda start: "Python {python}, PyTorch {torch}, timm {timm}".format(**start),
@@ -155,7 +155,7 @@ def origins(records, entries, least=2):
 
 
 def changes(start):
-    """Whether it was with changes that are not committed, and which, by the digest of the source."""
+    """Words for uncommitted changes at a start, with the digest of the source; empty if there were none."""
     return "" if start["clean"] in (True, None) else f" with changes {start.get('source') or ''}".rstrip()
 
 

@@ -33,11 +33,11 @@ class Entry(NamedTuple):
 
 
 def entries_of(runs):
-    """What there is to compare, of a table as `scripts.results.table` makes it.
+    """The Entries to compare and their settings, from a table as `scripts.results.table` makes it.
 
     Returns:
-        entries: a row for each Entry; settings: a row each: the MAE's settings by name, the classifier's as
-            finetune/name; or by name, where no classifier has another value of it than its MAE.
+        entries: a row for each Entry; settings: a row for each: the MAE's settings as name, the classifier's as
+            finetune/name, or also as name if every classifier has the same value as its MAE.
     """
     objects = runs.select_dtypes("object").drop(columns=[*ABOUT], errors="ignore")
     told = {run: row.dropna().to_dict() for run, row in objects.iterrows()}
@@ -66,7 +66,7 @@ def entries_of(runs):
 
 
 def without_twins(settings):
-    """The settings, finetune/name as name wherever no classifier has another value of it than its MAE."""
+    """The settings; finetune/name becomes name if every classifier has the same value as its MAE."""
     has_mae = any(not name.startswith(TUNED) for name in settings)
     for name in [name for name in settings if name.startswith(TUNED)]:
         last = name.removeprefix(TUNED)
@@ -79,7 +79,7 @@ def without_twins(settings):
 
 
 def is_written(word, setting):
-    """Whether a typed NAME=VALUE is of a setting {name: value}, as 1.5e-4 is of 0.00015; None: it has no such name."""
+    """Whether a typed NAME=VALUE fits a setting {name: value} (1.5e-4 fits 0.00015); None: it has no such name."""
     name, _, text = word.partition("=")
     value = setting.get(name, setting.get(TUNED + name))
     if value is None or value != value:
@@ -104,7 +104,7 @@ def where(entries, settings, words):
 
 
 def what_varies(settings):
-    """The names of which some entries have different values; digests only where they tell something new."""
+    """The names of settings that vary between entries; digests only if no setting explains them (FOLLOWS)."""
 
     def varies(name):
         prefix, _, last = name.rpartition("/")
@@ -116,7 +116,7 @@ def what_varies(settings):
 
 
 def in_order(values):
-    """A sort key: by numbers, then by words, then what is not there."""
+    """A sort key: numbers first, then words, then missing values."""
     return [(0, v, "") if isinstance(v, (int, float)) and v == v else (1 + pd.isna(v), 0, str(v)) for v in values]
 
 
@@ -158,7 +158,7 @@ def without_doubles(entries):
 
 
 def pick_baseline(asked, values):
-    """The setting that is asked for, or the one with all of these words that has the fewest others; else the first.
+    """The setting named `asked`, else the one with all of its words and the fewest others; without `asked`, the first.
 
     Args:
         values: {setting: {name: value}} of what varies, also of what labels leave out.

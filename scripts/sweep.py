@@ -61,9 +61,9 @@ def parse_args(argv=None):
 
 
 def combinations(parser, words, refused):
-    """[{flag: value}, ...]: of --seed 1 2 --norm_pix_loss off on all four; a flag without a value has None.
+    """All combinations of the flags' values, [{flag: value}, ...]: --seed 1 2 --norm_pix_loss off on gives four.
 
-    The first seed comes with all other settings, then the second. Of a flag that is given twice, the last counts.
+    A flag without a value has None; if a flag is given twice, the last counts. All with the first seed come first.
     """
     values = {}
     for word in words:
@@ -103,7 +103,7 @@ def given(args, *names):
 
 
 def jobs_of(setting, args):
-    """Two jobs, lists of steps: classifiers from scratch, none if not asked for; pretrain, measure, fine-tune."""
+    """Two jobs, lists of Steps: classifiers from scratch (empty without --scratch); pretrain, measure, fine-tune."""
     words, mae = parsed(mae_pretrain, setting | {"--log_dir": f"{args.log_dir}/pretrain"})
     directory = Path(mae.log_dir, mae_pretrain.Pretraining(mae).identity["name"])  # bad sizes and masks end here
     scratch, job = [], [Step(words, mae, directory)]
@@ -147,7 +147,7 @@ def unfinished(job):
 
 
 def environments(count, device):
-    """The environments of so many workers (None: one for each GPU): a GPU each, in turn, and a share of the cores."""
+    """Environment variables for `count` workers (None: one for each GPU): each gets a GPU and a share of the cores."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
     gpus = visible.replace(",", " ").split() if device in ("auto", "cuda") else []
     shares = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus] or [{}]

@@ -46,11 +46,11 @@ def read(values, needed):
 
 
 def fit(grid, apart=()):
-    """The Model of a (settings, seeds) array, without settings whose noise is larger than the others' at 1 %.
+    """The Model of a (settings, seeds) array, without settings whose noise is significantly (1 %) larger.
 
-    Each is tested by F (Bonferroni), squares of residuals with it against without it: exact (Russell and Bradley 1958;
-    Cochran 1941 without blocks). Brown and Forsythe's test (1974) needs more seeds: with 3, no values of 8 settings
-    reach its 1 % point; with 2, all do.
+    For each setting, an exact F test (Bonferroni) compares the squared residuals with and without it (Russell and
+    Bradley 1958; without blocks: Cochran 1941). Brown and Forsythe's test (1974) needs more seeds: with 3, no values of
+    8 settings reach its 1 % point; with 2, all do.
     """
     setting, seed = np.nonzero(~np.isnan(grid))
     y, design = grid[setting, seed], np.eye(len(grid))[setting]
@@ -73,7 +73,7 @@ def fit(grid, apart=()):
 
 
 def own_spread(grid, weights):
-    """A contrast by its settings' values alone: estimate, standard error (NaN: one seed), degrees of freedom.
+    """A contrast from its settings' values alone: (estimate, standard error (NaN: one seed), degrees of freedom).
 
     Paired by common seeds (Student 1908); with fewer than two, by each setting's s.d. (Welch 1947).
     """
@@ -91,9 +91,9 @@ def own_spread(grid, weights):
 def contrasts(grid, names, model, rows, margin=None):
     """Judge [{setting: weight}], such as {one: 1, other: -1}: columns of a table with a row for each.
 
-    These are difference; low, high: 95 % interval; low_all, high_all: intervals that hold together with 95 %; p:
-    two-sided, not adjusted; n: seeds that its settings share, or else of the smallest; pooled: whether by the model
-    (a setting apart from it, or no common seeds: own_spread(), Bonferroni's share of the family); verdict.
+    These are difference; low, high: 95 % interval; low_all, high_all: 95 % intervals that hold together; p: two-sided,
+    not adjusted; n: seeds that its settings share or, without any, the fewest seeds of one; pooled: True if the model
+    judged it, False if own_spread() did, with Bonferroni's share (a setting is apart, or no seed is shared); verdict.
     """
     weights = np.array([[row.get(name, 0) for name in names] for row in rows], float).reshape(-1, len(names))
     if not ((weights > 0).any(1) & (weights < 0).any(1)).all():
@@ -140,7 +140,7 @@ def sentence(difference, half, margin=None):
 
 
 def judge(values, baseline, margin=None):
-    """Verdicts of all settings against the baseline. Against the best one: those it is told from (Hsu 1984)."""
+    """Verdicts of all settings against the baseline. If it has the best mean, they show which are worse (Hsu 1984)."""
     grid, names = read(values, [baseline])
     model, others = fit(grid), [name for name in names if name != baseline]
     rows = [{baseline: -1, other: 1} for other in others]
