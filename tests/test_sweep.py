@@ -209,7 +209,8 @@ def write_run(step, time="2026-01-01T10:00:00+0000", finished=True, features=(),
     for train_images, layers in features:
         asked = {"train_images": train_images, "layers": layers, "pool": ["cls", "mean"], "untrained": True, "seed": 42}
         path = step.directory / f"features{train_images or ''}.json"
-        path.write_text(json.dumps({"settings": asked, "test_set": "a", "time": time, "rows": []}))
+        stored = {"name": step.directory.name, "settings": asked, "test_set": "a", "time": time, "rows": []}
+        path.write_text(json.dumps(stored))
 
 
 MEASURED = [(None, "all"), (200, "last")]
