@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from engine import processes
@@ -256,8 +257,6 @@ class Session:
             )
 
     def _board(self):
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed to read runs
-
         with self.writing():
             return SummaryWriter(self.run.directory, purge_step=self.progress["epoch"] + 1)
 

@@ -371,7 +371,7 @@ VAL = "--train_images 60 --val_images 20"
     ],
 )
 def test_one_two_and_four_processes_train_like_a_plain_one(script, options, start, tmp_path):
-    command = f"{COMMAND[script]} {options} --max_device_batch_size 2"
+    command = f"{COMMAND[script]} {options} --max_device_batch_size 2 --total_epoch 2"
     assert ends(start(script, f"{command} --log_dir plain")) == 0
     for count in (1, 2, 4):
         processes = group(start, script, f"{command} --log_dir {count}", [tmp_path] * count)
@@ -384,13 +384,13 @@ def test_one_two_and_four_processes_train_like_a_plain_one(script, options, star
 
 @pytest.mark.parametrize(("script", "options"), [(MAE, ""), (CLS, VAL)])
 def test_a_signal_to_one_process_of_four_stops_all_and_two_continue(script, options, start, tmp_path):
-    command = f"{COMMAND[script]} {options} --batch_size 4 --total_epoch 12"
+    command = f"{COMMAND[script]} {options} --batch_size 4 --total_epoch 6"
     processes = group(start, script, f"{command} --log_dir parts", [tmp_path] * 4)
     until(lambda: any(read_metrics(run) for run in tmp_path.glob("parts/*")))
     os.kill(processes[2].pid, signal.SIGTERM)
     assert [ends(process) for process in processes] == [128 + signal.SIGTERM] * 4
     progress = load_file(only_run(tmp_path / "parts") / "checkpoint.pt")["progress"]
-    assert 0 < progress["epoch"] < 12
+    assert 0 < progress["epoch"] < 6
     assert [ends(process) for process in group(start, script, f"{command} --log_dir parts", [tmp_path] * 2)] == [0, 0]
     assert ends(start(script, f"{command} --log_dir whole")) == 0
     assert same(only_run(tmp_path / "whole"), only_run(tmp_path / "parts"), tolerance=1e-3)
