@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Both ablations, the classifiers from scratch and the report: logs/report/REPORT.md. Flags of python -m scripts.sweep
-# may follow. LOGS: where the runs are made; REPORT: the directory that is written. At toy size (a few minutes)
+# may follow. LOGS: where the runs are made; REPORT: the directory that is written. At toy size
 #   QUICK=1 scripts/reproduce_report.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."

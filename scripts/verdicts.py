@@ -161,7 +161,7 @@ def judge(values, baseline, margin=None):
 
 def minus(one, other):
     """The contrast {setting: weight} of one setting's mean less another's."""
-    return {one: 1, other: -1} if one != other else {}
+    return {one: 1, other: -1}
 
 
 def slope(x):
