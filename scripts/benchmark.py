@@ -170,7 +170,7 @@ PATHS = {
     "ours": OURS,
     "ours_compiled": OURS._replace(flags="--compile"),
     "ours_per_core": OURS._replace(a_process_a_core=True),
-    "ours_muon": OURS._replace(flags="--optimizer muon"),
+    "ours_muon": OURS._replace(flags="--no-compile --optimizer muon"),
     "ours_half_decoder": OURS._replace(flags="--no-compile --decoder_embed_dim 96"),
     "ours_float32": OURS._replace(flags=FLOAT32),
     "ours_float32_per_core": OURS._replace(flags=FLOAT32, a_process_a_core=True),
