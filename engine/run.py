@@ -55,7 +55,7 @@ class Run:
     def __init__(self, identity, arguments):
         self.identity, self.name, self.arguments = identity, identity["name"], arguments
         self.directory, self.overwrite = Path(arguments["log_dir"]) / self.name, arguments["overwrite"]
-        self._stored({})
+        self._checked_record({})
 
     def is_finished(self, facts):
         """Whether this process finds the run finished.
@@ -63,10 +63,10 @@ class Run:
         Raises:
             UserError: it was a run with other facts.
         """
-        stored = self._stored(facts)
+        stored = self._checked_record(facts)
         return stored is not None and stored.finished
 
-    def _stored(self, facts):
+    def _checked_record(self, facts):
         """The run's Record; None without config.json or with overwrite. UserError: settings, parent or facts differ."""
         checkpoint = self.directory / "checkpoint.pt"
         with as_user_error(OSError):
@@ -120,7 +120,7 @@ class Run:
             with processes.together():  # nobody reads what is still to be cleared
                 if processes.is_first():
                     self._lock(stack)
-                stored = self._stored(facts)
+                stored = self._checked_record(facts)
                 if processes.is_first():
                     with as_user_error(OSError):
                         self._begin(facts, [*(stored.starts if stored else []), {**start, "arguments": self.arguments}])
@@ -394,11 +394,18 @@ class Session:
         )
 
     def log(self, epoch, metrics):
-        """Append one epoch's numbers (epoch from 1) to metrics.csv and, where they are not nan, to TensorBoard."""
+        """Append one epoch's numbers (epoch from 1) to metrics.csv and, where they are not nan, to TensorBoard.
+
+        Where changed code goes on with a run and measures something else, what a row lacks is nan.
+        """
         if not processes.is_first():
             return
         path, row = self.run.directory / "metrics.csv", {"epoch": epoch, **metrics}
         with self.writing():
+            if self.columns and row.keys() != self.columns:
+                columns = dict.fromkeys([*self.columns, *row], math.nan)
+                self._rewrite_metrics([columns | earlier for earlier in read_metrics(self.run.directory)])
+                row = columns | row
             row = {name: row[name] for name in self.columns or row}
             with open(path, "a", newline="") as file:
                 file.write(csv_text([row], header=not self.columns))

@@ -4,6 +4,7 @@ again; a run of other images, masks, encoders or settings is refused; damaged fi
 
 import itertools
 import json
+import math
 import shlex
 import shutil
 import signal
@@ -254,6 +255,22 @@ def test_a_run_that_lost_its_config_goes_on_with_the_same_settings_only(few_shap
     refused(lambda: pretrain("--seed", "7"), capsys, other, "seed 42", "--overwrite")
     other.rename(run)
     assert same_weights(whole, pretrain())
+
+
+def test_a_run_goes_on_where_changed_code_measures_something_else(few_shapes, empty_directory, monkeypatch):
+    run, evaluate = stopped(pretrain, "--probe_every", "1"), mae_pretrain.Pretraining.evaluate
+
+    def other(experiment, *more):
+        metrics = evaluate(experiment, *more)
+        return {"test/new": 7.0, **{name: metrics[name] for name in metrics if name != "probe/knn_acc"}}
+
+    monkeypatch.setattr(mae_pretrain.Pretraining, "evaluate", other)
+    assert pretrain("--probe_every", "1") == run
+    before, *after = read_metrics(run)
+    assert math.isnan(before["test/new"])
+    assert not math.isnan(before["probe/knn_acc"])
+    assert after
+    assert all(row["test/new"] == 7 and math.isnan(row["probe/knn_acc"]) and row["train/loss"] > 0 for row in after)
 
 
 def test_another_optimizers_state_is_refused(few_shapes, empty_directory, capsys, monkeypatch):
