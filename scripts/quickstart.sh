@@ -19,7 +19,7 @@ run() {
 
 say "1. Pretrain: hide 75 % of each image, predict it from the rest"
 run mae_pretrain.py --dataset shapes $size --decoder_depth 1 --total_epoch 30 --batch_size 32 \
-  --base_learning_rate 8e-3 --seed "$SEED" --log_dir $out/pretrain --output_model_path $out/mae.pt
+  --optimizer muon --base_learning_rate 1.6e-2 --seed "$SEED" --log_dir $out/pretrain --output_model_path $out/mae.pt
 say "2. What it learned without labels: classify by the frozen features, of this encoder and of an untrained one" \
   "(look at the linear probe: shapes hide their class from k-NN)"
 run evaluate_features.py --model_path $out/mae.pt --untrained --pool mean --train_images 2000
