@@ -41,7 +41,12 @@ def test_links_in_the_readme_and_its_pages_lead_to_files():
         links = re.findall(r"\]\(((?!http)[^)]+)\)", page.read_text())
         assert links
         for link in links:
-            assert (page.parent / link).is_file(), f"{page}: {link}"
+            path, _, heading = link.partition("#")
+            target = page.parent / path if path else page
+            assert target.is_file(), f"{page}: {link}"
+            headings = re.findall(r"^#+ (.*)", target.read_text(), re.M) if heading else []
+            slugs = ["", *(re.sub(r"[^\w -]", "", text).lower().replace(" ", "-") for text in headings)]
+            assert heading in slugs, f"{page}: {link}"
 
 
 def test_the_models_to_start_from_are_whole_and_load_in_float32():
