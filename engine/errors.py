@@ -1,6 +1,7 @@
 """Errors that a user can fix end in one line; all others keep their traceback."""
 
 import contextlib
+import os
 import re
 import sys
 from pathlib import Path
@@ -22,6 +23,8 @@ def as_user_error(*kinds):
     """Turn errors of these kinds in the block, such as OSError, into UserErrors."""
     try:
         yield
+    except BrokenPipeError:  # of what reads our output, no file
+        raise
     except kinds as error:
         raise UserError(error) from error
 
@@ -31,6 +34,10 @@ def exit_in_one_line():
     """End the program with one line: exit code 2 where a user can mend it, 1 if memory was refused, 130 for Ctrl-C."""
     try:
         yield
+        sys.stdout.flush()
+    except BrokenPipeError:  # what reads our output has seen enough: head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left as it ends
+        sys.exit(1)
     except KeyboardInterrupt:  # while there is nothing to save: an open run notes signals
         print("\nInterrupted.", file=sys.stderr)
         sys.exit(130)

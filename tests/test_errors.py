@@ -1,4 +1,6 @@
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -6,6 +8,8 @@ import pytest
 import torch
 
 from engine.errors import UserError, as_user_error, exit_in_one_line
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_what_a_user_can_mend_gets_one_line_and_exit_code_2(capsys, monkeypatch):
@@ -44,3 +48,13 @@ def test_too_little_memory_gets_one_line(error, line):
 def test_another_error_is_not_taken_for_too_little_memory():
     with pytest.raises(RuntimeError, match="shape"), exit_in_one_line():
         raise RuntimeError("shape mismatch")
+
+
+def test_output_that_nobody_reads_any_more_ends_a_program_quietly():
+    """As in `python -m scripts.sweep ... --list | head -1`."""
+    code = "from engine.errors import *\nwith exit_in_one_line(), as_user_error(OSError): print('a job', flush=True)"
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "wb") as output:
+        ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=output, stderr=subprocess.PIPE)
+    assert (ended.returncode, ended.stderr) == (1, b"")
