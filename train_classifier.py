@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from timm.optim import param_groups_layer_decay
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import utils
 from engine import processes
@@ -62,7 +61,6 @@ SIZE_WORDS = {
     "img_size": "i", "patch_size": "p", "in_chans": "c", "embed_dim": "w", "encoder_depth": "e", "num_heads": "h",
 }  # fmt: skip
 ALWAYS = {"dataset", "total_epoch", "seed"}
-AVERAGED = (1, 3)  # epochs: a trial of averaged weights, measured beside the run's own
 
 
 def parse_args(argv=None):
@@ -148,7 +146,6 @@ class Classification:
 
     warmup, device_batch_size, betas = WARMUP, DEVICE_BATCH_SIZE, (0.9, 0.999)
     class_weights = None  # (classes,) float
-    averages = None  # {epochs: the moving average of the weights, which forgets in so many}
 
     def __init__(self, args):
         self.pretrained, args = load_pretrained(args)
@@ -202,21 +199,6 @@ class Classification:
         random = generator(device, *key, "drop path")
         return batch, labels, drop_path_scales(len(batch), args.encoder_depth, args.drop_path, random, device)
 
-    def stepped(self, progress):
-        for average in self.averaged(progress).values():
-            average.update_parameters(self.model)
-
-    def averaged(self, progress):
-        """The averages, {epochs: AveragedModel}, which progress keeps for a run that is stopped."""
-        if self.averages is None:
-            steps = self.num_images // self.args.batch_size
-            functions = {n: get_ema_multi_avg_fn(1 - 1 / (n * steps)) for n in AVERAGED}
-            self.averages = {n: AveragedModel(self.model, multi_avg_fn=average) for n, average in functions.items()}
-            for n, state in progress.get("averages", {}).items():
-                self.averages[n].load_state_dict(state)
-            progress["averages"] = {n: average.state_dict() for n, average in self.averages.items()}
-        return self.averages
-
     def loss(self, images, labels, scales=None):
         logits, smoothing = self.model(normalize(images), scales).float(), self.args.label_smoothing
         if self.class_weights is None:
@@ -233,10 +215,6 @@ class Classification:
         if self.val is None:
             return self.tested(session, setup)
         scores, _ = evaluate(self.model, self.val, setup.precision, setup.at_once, "val")
-        for n, average in self.averaged(session.progress).items():
-            for name, images in (("val", self.val), ("test", self.test)):
-                predicted, _ = predict(average.module, images, normalize, setup.precision, setup.at_once)
-                scores[f"{name}/acc_average{n}"] = accuracies_of(images.labels.cpu(), predicted)["test/acc"]
         columns = "test/loss", "test/acc", "test/acc_mean_of_batches", "test/balanced_acc", "chosen_epoch"
         scores |= {name: math.nan for name in columns if "balanced" not in name or is_uneven(self.test.labels)}
         best = best_of(session.progress.get("best"), self.model, session.epoch, scores["val/acc"])

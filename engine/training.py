@@ -181,7 +181,6 @@ def train_one_epoch(setup, experiment, optimizer, loss_of, session):
         lr = plan.lr(epoch * plan.steps_per_epoch + step)
         progress["loss_sum"] = progress["loss_sum"] + update(setup, experiment.model, optimizer, loss_of, batch, lr)
         progress["step"] = step + 1
-        getattr(experiment, "stepped", lambda progress: None)(progress)
         if scaler.is_enabled():
             progress["scaler"] = scaler.state_dict()
             check_scale(progress)
