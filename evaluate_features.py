@@ -153,7 +153,7 @@ def measured_already(place, settings, facts):
 def write_table(place, rows, facts, by_block):
     """Write the table and, by block, its picture; the .json last, because it says that all is there."""
     with replacing(place.with_name(f"{place.name}.csv")) as file:
-        file.write(csv_text(rows, header=True).encode())
+        file.write(csv_text(rows).encode())
     picture = place.with_name(f"{place.name}.png")
     picture.unlink(missing_ok=True)  # of an earlier table
     if by_block:

@@ -7,7 +7,6 @@ End-to-end fine-tuning (He et al. 2021, arXiv:2111.06377, section 4), at CIFAR s
 """
 
 import argparse
-import math
 from pathlib import Path
 
 import torch
@@ -21,7 +20,7 @@ from engine import processes
 from engine.checkpoints import load_model
 from engine.device import generator
 from engine.errors import exit_in_one_line
-from engine.predictions import accuracies_of, is_uneven, predict
+from engine.predictions import accuracies_of, predict
 from engine.records import read_metrics
 from engine.training import train
 from engine.weights import not_flags, parent_of, read_weights, say
@@ -215,8 +214,6 @@ class Classification:
         if self.val is None:
             return self.tested(session, setup)
         scores, _ = evaluate(self.model, self.val, setup.precision, setup.at_once, "val")
-        columns = "test/loss", "test/acc", "test/acc_mean_of_batches", "test/balanced_acc", "chosen_epoch"
-        scores |= {name: math.nan for name in columns if "balanced" not in name or is_uneven(self.test.labels)}
         best = best_of(session.progress.get("best"), self.model, session.epoch, scores["val/acc"])
         session.progress["best"] = best
         if session.epoch == self.args.total_epoch:

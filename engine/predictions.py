@@ -69,7 +69,7 @@ def write_predictions(path, classes, labels, predicted):
     pairs = zip(labels.tolist(), predicted.tolist(), strict=True)
     rows = [{"image": i, "label": classes[a], "prediction": classes[b]} for i, (a, b) in enumerate(pairs)]
     with replacing(path) as file:
-        file.write(csv_text(rows, header=True).encode())
+        file.write(csv_text(rows).encode())
 
 
 def read_predictions(path):

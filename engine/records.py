@@ -89,26 +89,22 @@ def read_json(path):
 
 
 def read_metrics(directory):
-    """metrics.csv of a run directory: a list of one dictionary of floats an epoch; epoch is an int, from 1.
-
-    A last line that a crash has torn is left out.
-    """
+    """metrics.csv of a run directory: a list of one dictionary of floats an epoch; epoch is an int, from 1."""
     path = Path(directory) / "metrics.csv"
     if not path.exists():
         return []
     try:
         with open(path, newline="") as file:
-            rows = list(csv.DictReader([line for line in file if line.endswith("\n")]))
+            rows = list(csv.DictReader(file))
         return [{"epoch": int(row.pop("epoch")), **{name: float(value) for name, value in row.items()}} for row in rows]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"Cannot read {path}: {error!r}. Copy the file again, or start again (--overwrite).") from error
 
 
-def csv_text(rows, header):
+def csv_text(rows):
+    """Rows {column: value} as CSV; nan where a row lacks a column."""
     text = io.StringIO()
-    if rows:
-        writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-        if header:
-            writer.writeheader()
-        writer.writerows(rows)
+    writer = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row), "nan", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     return text.getvalue()

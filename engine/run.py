@@ -20,7 +20,7 @@ from tqdm import tqdm
 from engine import processes
 from engine.checkpoints import load_file, save_file
 from engine.errors import UserError, as_user_error, counted
-from engine.files import check_writable, locked, replacing, sync
+from engine.files import check_writable, locked, replacing
 from engine.predictions import write_predictions
 from engine.records import csv_text, read_config, read_metrics, read_run
 
@@ -199,7 +199,6 @@ class Session:
         self.run, self.model, self.optimizer, self.plan, self.signals = run, model, optimizer, plan, signals
         self.content, self.facts = content, facts
         self.epochs = plan.total_steps // plan.steps_per_epoch
-        self.columns = None  # of metrics.csv, None while it has no row
         self.saved = None  # epoch and step of the last save
         self.saved_at, self.save_seconds = time.monotonic(), 0.2
         self.progress = self._restore()
@@ -233,19 +232,11 @@ class Session:
             except (KeyError, RuntimeError, ValueError) as error:
                 raise UserError(f"{path} is of another run; start again with --overwrite. {error}") from error
             self.saved = {name: progress[name] for name in ("epoch", "step")}
-        if processes.is_first() and (self.run.directory / "metrics.csv").exists():
-            rows = [row for row in read_metrics(self.run.directory) if row["epoch"] <= progress["epoch"]]
-            with self.writing():
-                self._rewrite_metrics(rows)
+        self.rows = [row for row in read_metrics(self.run.directory) if row["epoch"] <= progress["epoch"]]
         return progress
 
     def _steps(self):
         return self.progress["epoch"] * self.plan.steps_per_epoch + self.progress["step"]
-
-    def _rewrite_metrics(self, rows):
-        with replacing(self.run.directory / "metrics.csv") as file:
-            file.write(csv_text(rows, header=True).encode())
-        self.columns = rows[0].keys() if rows else None
 
     def check_same_start(self):
         """Raises UserError where this process found another checkpoint than the first, or none."""
@@ -394,24 +385,13 @@ class Session:
         )
 
     def log(self, epoch, metrics):
-        """Append one epoch's numbers (epoch from 1) to metrics.csv and, where they are not nan, to TensorBoard.
-
-        Where changed code goes on with a run and measures something else, what a row lacks is nan.
-        """
+        """Add one epoch's numbers (epoch from 1) to metrics.csv and, where they are not nan, to TensorBoard."""
         if not processes.is_first():
             return
-        path, row = self.run.directory / "metrics.csv", {"epoch": epoch, **metrics}
+        self.rows.append({"epoch": epoch, **metrics})
         with self.writing():
-            if self.columns and row.keys() != self.columns:
-                columns = dict.fromkeys([*self.columns, *row], math.nan)
-                self._rewrite_metrics([columns | earlier for earlier in read_metrics(self.run.directory)])
-                row = columns | row
-            row = {name: row[name] for name in self.columns or row}
-            with open(path, "a", newline="") as file:
-                file.write(csv_text([row], header=not self.columns))
-                file.flush()
-                sync(file.fileno())  # before a checkpoint says that the epoch is done
-            self.columns = row.keys()
+            with replacing(self.run.directory / "metrics.csv") as file:  # before a checkpoint says the epoch is done
+                file.write(csv_text(self.rows).encode())
             for key, value in metrics.items():
                 if not math.isnan(value):
                     self.board.add_scalar(key, value, epoch)

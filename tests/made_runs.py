@@ -33,7 +33,7 @@ def write_run(directory, kind, settings, rows, parent=None, finished=True, **fac
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps({**config, "facts": facts, "starts": [START]}))
     rows = [{"epoch": epoch, **STEPS, **row} for epoch, row in enumerate(rows, start=1)]
-    (directory / "metrics.csv").write_text(csv_text(rows, header=True))
+    (directory / "metrics.csv").write_text(csv_text(rows))
     return directory
 
 
@@ -84,7 +84,7 @@ def make_features(mae, linear, knn, train_images=None, layers=(1, 2), **changes)
     stored = {"name": config["name"], "kind": "MAE_ViT", "model_digest": config["digest"], "settings": settings}
     stored |= {**START, "command": "python evaluate_features.py", "seconds": 60, **changes, "rows": rows}
     (mae / f"{name}.json").write_text(json.dumps(stored))
-    (mae / f"{name}.csv").write_text(csv_text(rows, header=True))
+    (mae / f"{name}.csv").write_text(csv_text(rows))
     return mae / f"{name}.json"
 
 
