@@ -173,6 +173,7 @@ def measure_model(path, content, args):
     names = ("train_images", "label_seed", "layers", "pool", "untrained", "seed", "img_size")
     settings = {"dataset": data_name(dataset, data_dir), **{name: getattr(args, name) for name in names}}
     facts = {"name": content["name"], "kind": content["kind"], "model_digest": content["digest"]}
+    facts |= {"model_args": model_args}  # of which the weights alone do not tell num_heads and norm_eps
     facts |= {"images": train.digest(), "test_set": test.digest(), "precision": precision}
     place = table_path(path, args)
     if not (args.overwrite or args.save) and measured_already(place, settings, facts):
@@ -200,7 +201,7 @@ def measure_model(path, content, args):
     if args.save:
         with replacing(args.save) as file:
             np.savez(file, **arrays)
-    facts |= {"settings": settings, "model_args": model_args, "data_dir": data_dir}
+    facts |= {"settings": settings, "data_dir": data_dir}
     facts |= {"train_images": len(train.images), "test_images": len(test.images)}
     facts |= {"seconds": time.monotonic() - started, "memory/peak_mb": peak_memory_mb(device), **environment(device)}
     write_table(place, rows, facts, by_block=args.layers == "all")

@@ -261,6 +261,8 @@ class MAE_ViT(nn.Module):
         norm_eps=1e-5,
     ):
         super().__init__()
+        if norm_pix_loss and in_chans * patch_size**2 == 1:
+            raise UserError("norm_pix_loss has no deviation to divide by where a patch is one number.")
         self.patch_size, self.norm_pix_loss = patch_size, norm_pix_loss
         self.encoder = MAE_Encoder(
             img_size, patch_size, embed_dim, encoder_depth, num_heads, positions, in_chans, qkv_bias, norm_eps

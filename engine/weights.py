@@ -244,6 +244,8 @@ def resampled(content, constructor, sizes):
     if not changes:
         return content
     img_size, patch_size, in_chans = ((old | sizes)[name] for name in RESAMPLED)
+    if img_size % patch_size:
+        raise UserError(f"patch_size {patch_size} does not divide img_size {img_size}.")
     fresh = constructor(**content["model_args"] | sizes).state_dict() if old["positions"] == "sincos" else {}
     state = content["model"] if patch_size == old["patch_size"] else part_of(content["model"], "encoder.")
     for name, tensor in state.items():

@@ -81,7 +81,10 @@ def table_of(records):
         row |= complete[record.kind](record.settings)
         row |= {name: record.facts[name] for name in FACTS if name in record.facts}
         if parent:
-            row |= {f"mae/{name}": value for name, value in complete["mae"](parent["settings"]).items()}
+            ours = parent.get("layout", "ours") == "ours"
+            weights = {"weights": f"{parent['name']} {parent['digest']}"}  # whose settings nobody knows
+            settings = complete["mae"](parent["settings"]) if ours else parent["settings"] | weights
+            row |= {f"mae/{name}": value for name, value in settings.items()}
         numbers = {name: value for name, value in (record.metrics or [{}])[-1].items() if name != "epoch"}
         rows[str(record.directory)] = row, numbers | frozen(record)
     names = pd.Index(rows, name="directory")

@@ -25,7 +25,7 @@ import mae_pretrain
 import train_classifier
 import utils
 from engine import processes
-from engine.errors import exit_in_one_line
+from engine.errors import UserError, exit_in_one_line
 from engine.records import read_run
 from engine.training import plan_training
 from masks import MASK_STRATEGIES
@@ -196,7 +196,12 @@ def run(jobs, environments):
 @exit_in_one_line()
 def main(argv=None):
     args = parse_args(argv)
-    jobs = {job[0].directory: job for setting in args.settings for job in jobs_of(setting, args) if job}
+    listed = [job for setting in args.settings for job in jobs_of(setting, args) if job]
+    jobs = {job[0].directory: job for job in listed}
+    for first, *_ in listed:
+        other = jobs[first.directory][0].args.data_dir
+        if other != first.args.data_dir:
+            raise UserError(f"{first.args.data_dir} and {other} would both be {first.directory}; rename one of them.")
     left = [(f"{i}/{len(jobs)}", steps) for i, job in enumerate(jobs.values(), 1) if (steps := unfinished(job))]
     print(f"Jobs: {len(jobs)}, finished: {len(jobs) - len(left)}", file=sys.stderr)
     if args.list:

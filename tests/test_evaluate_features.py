@@ -206,6 +206,8 @@ def test_what_is_measured_is_passed_over_until_the_model_or_the_command_changes(
     assert not Path("run/features.png").exists()  # it was of another table
     save_model("run/model.pt", seed=1)
     assert [measures(), measures()] == [True, False]
+    save_model("run/model.pt", seed=1, model_args={**SIZE, "num_heads": 1})  # the same weights
+    assert [measures(), measures()] == [True, False]
     for text in ("{", "{}", "[]", '{"settings": {}}'):
         measured.write_text(text)
         with pytest.raises(SystemExit):

@@ -435,6 +435,7 @@ def test_a_tiny_model_learns_one_batch_by_heart():
         ({"embed_dim": 15, "num_heads": 2}, "num_heads 2 does not divide embed_dim 15; these do: 1, 3, 5, 15"),
         ({"decoder_embed_dim": 10}, "10 is a multiple neither of the encoder's head width 8 nor of num_heads 3"),
         ({"positions": "sincos", "decoder_embed_dim": 6}, "'sincos' need a width that is a multiple of 4, not 6"),
+        ({"patch_size": 1, "in_chans": 1, "norm_pix_loss": True}, "no deviation .* where a patch is one number"),
         ({"positions": "rotary"}, "'rotary' is unknown; choose from learned, sincos"),
         ({"mask_strategy": "spiral"}, "spiral.*random, block, grid.*blockwise"),
     ],

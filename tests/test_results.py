@@ -3,6 +3,7 @@
 import builtins
 import collections
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from made_runs import change, make_classifier, make_features, make_mae
 from engine.records import find_runs
 from scripts import results
 from scripts.results import MEASURES, table
+from scripts.settings import entries_of, what_varies
 
 
 @pytest.fixture(autouse=True)
@@ -122,6 +124,29 @@ def test_a_run_from_before_a_flag_was_there_has_its_default():
     runs = table("runs")
     assert [runs.norm_pix_loss[str(run)] for run in (old, new)] == [False, True]
     assert runs["mae/norm_pix_loss"].dropna().tolist() == [False]
+
+
+def test_weights_from_elsewhere_are_told_apart_and_are_given_no_settings_of_ours():
+    mae = make_mae(1)
+    runs = [make_classifier(seed, mae, end=end) for end in ("good", "other") for seed in (1, 2)]
+    for run in runs:
+        name = run.name.split("_")[1]
+        parent = {
+            "name": "vit",
+            "digest": f"digest of {name}",
+            "layout": "official or timm",
+            "settings": {"embed_dim": 24},
+        }
+        config = json.loads((run / "config.json").read_text())
+        (run / "config.json").write_text(json.dumps(config | {"parent": parent}))
+    found = table("runs").loc[[str(run) for run in runs]].dropna(axis=1)
+    assert {name: found[name].unique().tolist() for name in found if name.startswith("mae/")} == {
+        "mae/embed_dim": [24],
+        "mae/weights": ["vit digest of good", "vit digest of other"],
+    }
+    entries, settings = entries_of(table(*runs))
+    assert entries.seed.tolist() == [1, 2, 1, 2]
+    assert what_varies(settings) == ["weights"]
 
 
 def test_the_accuracy_watched_is_of_held_out_images_where_all_have_it():

@@ -162,6 +162,7 @@ def test_label_fractions_start_from_one_mae_in_one_job(listed):
         ("--output_model_path a.pt", "sweep.py: error: --output_model_path"),
         ("--precision float32 bf16", "sweep.py: error: --precision .* bf16"),
         ("--jobs 0", "sweep.py: error: argument --jobs"),
+        ("--dataset folder --data_dir a/pets b/pets", "a/pets and b/pets would both be .*pets"),
     ],
 )
 def test_wrong_settings_end_a_sweep_before_it_starts(flags, said, capsys):

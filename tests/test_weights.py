@@ -216,6 +216,7 @@ def test_weights_that_cannot_be_taken_get_one_line_and_nothing_is_written(capsys
         "timm.pt --num_heads 5": ["num_heads 5 does not divide embed_dim 24"],
         "timm.pt --num_heads 3 --embed_dim 48": ["embed_dim=24", "--embed_dim is 48"],
         "timm.pt --num_heads 3 --img_size 18": ["patch_size 4 does not divide img_size 18"],
+        "timm.pt --num_heads 3 --img_size 2": ["patch_size 4 does not divide img_size 2"],
         "nowhere": ["nowhere"],
     }.items():
         with pytest.raises(SystemExit) as leaving:
