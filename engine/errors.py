@@ -31,7 +31,9 @@ def as_user_error(*kinds):
 
 @contextlib.contextmanager
 def exit_in_one_line():
-    """End the program with one line: exit code 2 where a user can mend it, 1 if memory was refused, 130 for Ctrl-C."""
+    """End the program with one line: exit code 2 where a user can mend it, 1 if memory was refused or
+    our output is no longer read, 130 for Ctrl-C.
+    """
     try:
         yield
         sys.stdout.flush()
